@@ -1,0 +1,110 @@
+# make help lists the targets. Everything is installed into $(VENV) and built under build/.
+PYTHON ?= python3
+VENV ?= .venv
+# Address of a package index with CPU builds of torch, for `make test` on Linux; empty: the default index.
+TORCH_INDEX ?=
+PROMPT ?= Once upon a time, in a small village by the sea,
+PYTEST_ARGS ?=
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
+CONSTRAINTS := $(wildcard $(CURDIR)/constraints/py$(PYTHON_VERSION).txt)
+# uv reads its own variables where pip has PIP_*.
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+ifneq ($(CONSTRAINTS),)
+export PIP_CONSTRAINT := $(CONSTRAINTS)
+export UV_CONSTRAINT := $(CONSTRAINTS)
+export UV_BUILD_CONSTRAINT := $(CONSTRAINTS)
+endif
+INSTALL = if [ -x $(BIN)/uv ]; then set -- uv pip install -q --python $(BIN)/python; \
+	else set -- python -m pip install -q; fi; $(BIN)/"$$@"
+NATIVE := $(wildcard native/CMakeLists.txt native/src/*.* native/src/*/*.*)
+CONFIGURE = $(BIN)/cmake -S native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DGEMKIT_BUILD_TESTS=ON
+CTEST = $(BIN)/ctest --output-on-failure --no-tests=error --test-dir
+
+.PHONY: help run test test-native lint format bench constraints docs clean
+help:
+	@echo "make run          install gemkit with the demo model and generate text: PROMPT='...'"
+	@echo "make test         native tests (plain, sanitizers, emulated AVX-512), then pytest: PYTEST_ARGS='...'"
+	@echo "make lint         ruff and clang-format, check only; make format applies them"
+	@echo "make bench        speed against other engines (compiles llama.cpp: about a quarter of an hour)"
+	@echo "make docs         write the generated pages of docs/ anew"
+	@echo "make constraints  resolve constraints/*.txt anew"
+	@echo "make clean        remove $(VENV), build/ and caches"
+	@echo "PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX)"
+
+run: $(VENV)/.run
+	$(BIN)/gemkit generate demo --prompt "$(PROMPT)" --max-tokens 64 --temp 0 --verbose
+
+test: $(VENV)/.test test-native
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The last configuration runs the AVX-512 kernels through SIMDe, where its headers are: Debian's libsimde-dev.
+test-native: $(VENV)/.test
+	$(CONFIGURE) -B build/plain -DCMAKE_BUILD_TYPE=Release
+	$(BIN)/cmake --build build/plain -j $(JOBS)
+	$(CTEST) build/plain
+	$(CONFIGURE) -B build/asan -DGEMKIT_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/asan -j $(JOBS)
+	$(CTEST) build/asan
+	$(CONFIGURE) -B build/tsan -DGEMKIT_SANITIZE=thread
+	$(BIN)/cmake --build build/tsan -j $(JOBS)
+	$(CTEST) build/tsan
+	$(CONFIGURE) -B build/simde -DCMAKE_BUILD_TYPE=Release -DGEMKIT_SIMDE_AVX512=ON
+	$(BIN)/cmake --build build/simde -j $(JOBS)
+	$(CTEST) build/simde
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find native -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find native -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py
+
+docs: $(VENV)/.run
+	$(BIN)/python tests/test_docs.py --write
+
+# Pins without addresses: local version labels and CUDA's packages are dropped.
+constraints: $(VENV)/.venv
+	mkdir -p build
+	for v in 311 312 313; do \
+	  env -u UV_CONSTRAINT -u UV_BUILD_CONSTRAINT $(BIN)/uv pip compile -q --all-extras --no-annotate --no-header \
+	    --python-version 3.$${v#3} pyproject.toml > build/constraints.txt || exit 1; \
+	  sed -e 's/+cpu$$//' -e '/^nvidia-/d' -e '/^cuda-/d' -e '/^triton/d' build/constraints.txt > constraints/py$$v.txt; \
+	done
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("gemkit needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q uv || echo "no uv here, going on with pip"
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.venv pyproject.toml $(CONSTRAINTS) $(NATIVE)
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.venv pyproject.toml $(CONSTRAINTS) $(NATIVE)
+	$(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch==2.13.0)
+	$(INSTALL) -e '.[demo,test]'
+	@touch $@ $(VENV)/.run
+
+$(VENV)/.bench: $(VENV)/.run
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(BIN)/python -m pip install -q -e '.[demo,bench]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.venv $(CONSTRAINTS)
+	$(INSTALL) ruff clang-format
+	@touch $@

@@ -1,0 +1,193 @@
+// The float inner loops, written once over f32x16. Included by each instruction set's translation unit after simd.h.
+#pragma once
+#include "kernels.h"
+#include "simd.h"
+
+namespace gemkit::GEMKIT_ISA {
+
+// Rows of 16 floats at stride `stride`: acc[m] = fma(w[k], x[m][k], acc[m]) for k in [0, n).
+template <int M, class Load>
+GEMKIT_INLINE void accumulate(f32x16 (&acc)[M], int64_t n, Load load_row, const float* const* x) {
+  for (int64_t k = 0; k < n; k++) {
+    f32x16 w = load_row(k);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) acc[m] = fma(w, set1(x[m][k]), acc[m]);
+  }
+}
+
+template <int M, class Element, class Load>
+static void float_panels(const Product& product, int64_t m, int64_t p0, int64_t p1, Load load_lanes) {
+  const int64_t cols = product.w->cols;
+  const float* x[M];
+  for (int i = 0; i < M; i++) x[i] = product.x + (m + i) * product.ldx;
+  for (int64_t p = p0; p < p1; p++) {
+    const Element* w = reinterpret_cast<const Element*>(product.w->panel(p));
+    f32x16 acc[M];
+    for (int i = 0; i < M; i++) acc[i] = zero();
+    accumulate<M>(acc, cols, [&](int64_t k) { return load_lanes(w + k * kPanelRows); }, x);
+    for (int i = 0; i < M; i++) store(product.y + (m + i) * product.ldy + p * kPanelRows, acc[i]);
+  }
+}
+
+template <class Element, class Load>
+static void float_matmul(const Product& product, int64_t m0, int64_t m1, int64_t p0, int64_t p1, Load load_lanes) {
+  // A panel stays in the cache while all rows pass over it
+  for (int64_t p = p0; p < p1; p++) {
+    int64_t m = m0;
+    for (; m + 6 <= m1; m += 6) float_panels<6, Element>(product, m, p, p + 1, load_lanes);
+    for (; m + 2 <= m1; m += 2) float_panels<2, Element>(product, m, p, p + 1, load_lanes);
+    for (; m < m1; m++) float_panels<1, Element>(product, m, p, p + 1, load_lanes);
+  }
+}
+
+static void matmul_float(const Product& product, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  switch (product.w->format->type) {
+    case kF32:
+      return float_matmul<float>(product, m0, m1, p0, p1, [](const float* p) { return load(p); });
+    case kF16:
+      return float_matmul<uint16_t>(product, m0, m1, p0, p1, [](const uint16_t* p) { return load_f16(p); });
+    default:
+      return float_matmul<uint16_t>(product, m0, m1, p0, p1, [](const uint16_t* p) { return load_bf16(p); });
+  }
+}
+
+// Lanes past the end of a row: the tail is worked through a padded copy, so the order of sums never depends on n % 16 code paths.
+template <class F>
+GEMKIT_INLINE void for_lanes(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) f(i, 16);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+GEMKIT_INLINE f32x16 load_some(const float* p, int count) {
+  if (count == 16) return load(p);
+  alignas(64) float t[16] = {};
+  std::memcpy(t, p, count * sizeof(float));
+  return load(t);
+}
+GEMKIT_INLINE void store_some(float* p, f32x16 a, int count) {
+  if (count == 16) return store(p, a);
+  alignas(64) float t[16];
+  store(t, a);
+  std::memcpy(p, t, count * sizeof(float));
+}
+
+static void rms_norm(const float* x, const float* weight, float* y, int64_t n, float eps) {
+  f32x16 sum = zero();
+  for_lanes(n, [&](int64_t i, int count) {
+    f32x16 v = load_some(x + i, count);
+    sum = fma(v, v, sum);
+  });
+  const float mean = reduce_add(sum) / static_cast<float>(n);
+  const f32x16 inverse = set1(1.0f / std::sqrt(mean + eps));
+  for_lanes(n, [&](int64_t i, int count) {
+    store_some(y + i, load_some(x + i, count) * inverse * load_some(weight + i, count), count);
+  });
+}
+
+static void add(float* x, const float* y, int64_t n) {
+  for_lanes(n, [&](int64_t i, int count) { store_some(x + i, load_some(x + i, count) + load_some(y + i, count), count); });
+}
+
+static void scale(float* x, float by, int64_t n) {
+  const f32x16 s = set1(by);
+  for_lanes(n, [&](int64_t i, int count) { store_some(x + i, load_some(x + i, count) * s, count); });
+}
+
+GEMKIT_INLINE f32x16 cap_lanes(f32x16 x, float cap) { return tanh(x / set1(cap)) * set1(cap); }
+
+static void softcap(float* x, float cap, int64_t n) {
+  for_lanes(n, [&](int64_t i, int count) { store_some(x + i, cap_lanes(load_some(x + i, count), cap), count); });
+}
+
+// tanh form: 0.5·x·(1 + tanh(u)) = x / (1 + exp(−2u)),  u = sqrt(2/π)·(x + 0.044715·x³)
+static void gelu_multiply(float* gate, const float* up, int64_t n) {
+  for_lanes(n, [&](int64_t i, int count) {
+    f32x16 x = load_some(gate + i, count);
+    f32x16 u = fma(x * x * x, set1(0.044715f), x) * set1(-2.0f * 0.7978845608028654f);
+    store_some(gate + i, x / (set1(1.0f) + exp(u)) * load_some(up + i, count), count);
+  });
+}
+
+// Pairs (i, i + half), the published "rotate half" layout.
+static void rope(float* x, const float* cosine, const float* sine, int64_t half) {
+  for_lanes(half, [&](int64_t i, int count) {
+    f32x16 a = load_some(x + i, count), b = load_some(x + half + i, count);
+    f32x16 c = load_some(cosine + i, count), s = load_some(sine + i, count);
+    store_some(x + i, a * c - b * s, count);
+    store_some(x + half + i, b * c + a * s, count);
+  });
+}
+
+static void quantise(const float* x, const Activations& a, int64_t row) {
+  ActivationBlock* block = a.blocks + row * a.per_row;
+  const f32x16 magic = set1(kRoundMagic);
+  for (int64_t b = 0; b < a.per_row; b++, x += kBlock, block++) {
+    f32x16 v0 = load(x), v1 = load(x + 16);
+    f32x16 a0 = abs(v0), a1 = abs(v1);
+    const float largest = reduce_max(max(a0, a1));
+    const uint32_t at_largest = equal_mask(a0, set1(largest)) | equal_mask(a1, set1(largest)) << 16;
+    const int k = at_largest ? lowest_bit(at_largest) : 0;  // none is equal where the values are NaN
+    alignas(64) float magnitude[kBlock];
+    store(magnitude, a0), store(magnitude + 16, a1);
+    magnitude[k] = 0;
+    const float second = reduce_max(max(load(magnitude), load(magnitude + 16)));
+    const float reach = second > 0.5f * largest ? second : 0.5f * largest;  // 127 steps
+    const float inverse = reach > 0 ? 127.0f / reach : 0.0f;
+    store_i8(block->q, min(max(fma(v0, set1(inverse), magic) - magic, set1(-127.0f)), set1(127.0f)));
+    store_i8(block->q + 16, min(max(fma(v1, set1(inverse), magic) - magic, set1(-127.0f)), set1(127.0f)));
+    const float whole = std::fma(x[k], inverse, kRoundMagic) - kRoundMagic;
+    const int rest = whole >= -254.0f && whole <= 254.0f ? static_cast<int>(whole) - block->q[k] : 0;
+    std::memset(block->spare, 0, sizeof block->spare);
+    block->spare[k % 4] = static_cast<int8_t>(rest);
+    block->quad = k / 4;
+    int32_t first = 0, last = 0;
+    for (int i = 0; i < 16; i++) first += block->q[i], last += block->q[16 + i];
+    (k < 16 ? first : last) += rest;
+    block->sum = first + last;
+    block->first_sum = first;
+    block->scale = reach / 127.0f;
+    block->scaled_sum = block->scale * static_cast<float>(block->sum);
+  }
+}
+
+static Extent largest(const float* x, int64_t n) {
+  f32x16 best = set1(-INFINITY);
+  for_lanes(n, [&](int64_t i, int count) {
+    best = count == 16 ? max(load(x + i), best) : best;
+    for (int k = 0; count < 16 && k < count; k++) best = max(set1(x[i + k]), best);
+  });
+  const float value = reduce_max(best);
+  for (int64_t i = 0; i < n; i++)
+    if (x[i] == value) return {value, i};
+  return {value, -1};
+}
+
+static double sum_exp(const float* x, int64_t n, float shift) {
+  const f32x16 s = set1(shift);
+  double total = 0;
+  f32x16 sum = zero();
+  int64_t since = 0;
+  for_lanes(n, [&](int64_t i, int count) {
+    f32x16 e = exp(load_some(x + i, count) - s);
+    if (count < 16) {
+      alignas(64) float t[16];
+      store(t, e);
+      for (int k = count; k < 16; k++) t[k] = 0;
+      e = load(t);
+    }
+    sum = sum + e;
+    if (++since == 64) total += reduce_add(sum), sum = zero(), since = 0;
+  });
+  return total + reduce_add(sum);
+}
+
+static uint64_t read_memory(const uint8_t* p, int64_t bytes) {
+  const int64_t quarter = bytes / 4 / 64 * 64;
+  f32x16 s[4] = {zero(), zero(), zero(), zero()};
+  for (int64_t i = 0; i < quarter; i += 64)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) s[k] = max(s[k], load(reinterpret_cast<const float*>(p + k * quarter + i)));
+  return static_cast<uint64_t>(reduce_max(max(max(s[0], s[1]), max(s[2], s[3]))) != 0.0f);
+}
+
+}  // namespace gemkit::GEMKIT_ISA

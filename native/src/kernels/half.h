@@ -1,0 +1,49 @@
+// Scalar conversions between float32 and the two 16-bit formats.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace gemkit {
+
+static inline float bits_to_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+static inline float half_to_float(uint16_t h) {
+  uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+  if (exponent == 31) return bits_to_float(sign | 0x7f800000 | (mantissa << 13) | (mantissa ? 0x400000 : 0));
+  if (exponent) return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  if (!mantissa) return bits_to_float(sign);
+  int shift = 0;
+  for (; !(mantissa & 1024); shift++) mantissa <<= 1;
+  return bits_to_float(sign | (static_cast<uint32_t>(113 - shift) << 23) | ((mantissa & 1023) << 13));
+}
+
+// Nearest, ties to even.
+static inline uint16_t float_to_half(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  const uint32_t sign = u >> 16 & 0x8000;
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (u >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
+  if (u < 0x33000001) return static_cast<uint16_t>(sign);  // half of the least subnormal, or less
+  uint32_t kept, rest, shift;
+  if (u < 0x38800000) {  // subnormal in float16
+    const uint32_t mantissa = (u & 0x7fffff) | 0x800000;
+    shift = 126 - (u >> 23);
+    kept = mantissa >> shift, rest = mantissa & ((1u << shift) - 1);
+  } else {
+    shift = 13;
+    kept = (u - 0x38000000) >> 13, rest = u & 0x1fff;
+  }
+  const uint32_t half = 1u << (shift - 1);
+  if (rest > half || (rest == half && (kept & 1))) kept++;
+  return static_cast<uint16_t>(sign | kept);
+}
+
+static inline float bf16_to_float(uint16_t b) { return bits_to_float(static_cast<uint32_t>(b) << 16); }
+
+}  // namespace gemkit

@@ -1,0 +1,107 @@
+// The table of inner loops that every instruction set fills in, and the arguments they share.
+//
+// Contract of the quantised product, the same bits on every path and for every batch size. Activations are int8 with one float
+// scale per 32 columns. Gemma's activations have outliers, so the largest of a block may reach 254 steps: it is carried as the sum
+// of two int8 numbers, its own and a spare one, which keeps the step of the other 31 small. Per output, blocks in ascending order,
+//   dot = exact int32 sum of (code − offset) · q;   t = fl(dot · scale_w);   f = fma(t, scale_x, f)      (Q6_K: per 16 columns)
+//   with minima, then  f = fma(minimum, fl(scale_x · sum q), f)
+// Contract of float products: f = fma(w[k], x[k], f), k ascending.
+#pragma once
+#include <cstdint>
+
+#include "../packed.h"
+
+namespace gemkit {
+
+// One block of a quantised row.
+struct ActivationBlock {
+  int8_t q[kBlock];
+  int8_t spare[4];    // second part of the largest value, at its place in its quad; the other three are 0
+  int32_t quad;       // which quad of four columns that is
+  int32_t sum;        // of q and spare
+  int32_t first_sum;  // of the first 16 columns
+  float scale;
+  float scaled_sum;   // fl(scale · sum)
+};
+
+// Quantised rows: blocks[m * per_row + b].
+struct Activations {
+  ActivationBlock* blocks = nullptr;
+  int64_t per_row = 0;
+};
+
+// One product y[m][n] = x[m]·w[n] for rows [m0, m1) and panels [p0, p1). ldy must cover whole panels.
+struct Product {
+  const Packed* w = nullptr;
+  const Activations* a = nullptr;  // used when w is quantised
+  const float* x = nullptr;        // used when w is float
+  int64_t ldx = 0;
+  float* y = nullptr;
+  int64_t ldy = 0;
+};
+
+// A page of the key-value cache holds kPagePositions positions of one sequence. For each layer of its group and each kv head:
+//   keys   [kPagePositions/16][head_dim][16]   16 positions interleaved: a score is one lane
+//   values [kPagePositions][head_dim]
+constexpr int kPagePositions = 64;
+
+// Attention of the queries of one sequence that share a kv head.
+struct Attend {
+  int64_t head_dim = 0;
+  const float* const* queries = nullptr;  // count pointers to head_dim floats, already scaled
+  const int64_t* positions = nullptr;     // count absolute positions
+  float* const* out = nullptr;            // count pointers to head_dim floats
+  int count = 0;                          // at most kAttendQueries
+  int64_t window = 0;                     // 0: all earlier positions; W: 0 <= i - j < W
+  float softcap = 0;                      // 0: none
+  const uint8_t* const* pages = nullptr;  // page by position / kPagePositions
+  int64_t keys_offset = 0;                // bytes from a page's start to this layer's and head's keys
+  int64_t values_offset = 0;              // the same for its values
+  float* scores = nullptr;                // scratch [count][scores_stride]
+  int64_t scores_stride = 0;              // covers the visible span rounded out to whole pages
+  bool half = false;                      // cache elements are f16
+};
+constexpr int kAttendQueries = 6;
+
+// One position's key and value into its page.
+struct CacheWrite {
+  const float *key = nullptr, *value = nullptr;
+  int64_t head_dim = 0;
+  uint8_t* page = nullptr;
+  int64_t keys_offset = 0, values_offset = 0;
+  int slot = 0;  // position % kPagePositions
+  bool half = false;
+};
+
+struct Extent {
+  float max;
+  int64_t arg;  // lowest index of max; -1 if all are NaN
+};
+
+struct Kernels {
+  const char* name;
+  void (*quantise)(const float* x, const Activations& a, int64_t row);
+  void (*matmul)(const Product& product, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
+  void (*rms_norm)(const float* x, const float* weight, float* y, int64_t n, float eps);  // weight already 1 + w
+  void (*add)(float* x, const float* y, int64_t n);                                       // x += y
+  void (*gelu_multiply)(float* gate, const float* up, int64_t n);                         // gate = gelu(gate) · up
+  void (*rope)(float* x, const float* cosine, const float* sine, int64_t half);
+  void (*scale)(float* x, float by, int64_t n);
+  void (*softcap)(float* x, float cap, int64_t n);
+  void (*write_cache)(const CacheWrite& w);
+  void (*attend)(const Attend& a);
+  Extent (*largest)(const float* x, int64_t n);
+  double (*sum_exp)(const float* x, int64_t n, float shift);  // sum of exp(x - shift)
+  int64_t (*peak_int8)(int64_t rounds);                       // runs register-only int8 products; returns operations done
+  uint64_t (*read)(const uint8_t* p, int64_t bytes);          // reads memory in four streams
+};
+
+// Tables by instruction set; nullptr where not built in.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+// The best table this machine can run. GEMKIT_ISA=portable|avx2|avx512 forces one; nullptr with a message in `error` if it cannot run.
+const Kernels* select_kernels(const char* forced, const char** error);
+
+}  // namespace gemkit

@@ -1,0 +1,287 @@
+// The only file that includes Python: arrays and dictionaries in, plain structs to the core, its error text out as ValueError.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+
+#include "model.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using gemkit::Kernels;
+using gemkit::Model;
+
+template <class T>
+using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void raise_if(const std::string& error) {
+  if (!error.empty()) throw nb::value_error(error.c_str());
+}
+void require(bool condition, const char* message) {
+  if (!condition) throw nb::value_error(message);
+}
+
+const Kernels& kernels() {
+  const char* error = nullptr;
+  const Kernels* k = gemkit::select_kernels(std::getenv("GEMKIT_ISA"), &error);
+  if (!k) throw nb::value_error(error);
+  return *k;
+}
+
+template <class T>
+T field(const nb::dict& d, const char* key) {
+  if (!d.contains(key)) throw nb::value_error((std::string("the plan lacks ") + key).c_str());
+  return nb::cast<T>(d[key]);
+}
+
+gemkit::ModelPlan read_plan(const nb::dict& d) {
+  gemkit::ModelPlan p;
+  p.hidden = field<int64_t>(d, "hidden"), p.ffn = field<int64_t>(d, "ffn"), p.heads = field<int64_t>(d, "heads");
+  p.kv_heads = field<int64_t>(d, "kv_heads"), p.head_dim = field<int64_t>(d, "head_dim"), p.vocab = field<int64_t>(d, "vocab");
+  p.context = field<int64_t>(d, "context"), p.norm_eps = field<float>(d, "norm_eps");
+  p.embed_scale = field<float>(d, "embed_scale"), p.query_scale = field<float>(d, "query_scale");
+  p.attention_softcap = field<float>(d, "attention_softcap"), p.final_softcap = field<float>(d, "final_softcap");
+  p.embed = field<int32_t>(d, "embed"), p.head = field<int32_t>(d, "head"), p.final_norm = field<int32_t>(d, "final_norm");
+  p.group_windows = field<std::vector<int64_t>>(d, "group_windows");
+  for (nb::handle h : field<nb::list>(d, "ropes")) {
+    nb::dict r = nb::cast<nb::dict>(h);
+    p.ropes.push_back({field<double>(r, "base"), field<double>(r, "factor")});
+  }
+  for (nb::handle h : field<nb::list>(d, "layers")) {
+    nb::dict l = nb::cast<nb::dict>(h);
+    gemkit::LayerPlan layer;
+    layer.group = field<int32_t>(l, "group"), layer.rope = field<int32_t>(l, "rope");
+    layer.input_norm = field<int32_t>(l, "input_norm"), layer.post_attention_norm = field<int32_t>(l, "post_attention_norm");
+    layer.pre_ffn_norm = field<int32_t>(l, "pre_ffn_norm"), layer.post_ffn_norm = field<int32_t>(l, "post_ffn_norm");
+    layer.q_norm = field<int32_t>(l, "q_norm"), layer.k_norm = field<int32_t>(l, "k_norm");
+    layer.q_proj = field<int32_t>(l, "q_proj"), layer.k_proj = field<int32_t>(l, "k_proj");
+    layer.v_proj = field<int32_t>(l, "v_proj"), layer.o_proj = field<int32_t>(l, "o_proj");
+    layer.gate_proj = field<int32_t>(l, "gate_proj"), layer.up_proj = field<int32_t>(l, "up_proj");
+    layer.down_proj = field<int32_t>(l, "down_proj");
+    p.layers.push_back(layer);
+  }
+  for (nb::handle h : field<nb::list>(d, "adapters")) {
+    nb::dict a = nb::cast<nb::dict>(h);
+    p.adapters.push_back({field<int32_t>(a, "adapter"), field<int32_t>(a, "target"), field<int32_t>(a, "a"), field<int32_t>(a, "b"),
+                          field<float>(a, "scale")});
+  }
+  for (nb::handle h : field<nb::list>(d, "tensors")) {
+    nb::tuple t = nb::cast<nb::tuple>(h);
+    require(t.size() == 4, "a tensor is (type, rows, cols, bytes)");
+    auto data = nb::cast<Vector<uint8_t>>(t[3]);
+    p.tensors.push_back({nb::cast<int32_t>(t[0]), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]), data.data(),
+                         static_cast<int64_t>(data.shape(0))});
+  }
+  return p;
+}
+
+// Holds the arrays of a step while the core works on them.
+struct Batch {
+  Vector<int32_t> ids, starts, positions, adapters;
+  std::vector<Matrix<int32_t>> tables;
+  gemkit::StepInput input;
+};
+
+Batch read_batch(Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, const nb::sequence& tables,
+                 Vector<int32_t> adapters) {
+  Batch b{ids, starts, positions, adapters, {}, {}};
+  b.input.tokens = static_cast<int64_t>(ids.shape(0)), b.input.sequences = static_cast<int64_t>(positions.shape(0));
+  require(starts.shape(0) == positions.shape(0) + 1, "starts must have one element more than positions");
+  b.input.ids = ids.data(), b.input.starts = starts.data(), b.input.positions = positions.data();
+  for (size_t i = 0; i < starts.shape(0); i++)
+    require(starts.data()[i] >= (i ? starts.data()[i - 1] : 0) && starts.data()[i] <= b.input.tokens, "starts must rise within the tokens");
+  for (nb::handle h : tables) {
+    auto table = nb::cast<Matrix<int32_t>>(h);
+    require(static_cast<int64_t>(table.shape(0)) == b.input.sequences, "a page table needs one row per sequence");
+    b.input.tables.push_back({table.data(), static_cast<int64_t>(table.shape(1))});
+    b.tables.push_back(table);
+  }
+  if (adapters.shape(0)) {  // empty: none for any sequence
+    require(static_cast<int64_t>(adapters.shape(0)) == b.input.sequences, "adapters needs one element per sequence");
+    b.input.adapters = adapters.data();
+  }
+  return b;
+}
+
+template <class T>
+nb::ndarray<nb::numpy, T> new_array(std::vector<size_t> shape) {
+  size_t n = 1;
+  for (size_t s : shape) n *= s;
+  T* data = new T[n ? n : 1]();
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  return nb::ndarray<nb::numpy, T>(data, shape.size(), shape.data(), owner);
+}
+
+nb::tuple step(Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
+               Vector<int32_t> adapters, Vector<int64_t> wanted, Matrix<int64_t> integers, Matrix<double> reals, Vector<uint64_t> seeds,
+               Vector<int64_t> bias_starts, Vector<int32_t> bias_ids, Vector<float> bias_values, Vector<int64_t> history_starts,
+               Vector<int32_t> history) {
+  Batch b = read_batch(ids, starts, positions, tables, adapters);
+  const size_t n = wanted.shape(0);
+  require(integers.shape(0) == n && integers.shape(1) == 4 && reals.shape(0) == n && reals.shape(1) == 6 && seeds.shape(0) == n,
+          "sampling arrays need one row per wanted sequence");
+  auto rises = [&](const Vector<int64_t>& s, size_t end) {
+    if (s.shape(0) != n + 1 || s.data()[0] != 0 || s.data()[n] != static_cast<int64_t>(end)) return false;
+    for (size_t i = 0; i < n; i++)
+      if (s.data()[i + 1] < s.data()[i]) return false;
+    return true;
+  };
+  require(bias_ids.shape(0) == bias_values.shape(0) && rises(bias_starts, bias_ids.shape(0)), "bias arrays do not fit together");
+  require(rises(history_starts, history.shape(0)), "history arrays do not fit together");
+  std::vector<gemkit::SampleRequest> requests(n);
+  int64_t most = 0;
+  for (size_t i = 0; i < n; i++) {
+    const int64_t* k = integers.data() + 4 * i;
+    const double* r = reals.data() + 6 * i;
+    gemkit::SampleRequest& q = requests[i];
+    q.sequence = wanted.data()[i], q.top = k[1];
+    gemkit::SamplingParams& p = q.params;
+    p.top_k = k[0], p.counter = k[2], p.prompt_length = k[3], p.seed = seeds.data()[i];
+    p.temperature = r[0], p.top_p = r[1], p.min_p = r[2];
+    p.repetition_penalty = r[3], p.presence_penalty = r[4], p.frequency_penalty = r[5];
+    p.bias_ids = bias_ids.data() + bias_starts.data()[i], p.bias_values = bias_values.data() + bias_starts.data()[i];
+    p.bias_count = bias_starts.data()[i + 1] - bias_starts.data()[i];
+    p.history = history.data() + history_starts.data()[i];
+    p.history_length = history_starts.data()[i + 1] - history_starts.data()[i];
+    most = std::max(most, std::clamp<int64_t>(q.top, 0, 1024));
+  }
+  std::vector<gemkit::SampleOutput> out;
+  std::string error;
+  {
+    nb::gil_scoped_release release;
+    error = model.step(b.input, requests, out);
+  }
+  raise_if(error);
+  auto tokens = new_array<int32_t>({n});
+  auto logprobs = new_array<float>({n});
+  auto top_ids = new_array<int32_t>({n, static_cast<size_t>(most)});
+  auto top_logprobs = new_array<float>({n, static_cast<size_t>(most)});
+  for (size_t i = 0; i < n; i++) {
+    tokens.data()[i] = out[i].token, logprobs.data()[i] = out[i].logprob;
+    for (int64_t j = 0; j < most; j++) {
+      const bool has = j < static_cast<int64_t>(out[i].top_ids.size());
+      top_ids.data()[i * most + j] = has ? out[i].top_ids[j] : -1;
+      top_logprobs.data()[i * most + j] = has ? out[i].top_logprobs[j] : -INFINITY;
+    }
+  }
+  return nb::make_tuple(tokens, logprobs, top_ids, top_logprobs);
+}
+
+template <class Run>
+nb::ndarray<nb::numpy, float> per_token(Model& model, const Batch& b, size_t width, Run run) {
+  const size_t tokens = static_cast<size_t>(b.input.tokens);
+  auto out = width ? new_array<float>({tokens, width}) : new_array<float>({tokens});
+  std::string error;
+  {
+    nb::gil_scoped_release release;
+    error = run(model, out.data());
+  }
+  raise_if(error);
+  return out;
+}
+
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Median of several timed runs of body on `threads` threads.
+template <class Body>
+double median_time(int threads, Body body) {
+  require(threads >= 1 && threads <= 1024, "threads must be between 1 and 1024");
+  nb::gil_scoped_release release;
+  gemkit::Team team(threads);
+  std::vector<double> times;
+  for (int i = 0; i < 8; i++) {
+    const double begin = seconds();
+    team.run(body);
+    if (i) times.push_back(seconds() - begin);
+  }
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+double measure_bandwidth(int threads) {
+  const Kernels& k = kernels();
+  constexpr int64_t kEach = int64_t{256} << 20;
+  require(threads >= 1 && threads <= 64, "threads must be between 1 and 64");
+  std::vector<gemkit::Arena> arenas(static_cast<size_t>(threads));
+  for (auto& a : arenas) require(a.allocate(kEach), "not enough memory to measure the bandwidth");
+  auto fill = [&](int rank, int) { std::memset(arenas[rank].data, 1, kEach); };
+  {
+    gemkit::Team team(threads);
+    team.run(fill);
+  }
+  std::vector<uint64_t> sink(static_cast<size_t>(threads) * 8);
+  auto body = [&](int rank, int) { sink[rank * 8] = k.read(arenas[rank].data, kEach); };
+  return static_cast<double>(kEach) * threads / median_time(threads, body) / 1e9;
+}
+
+double measure_int8_peak(int threads) {
+  const Kernels& k = kernels();
+  std::vector<int64_t> done(static_cast<size_t>(std::max(threads, 1)) * 8);
+  auto body = [&](int rank, int) { done[rank * 8] = k.peak_int8(1 << 20); };
+  const double t = median_time(threads, body);
+  return static_cast<double>(done[0]) * threads / t / 1e9;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "gemkit's C++ core: one call runs a whole forward step.";
+  m.attr("page_positions") = gemkit::kPagePositions;
+  m.def("path", [] { return kernels().name; }, "Name of the kernel path in use: portable, avx2 or avx512.");
+  m.def("cores", &gemkit::usable_cores, "Cores this process may run on.");
+  m.def("measure_bandwidth", &measure_bandwidth, "threads"_a, "Read bandwidth of this machine in GB/s.");
+  m.def("measure_int8_peak", &measure_int8_peak, "threads"_a, "Peak of int8 products of the path in use, in 10^9 operations a second.");
+  nb::class_<Model>(m, "Model")
+      .def_static(
+          "create",
+          [](nb::dict plan, int threads, bool float_activations, int64_t max_tokens) {
+            const gemkit::ModelPlan p = read_plan(plan);
+            const Kernels& k = kernels();
+            std::string error;
+            std::unique_ptr<Model> model;
+            {
+              nb::gil_scoped_release release;
+              model = Model::create(p, {threads, float_activations, max_tokens}, k, error);
+            }
+            raise_if(error);
+            return model;
+          },
+          "plan"_a, "threads"_a, "float_activations"_a, "max_tokens"_a)
+      .def("reserve", [](Model& model, int64_t group, int64_t pages) { raise_if(model.reserve(group, pages)); }, "group"_a, "pages"_a)
+      .def("page_bytes",
+           [](Model& model, int64_t group) {
+             require(group >= 0 && group < static_cast<int64_t>(model.plan().group_windows.size()), "no such cache group");
+             return model.page_bytes(group);
+           })
+      .def_prop_ro("weight_bytes", &Model::weight_bytes)
+      .def_prop_ro("scratch_bytes", &Model::scratch_bytes)
+      .def_prop_ro("path", [](Model& model) { return model.path(); })
+      .def("step", &step)
+      .def("logits",
+           [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables, Vector<int32_t> adapters) {
+             Batch b = read_batch(ids, starts, positions, tables, adapters);
+             return per_token(model, b, static_cast<size_t>(model.plan().vocab), [&](Model& m, float* to) { return m.logits(b.input, to); });
+           })
+      .def("score",
+           [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables, Vector<int32_t> adapters,
+              Vector<int32_t> targets) {
+             Batch b = read_batch(ids, starts, positions, tables, adapters);
+             require(targets.shape(0) == ids.shape(0), "targets needs one element per token");
+             return per_token(model, b, 0, [&](Model& m, float* to) { return m.score(b.input, targets.data(), to); });
+           })
+      .def("hidden", [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
+                        Vector<int32_t> adapters) {
+        Batch b = read_batch(ids, starts, positions, tables, adapters);
+        return per_token(model, b, static_cast<size_t>(model.plan().hidden), [&](Model& m, float* to) { return m.hidden(b.input, to); });
+      });
+}

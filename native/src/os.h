@@ -1,0 +1,134 @@
+// The one door to the operating system: big zeroed memory, the number of usable cores, denormal handling.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+
+#if defined(_WIN32)
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#else
+#include <sys/mman.h>
+#include <unistd.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace gemkit {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+// Kernels may prefetch or load a little past the end of a matrix.
+constexpr size_t kArenaSlack = 8192;
+
+// Zeroed memory in huge pages where the system grants them. Empty (data == nullptr) when memory is short.
+struct Arena {
+  uint8_t* data = nullptr;
+  size_t size = 0;
+
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  Arena(Arena&& other) noexcept : data(other.data), size(other.size) { other.data = nullptr, other.size = 0; }
+  Arena& operator=(Arena&& other) noexcept {
+    if (this != &other) {
+      release();
+      data = other.data, size = other.size;
+      other.data = nullptr, other.size = 0;
+    }
+    return *this;
+  }
+  ~Arena() { release(); }
+
+  bool allocate(size_t bytes) {
+    release();
+    if (bytes > SIZE_MAX - kArenaSlack - kHugePage) return false;
+    size_t want = bytes + kArenaSlack;
+    if (want >= kHugePage) want = (want + kHugePage - 1) / kHugePage * kHugePage;
+#if defined(_WIN32)
+    data = static_cast<uint8_t*>(VirtualAlloc(nullptr, want, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE));
+    if (!data) return false;
+#else
+    void* p = mmap(nullptr, want, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) return false;
+    data = static_cast<uint8_t*>(p);
+#if defined(MADV_HUGEPAGE)
+    if (want >= kHugePage) madvise(p, want, MADV_HUGEPAGE);
+#endif
+#endif
+    size = want;
+    return true;
+  }
+
+  void release() {
+    if (!data) return;
+#if defined(_WIN32)
+    VirtualFree(data, 0, MEM_RELEASE);
+#else
+    munmap(data, size);
+#endif
+    data = nullptr, size = 0;
+  }
+
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data);
+  }
+};
+
+// Cores this process may run on.
+inline int usable_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof set, &set) == 0) {
+    int n = CPU_COUNT(&set);
+    if (n > 0) return n;
+  }
+#endif
+  int n = static_cast<int>(std::thread::hardware_concurrency());
+  return n > 0 ? n : 1;
+}
+
+inline void cpu_relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__) && !defined(_MSC_VER)
+  asm volatile("yield");
+#endif
+}
+
+// Denormal results cost up to a hundred cycles each: flush them to zero while a step runs, then restore the caller's mode.
+class FlushDenormals {
+ public:
+  FlushDenormals() {
+#if defined(__x86_64__) || defined(_M_X64)
+    saved_ = _mm_getcsr();
+    _mm_setcsr(static_cast<unsigned>(saved_) | 0x8040u);
+#elif defined(__aarch64__) && !defined(_MSC_VER)
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(saved_ | (uint64_t{1} << 24)));
+#endif
+  }
+  ~FlushDenormals() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_setcsr(static_cast<unsigned>(saved_));
+#elif defined(__aarch64__) && !defined(_MSC_VER)
+    asm volatile("msr fpcr, %0" ::"r"(saved_));
+#endif
+  }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  uint64_t saved_ = 0;
+};
+
+}  // namespace gemkit

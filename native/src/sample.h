@@ -1,0 +1,30 @@
+// Choosing a token from one row of logits. The order of operations and the arithmetic are those of gemkit.engine.sampling,
+// whose NumPy sampler is the oracle.
+#pragma once
+#include <cstdint>
+
+#include "kernels/kernels.h"
+
+namespace gemkit {
+
+struct SamplingParams {
+  double temperature = 0;  // 0: the largest logit, lowest id first
+  double top_p = 1, min_p = 0;
+  double repetition_penalty = 1, presence_penalty = 0, frequency_penalty = 0;
+  int64_t top_k = 0;  // 0: all
+  uint64_t seed = 0;
+  int64_t counter = 0;  // number of the draw
+  const int32_t* bias_ids = nullptr;
+  const float* bias_values = nullptr;
+  int64_t bias_count = 0;
+  const int32_t* history = nullptr;  // ids so far, prompt first
+  int64_t history_length = 0, prompt_length = 0;
+};
+
+// The chosen id; changes `logits`. -1 when no logit is a number.
+int32_t choose(float* logits, int64_t vocab, const SamplingParams& params, const Kernels& kernels);
+
+// The n largest logits, larger first, lower id first among equals; fewer than n only if vocab < n.
+int64_t largest_ids(const float* logits, int64_t vocab, int64_t n, int32_t* ids);
+
+}  // namespace gemkit

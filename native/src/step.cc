@@ -1,0 +1,332 @@
+// The forward step. Every thread runs the same functions over its share of tokens (norms, caches), of weight rows (products) or
+// of query tiles (attention); the summed dimension is never divided, so the thread count cannot change a bit.
+//
+// T new tokens of all sequences, D width, N query heads, K kv heads, G = N/K, H head width, F ffn width.
+#include <algorithm>
+#include <cmath>
+
+#include "model.h"
+
+namespace gemkit {
+namespace {
+
+constexpr int64_t kVocabChunk = 8192;  // logits summed as one piece
+
+}  // namespace
+
+void Model::embed(Range tokens) {
+  const int64_t D = plan_.hidden, half = plan_.head_dim / 2, T = input_.tokens;
+  for (int64_t t = tokens.begin; t < tokens.end; t++) {
+    float* x = x_ + t * padded(D);
+    unpack_row(packed_[plan_.embed], input_.ids[t], x);
+    kernels_.scale(x, plan_.embed_scale, D);
+    const int32_t s = token_sequence_[t];
+    const float position = static_cast<float>(input_.positions[s] + (t - input_.starts[s]));
+    for (size_t r = 0; r < plan_.ropes.size(); r++)
+      for (int64_t i = 0; i < half; i++) {
+        const double angle = static_cast<double>(position * inverse_frequencies_[r * half + i]);
+        cosine_[(r * T + t) * half + i] = static_cast<float>(std::cos(angle));
+        sine_[(r * T + t) * half + i] = static_cast<float>(std::sin(angle));
+      }
+  }
+}
+
+void Model::normalise(int32_t norm, bool quantise, Range tokens) {
+  const int64_t D = plan_.hidden, ld = padded(D);
+  for (int64_t t = tokens.begin; t < tokens.end; t++) {
+    kernels_.rms_norm(x_ + t * ld, vector(norm), normed_ + t * ld, D, plan_.norm_eps);
+    if (quantise) kernels_.quantise(normed_ + t * ld, normed_int8_, t);
+  }
+}
+
+void Model::add_residual(int32_t norm, const float* y, int64_t ld, Range tokens) {
+  const int64_t D = plan_.hidden;
+  for (int64_t t = tokens.begin; t < tokens.end; t++) {
+    const float* addend = y + t * ld;
+    if (norm >= 0) {
+      kernels_.rms_norm(addend, vector(norm), normed_ + t * ld, D, plan_.norm_eps);
+      addend = normed_ + t * ld;
+    }
+    kernels_.add(x_ + t * ld, addend, D);
+  }
+}
+
+// y[t] = x[t]·w for all tokens and this thread's rows of w, with the adapters of each token's sequence.
+void Model::product(int32_t tensor, const float* x, int64_t ldx, const Activations& a, float* y, int64_t ldy, int rank, int size) {
+  const Packed& w = packed_[tensor];
+  const Range panels = share(w.panels(), rank, size);
+  const Product main{&w, &a, x, ldx, y, ldy};
+  kernels_.matmul(main, 0, input_.tokens, panels.begin, panels.end);
+  if (!input_.adapters) return;
+  for (const Adapter& adapter : adapters_) {
+    if (adapter.tensor != tensor) continue;
+    const int64_t low_ld = padded(adapter.a->rows), high_ld = padded(adapter.b->rows);
+    float *low = low_rank_[rank].as<float>(), *high = low + low_ld;
+    for (int64_t s = 0; s < input_.sequences; s++) {
+      if (input_.adapters[s] != adapter.adapter) continue;
+      for (int64_t t = input_.starts[s]; t < input_.starts[s + 1]; t++) {
+        kernels_.matmul({adapter.a, nullptr, x + t * ldx, ldx, low, low_ld}, 0, 1, 0, adapter.a->panels());
+        kernels_.matmul({adapter.b, nullptr, low, low_ld, high, high_ld}, 0, 1, panels.begin, panels.end);
+        for (int64_t i = panels.begin * kPanelRows; i < panels.end * kPanelRows; i++) y[t * ldy + i] += adapter.scale * high[i];
+      }
+    }
+  }
+}
+
+// q and k: norm, rotation, query scale; k and v into their page.
+void Model::rotate_and_cache(const LayerPlan& layer, int64_t layer_in_group, Range tokens) {
+  const int64_t H = plan_.head_dim, N = plan_.heads, K = plan_.kv_heads, half = H / 2, T = input_.tokens;
+  const int64_t q_ld = padded(N * H), kv_ld = padded(K * H), element = options_.float_activations ? 4 : 2;
+  for (int64_t t = tokens.begin; t < tokens.end; t++) {
+    const int32_t s = token_sequence_[t];
+    const int64_t position = input_.positions[s] + (t - input_.starts[s]);
+    const float* cosine = cosine_ + (layer.rope * T + t) * half;
+    const float* sine = sine_ + (layer.rope * T + t) * half;
+    for (int64_t n = 0; n < N; n++) {
+      float* q = q_ + t * q_ld + n * H;
+      if (layer.q_norm >= 0) kernels_.rms_norm(q, vector(layer.q_norm), q, H, plan_.norm_eps);
+      kernels_.rope(q, cosine, sine, half);
+      kernels_.scale(q, plan_.query_scale, H);
+    }
+    const auto& table = input_.tables[layer.group];
+    const int32_t id = table.pages[s * table.width + position / kPagePositions];
+    uint8_t* page = groups_[layer.group].pages[id];
+    for (int64_t n = 0; n < K; n++) {
+      float* k = k_ + t * kv_ld + n * H;
+      if (layer.k_norm >= 0) kernels_.rms_norm(k, vector(layer.k_norm), k, H, plan_.norm_eps);
+      kernels_.rope(k, cosine, sine, half);
+      const int64_t block = kPagePositions * H * element, keys = (layer_in_group * K + n) * 2 * block;
+      kernels_.write_cache({k, v_ + t * kv_ld + n * H, H, page, keys, keys + block, static_cast<int>(position % kPagePositions),
+                            !options_.float_activations});
+    }
+  }
+}
+
+// Query tiles (tokens by heads of one kv head) are dealt out in turn: later tokens see more and cost more.
+void Model::attend(const LayerPlan& layer, int64_t layer_in_group, int rank, int size) {
+  const int64_t H = plan_.head_dim, N = plan_.heads, K = plan_.kv_heads, G = N / K, q_ld = padded(N * H);
+  const int64_t element = options_.float_activations ? 4 : 2, block = kPagePositions * H * element;
+  const int64_t even = (input_.tokens * N + 4 * size - 1) / (4 * size);
+  const int64_t tile = input_.tokens == 1 ? std::min<int64_t>(kAttendQueries, (G + size - 1) / size) : std::min<int64_t>(kAttendQueries, even);
+  int64_t item = 0;
+  for (int64_t s = 0; s < input_.sequences; s++) {
+    const int64_t first = input_.starts[s], count = input_.starts[s + 1] - first;
+    for (int64_t n = 0; n < K; n++)
+      for (int64_t at = 0; at < count * G; at += tile) {
+        if (item++ % size != rank) continue;
+        const float* queries[kAttendQueries];
+        float* out[kAttendQueries];
+        int64_t positions[kAttendQueries];
+        const int64_t M = std::min(tile, count * G - at);
+        for (int64_t i = 0; i < M; i++) {
+          const int64_t t = first + (at + i) / G, head = n * G + (at + i) % G;
+          queries[i] = q_ + t * q_ld + head * H;
+          out[i] = attended_ + t * q_ld + head * H;
+          positions[i] = input_.positions[s] + (at + i) / G;
+        }
+        Attend a;
+        a.head_dim = H, a.queries = queries, a.positions = positions, a.out = out, a.count = static_cast<int>(M);
+        a.window = groups_[layer.group].window, a.softcap = plan_.attention_softcap;
+        a.pages = pages_[layer.group].data() + s * input_.tables[layer.group].width;
+        a.keys_offset = (layer_in_group * K + n) * 2 * block, a.values_offset = a.keys_offset + block;
+        a.scores = scores_[rank].as<float>(), a.scores_stride = scores_stride_, a.half = !options_.float_activations;
+        kernels_.attend(a);
+      }
+  }
+}
+
+// Leaves the residual stream of all tokens in x_, final norm not yet applied.
+void Model::forward(int rank, int size) {
+  const int64_t T = input_.tokens, D = padded(plan_.hidden), F = padded(plan_.ffn);
+  const int64_t q_ld = padded(plan_.heads * plan_.head_dim), kv_ld = padded(plan_.kv_heads * plan_.head_dim);
+  const Range mine = share(T, rank, size);
+  embed(mine);
+  for (size_t i = 0; i < plan_.layers.size(); i++) {
+    const LayerPlan& l = plan_.layers[i];
+    normalise(l.input_norm, quantised(l.q_proj) || quantised(l.k_proj) || quantised(l.v_proj), mine);
+    team_.barrier();
+    product(l.q_proj, normed_, D, normed_int8_, q_, q_ld, rank, size);
+    product(l.k_proj, normed_, D, normed_int8_, k_, kv_ld, rank, size);
+    product(l.v_proj, normed_, D, normed_int8_, v_, kv_ld, rank, size);
+    team_.barrier();
+    rotate_and_cache(l, layer_in_group_[i], mine);
+    team_.barrier();
+    attend(l, layer_in_group_[i], rank, size);
+    team_.barrier();
+    if (quantised(l.o_proj)) {
+      for (int64_t t = mine.begin; t < mine.end; t++) kernels_.quantise(attended_ + t * q_ld, attended_int8_, t);
+      team_.barrier();
+    }
+    product(l.o_proj, attended_, q_ld, attended_int8_, y_, D, rank, size);
+    team_.barrier();
+    add_residual(l.post_attention_norm, y_, D, mine);
+    normalise(l.pre_ffn_norm, quantised(l.gate_proj) || quantised(l.up_proj), mine);
+    team_.barrier();
+    product(l.gate_proj, normed_, D, normed_int8_, gate_, F, rank, size);
+    product(l.up_proj, normed_, D, normed_int8_, up_, F, rank, size);
+    const Range rows = share(packed_[l.gate_proj].panels(), rank, size);
+    for (int64_t t = 0; t < T; t++)
+      kernels_.gelu_multiply(gate_ + t * F + rows.begin * kPanelRows, up_ + t * F + rows.begin * kPanelRows,
+                             (rows.end - rows.begin) * kPanelRows);
+    team_.barrier();
+    if (quantised(l.down_proj)) {
+      for (int64_t t = mine.begin; t < mine.end; t++) kernels_.quantise(gate_ + t * F, gate_int8_, t);
+      team_.barrier();
+    }
+    product(l.down_proj, gate_, F, gate_int8_, y_, D, rank, size);
+    team_.barrier();
+    add_residual(l.post_ffn_norm, y_, D, mine);
+  }
+  team_.barrier();
+}
+
+// Logits of up to kHeadRows token rows. Final norms go to the first rows of normed_.
+void Model::head_rows(const std::vector<int64_t>& rows, float* logits_to, int rank, int size) {
+  const int64_t D = padded(plan_.hidden), ld = padded(plan_.vocab), count = static_cast<int64_t>(rows.size());
+  const Range mine = share(count, rank, size);
+  for (int64_t r = mine.begin; r < mine.end; r++) {
+    kernels_.rms_norm(x_ + rows[r] * D, vector(plan_.final_norm), normed_ + r * D, plan_.hidden, plan_.norm_eps);
+    if (quantised(plan_.head)) kernels_.quantise(normed_ + r * D, normed_int8_, r);
+  }
+  team_.barrier();
+  const Packed& w = packed_[plan_.head];
+  const Range panels = share(w.panels(), rank, size);
+  kernels_.matmul({&w, &normed_int8_, normed_, D, logits_to, ld}, 0, count, panels.begin, panels.end);
+  if (plan_.final_softcap > 0)
+    for (int64_t r = 0; r < count; r++)
+      kernels_.softcap(logits_to + r * ld + panels.begin * kPanelRows, plan_.final_softcap, (panels.end - panels.begin) * kPanelRows);
+  team_.barrier();
+}
+
+// log sum exp of each row of logits_, from fixed pieces of the vocabulary added in order.
+void Model::log_normaliser(int64_t count, int rank, int size) {
+  const int64_t V = plan_.vocab, ld = padded(V), chunks = (V + kVocabChunk - 1) / kVocabChunk;
+  const Range mine = share(count * chunks, rank, size);
+  auto piece = [&](int64_t i) { return logits_ + i / chunks * ld + i % chunks * kVocabChunk; };
+  auto width = [&](int64_t i) { return std::min(kVocabChunk, V - i % chunks * kVocabChunk); };
+  for (int64_t i = mine.begin; i < mine.end; i++) chunk_extents_[i] = kernels_.largest(piece(i), width(i));
+  team_.barrier();
+  if (rank == 0)
+    for (int64_t r = 0; r < count; r++) {
+      float best = -INFINITY;
+      for (int64_t c = 0; c < chunks; c++)
+        if (chunk_extents_[r * chunks + c].arg >= 0) best = std::max(best, chunk_extents_[r * chunks + c].max);
+      row_max_[r] = best;
+    }
+  team_.barrier();
+  for (int64_t i = mine.begin; i < mine.end; i++) chunk_sums_[i] = kernels_.sum_exp(piece(i), width(i), row_max_[i / chunks]);
+  team_.barrier();
+  if (rank == 0)
+    for (int64_t r = 0; r < count; r++) {
+      double sum = 0;
+      for (int64_t c = 0; c < chunks; c++) sum += chunk_sums_[r * chunks + c];
+      row_log_sum_[r] = static_cast<double>(row_max_[r]) + std::log(sum);
+    }
+  team_.barrier();
+}
+
+template <class Each>
+std::string Model::with_logits(const StepInput& input, const std::vector<int64_t>& rows, Each each) {
+  if (std::string e = prepare(input); !e.empty()) return e;
+  const int64_t chunks = (plan_.vocab + kVocabChunk - 1) / kVocabChunk;
+  chunk_sums_.resize(static_cast<size_t>(kHeadRows * chunks));
+  chunk_extents_.resize(static_cast<size_t>(kHeadRows * chunks));
+  row_max_.resize(kHeadRows), row_log_sum_.resize(kHeadRows);
+  std::vector<std::vector<int64_t>> groups;
+  for (size_t i = 0; i < rows.size(); i += kHeadRows)
+    groups.emplace_back(rows.begin() + static_cast<std::ptrdiff_t>(i),
+                        rows.begin() + static_cast<std::ptrdiff_t>(std::min<size_t>(i + kHeadRows, rows.size())));
+  auto run = [&](int rank, int size) {
+    forward(rank, size);
+    int64_t first = 0;
+    for (const auto& group : groups) {
+      head_rows(group, logits_, rank, size);
+      each(first, static_cast<int64_t>(group.size()), rank, size);
+      team_.barrier();
+      first += static_cast<int64_t>(group.size());
+    }
+  };
+  team_.run(run);
+  return {};
+}
+
+std::string Model::step(const StepInput& input, const std::vector<SampleRequest>& wanted, std::vector<SampleOutput>& out) {
+  std::vector<int64_t> rows;
+  for (const SampleRequest& w : wanted) {
+    if (w.sequence < 0 || w.sequence >= input.sequences || w.top < 0 || w.top > 1024) return "bad sampling request";
+    rows.push_back(input.starts[w.sequence + 1] - 1);
+  }
+  out.assign(wanted.size(), {});
+  const int64_t V = plan_.vocab, ld = padded(V);
+  std::string e = with_logits(input, rows, [&](int64_t first, int64_t count, int rank, int size) {
+    log_normaliser(count, rank, size);
+    for (int64_t r = rank; r < count; r += size) {
+      const SampleRequest& w = wanted[first + r];
+      SampleOutput& o = out[first + r];
+      float* row = logits_ + r * ld;
+      auto logprob = [&](int32_t id) { return static_cast<float>(static_cast<double>(row[id]) - row_log_sum_[r]); };
+      if (w.top > 0) {
+        o.top_ids.resize(static_cast<size_t>(std::min(w.top, V)));
+        o.top_ids.resize(static_cast<size_t>(largest_ids(row, V, w.top, o.top_ids.data())));
+        for (int32_t id : o.top_ids) o.top_logprobs.push_back(logprob(id));
+      }
+      const bool changes = w.params.bias_count > 0 || w.params.repetition_penalty != 1 || w.params.presence_penalty != 0 ||
+                           w.params.frequency_penalty != 0;
+      if (!changes) {
+        o.token = choose(row, V, w.params, kernels_);
+        if (o.token >= 0) o.logprob = logprob(o.token);
+      } else {
+        std::vector<float> changed(row, row + V);
+        o.token = choose(changed.data(), V, w.params, kernels_);
+        if (o.token >= 0) o.logprob = logprob(o.token);
+      }
+    }
+  });
+  if (!e.empty()) return e;
+  for (const SampleOutput& o : out)
+    if (o.token < 0 || !std::isfinite(o.logprob)) return "the model produced logits that are not numbers; the weights are damaged or out of range";
+  return {};
+}
+
+std::string Model::logits(const StepInput& input, float* to) {
+  std::vector<int64_t> rows(static_cast<size_t>(std::max<int64_t>(input.tokens, 0)));
+  for (size_t i = 0; i < rows.size(); i++) rows[i] = static_cast<int64_t>(i);
+  const int64_t V = plan_.vocab, ld = padded(V);
+  return with_logits(input, rows, [&](int64_t first, int64_t count, int rank, int size) {
+    const Range mine = share(count, rank, size);
+    for (int64_t r = mine.begin; r < mine.end; r++) std::copy(logits_ + r * ld, logits_ + r * ld + V, to + (first + r) * V);
+  });
+}
+
+std::string Model::score(const StepInput& input, const int32_t* targets, float* to) {
+  std::vector<int64_t> rows;
+  for (int64_t t = 0; t < input.tokens; t++) {
+    if (targets[t] < -1 || targets[t] >= plan_.vocab) return "a target id is not in the vocabulary";
+    to[t] = 0;
+    if (targets[t] >= 0) rows.push_back(t);
+  }
+  const int64_t ld = padded(plan_.vocab);
+  return with_logits(input, rows, [&](int64_t first, int64_t count, int rank, int size) {
+    log_normaliser(count, rank, size);
+    if (rank == 0)
+      for (int64_t r = 0; r < count; r++) {
+        const int64_t t = rows[first + r];
+        to[t] = static_cast<float>(static_cast<double>(logits_[r * ld + targets[t]]) - row_log_sum_[r]);
+      }
+  });
+}
+
+std::string Model::hidden(const StepInput& input, float* to) {
+  if (std::string e = prepare(input); !e.empty()) return e;
+  const int64_t D = plan_.hidden;
+  auto run = [&](int rank, int size) {
+    forward(rank, size);
+    const Range mine = share(input_.tokens, rank, size);
+    for (int64_t t = mine.begin; t < mine.end; t++)
+      kernels_.rms_norm(x_ + t * padded(D), vector(plan_.final_norm), to + t * D, D, plan_.norm_eps);
+  };
+  team_.run(run);
+  return {};
+}
+
+}  // namespace gemkit

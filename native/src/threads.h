@@ -1,0 +1,98 @@
+// A fixed team of threads that runs one function at a time, all members together, with barriers inside.
+// Waiting spins briefly (the next phase is usually microseconds away), then sleeps in the kernel.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include "os.h"
+
+namespace gemkit {
+
+class Team {
+ public:
+  using Body = void (*)(void* context, int rank, int size);
+
+  explicit Team(int size) : size_(size < 1 ? 1 : size), spins_(size_ > usable_cores() ? 16 : 4096) {
+    for (int rank = 1; rank < size_; rank++) workers_.emplace_back([this, rank] { work(rank); });
+  }
+  ~Team() {
+    stop_.store(true, std::memory_order_relaxed);
+    epoch_.fetch_add(1, std::memory_order_release);
+    epoch_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int size() const { return size_; }
+
+  // Runs body on every member, the caller being rank 0; returns when all have finished.
+  void run(Body body, void* context) {
+    body_ = body, context_ = context;
+    epoch_.fetch_add(1, std::memory_order_release);
+    epoch_.notify_all();
+    {
+      FlushDenormals flush;
+      body(context, 0, size_);
+    }
+    barrier();
+  }
+
+  template <class F>
+  void run(F& f) {
+    run([](void* context, int rank, int size) { (*static_cast<F*>(context))(rank, size); }, &f);
+  }
+
+  // Every member must call it; none returns before all have.
+  void barrier() {
+    if (size_ == 1) return;
+    uint32_t generation = generation_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      generation_.store(generation + 1, std::memory_order_release);
+      generation_.notify_all();
+    } else {
+      wait_change(generation_, generation);
+    }
+  }
+
+ private:
+  void wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
+    for (int i = 0; i < spins_; i++) {
+      if (value.load(std::memory_order_acquire) != old) return;
+      cpu_relax();
+    }
+    while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+  }
+
+  void work(int rank) {
+    FlushDenormals flush;
+    for (uint32_t seen = 0;;) {
+      wait_change(epoch_, seen);
+      seen++;
+      if (stop_.load(std::memory_order_relaxed)) return;
+      body_(context_, rank, size_);
+      barrier();
+    }
+  }
+
+  const int size_;
+  const int spins_;
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  std::atomic<bool> stop_{false};
+  Body body_ = nullptr;
+  void* context_ = nullptr;
+  std::vector<std::thread> workers_;
+};
+
+// The share of [0, n) that belongs to rank of size, contiguous.
+struct Range {
+  int64_t begin, end;
+};
+inline Range share(int64_t n, int rank, int size) { return {n * rank / size, n * (rank + 1) / size}; }
+
+}  // namespace gemkit

@@ -1,0 +1,59 @@
+"""The command `gemkit`: imports a verb's file when it is used, and turns errors into one line and an exit code.
+
+0 done, 1 failure, 2 wrong usage, 130 interrupted. `--debug` or GEMKIT_DEBUG=1 shows the traceback instead.
+"""
+
+import sys
+from importlib import import_module
+
+import click
+
+from gemkit.cli.common import failure
+
+VERBS = ("generate", "score", "show", "bench")
+ALIASES = {"run": "generate"}
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        verb = ALIASES.get(name, name)
+        return import_module(f"gemkit.cli.{verb}").command if verb in VERBS else None
+
+    def invoke(self, ctx: click.Context) -> None:
+        try:
+            super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except Exception as error:
+            if ctx.params["debug"]:
+                raise
+            raise failure(error) from error
+
+
+@click.group(cls=_Verbs, epilog="'gemkit VERB --help' lists a verb's options.")
+@click.version_option(package_name="gemkit", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, envvar="GEMKIT_DEBUG", help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Run Google's Gemma models on this machine's CPU."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command with `args` (default: the process's own) and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        sys.exit(cli.main(args, prog_name="gemkit", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+    except click.Abort:
+        click.echo("gemkit: interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        hint = f" (see '{error.ctx.command_path} --help')" if getattr(error, "ctx", None) else ""
+        click.echo(f"gemkit: {' '.join(error.format_message().split())}{hint}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(2)

@@ -1,0 +1,124 @@
+"""What the verbs share: their common options, tables, JSON and the process's peak memory."""
+
+import ctypes
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from gemkit.errors import GemkitError, UsageError
+
+
+class Text(click.ParamType):
+    """An argument that is valid Unicode: bytes that are not UTF-8 arrive as lone surrogates and are refused."""
+
+    name = "text"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if any("\ud800" <= character <= "\udfff" for character in str(value)):
+            self.fail("is not UTF-8 text.", param, ctx)
+        return str(value)
+
+
+def failure(error: Exception) -> click.ClickException:
+    """Return what the command line says of an error: one line, with its exit code."""
+    known = isinstance(error, GemkitError | OSError)
+    result = click.ClickException(str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)")
+    result.exit_code = 2 if isinstance(error, UsageError) else 1
+    return result
+
+
+def model_argument(command: Callable) -> Callable:
+    """Add the first positional argument: a model file, a folder with one, or `demo`."""
+    return click.argument("model", metavar="MODEL")(command)
+
+
+def load_options(command: Callable) -> Callable:
+    """Add the options of `gemkit.load`."""
+    for option in reversed(
+        (
+            click.option(
+                "--threads", type=click.IntRange(1), metavar="N", help="Threads (default: the physical cores)."
+            ),
+            click.option(
+                "--ctx-size", type=click.IntRange(1), metavar="N", help="Context in tokens (default: the model's own)."
+            ),
+            click.option(
+                "--activations",
+                type=click.Choice(["int8", "float32"]),
+                default="int8",
+                show_default=True,
+                help="int8 is fast; float32 is close to the reference.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def json_option(command: Callable) -> Callable:
+    """Add `--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+def given(**options: object) -> dict[str, object]:
+    """Return the options that were given, so that those left out take the Python API's defaults."""
+    return {name: value for name, value in options.items() if value is not None and value != ()}
+
+
+def read_text(path: str) -> str:
+    """Return the UTF-8 text of a file, or of standard input for `-`; raises UsageError if it is not UTF-8."""
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        name = "standard input" if path == "-" else path
+        raise UsageError(f"{name} is not UTF-8 text (byte {error.start}): convert it first") from None
+
+
+def print_json(value: object) -> None:
+    """Print one JSON object on one line; no NaN or infinity."""
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
+    """Return an aligned table; numbers to the right, words to the left."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
+    right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.rjust(width) if end else cell.ljust(width) for cell, width, end in zip(row, widths, right))
+        for row in [list(header), *cells]
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if isinstance(value, float) else str(value)
+
+
+def megabytes(size: float) -> str:
+    """Return a size in bytes as decimal megabytes."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def peak_memory() -> int:
+    """Return the largest resident set of this process so far, in bytes."""
+    if sys.platform == "win32":
+        # PROCESS_MEMORY_COUNTERS: cb and PageFaultCount (32 bits each), then PeakWorkingSetSize and seven more sizes.
+        counters = (ctypes.c_size_t * (9 if ctypes.sizeof(ctypes.c_size_t) == 8 else 10))()
+        kernel = ctypes.WinDLL("kernel32")
+        kernel.GetCurrentProcess.restype = ctypes.c_void_p
+        process = ctypes.c_void_p(kernel.GetCurrentProcess())
+        kernel.K32GetProcessMemoryInfo(process, ctypes.byref(counters), ctypes.sizeof(counters))
+        return counters[1 if ctypes.sizeof(ctypes.c_size_t) == 8 else 2]
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,58 @@
+"""`gemkit score MODEL --text TEXT`: how likely a text is."""
+
+import math
+import time
+
+import click
+
+from gemkit.cli.common import Text, json_option, load_options, model_argument, print_json, read_text
+from gemkit.errors import UsageError
+
+
+@click.command("score")
+@model_argument
+@click.option("--text", type=Text(), help="The text.")
+@click.option("--file", "path", help="A UTF-8 file with the text; - reads standard input.")
+@click.option(
+    "--window", type=click.IntRange(1), metavar="N", help="Tokens scored together (default: the whole context)."
+)
+@load_options
+@json_option
+def command(
+    model: str,
+    text: str | None,
+    path: str | None,
+    window: int | None,
+    threads: int | None,
+    ctx_size: int | None,
+    activations: str,
+    as_json: bool,
+) -> None:
+    """Print the perplexity that MODEL gives a text: exp of the mean negative log-probability per token.
+
+    A text longer than a window is cut into windows; each starts anew after a BOS token.
+    """
+    if (text is None) == (path is None):
+        raise UsageError("give the text with either --text or --file")
+    text = read_text(path) if text is None else text
+
+    import gemkit
+
+    with gemkit.load(model, threads=threads, activations=activations, ctx_size=ctx_size) as loaded:
+        started = time.perf_counter()
+        bos, *ids = loaded.tokenizer.encode(text)
+        if not ids:
+            raise UsageError("the text is empty: nothing to score")
+        window = min(window or loaded.ctx_size - 1, loaded.ctx_size - 1)
+        total = 0.0
+        for start in range(0, len(ids), window):
+            total += float(sum(loaded.score([bos, *ids[start : start + window]]).logprobs))
+        seconds = time.perf_counter() - started
+    perplexity = math.exp(-total / len(ids))
+    if as_json:
+        record = {"perplexity": perplexity, "logprob": total, "tokens": len(ids), "window": window}
+        print_json({**record, "seconds": seconds})
+    else:
+        windows = math.ceil(len(ids) / window)
+        click.echo(f"perplexity {perplexity:.4f}")
+        click.echo(f"{len(ids):,} tokens in {windows:,} window{'s' * (windows > 1)}, {seconds:.2f} s")

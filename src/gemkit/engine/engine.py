@@ -1,0 +1,377 @@
+"""The engine: schedule, run, postprocess.
+
+One engine serves many requests at once, from one thread or several. A request's result does not depend on what else runs.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Ids
+from typing import NamedTuple
+
+import numpy as np
+
+from gemkit.engine.pages import PageAllocator, PageTable, limits_for
+from gemkit.engine.runner import Batch, Runner, StepResult
+from gemkit.engine.sampling import Sampling
+from gemkit.engine.scheduler import Scheduler, make_batch
+from gemkit.engine.sequence import Sequence, TextStream, Token, Tokenizer
+from gemkit.errors import GemkitError, UsageError
+
+GREEDY = Sampling()
+
+
+class Part(NamedTuple):
+    """Positions start <= p < end of the index-th list of ids."""
+
+    index: int
+    start: int
+    end: int
+
+
+class Engine:
+    """Turns requests into tokens.
+
+    context_size: the most tokens of prompt and answer together; at most (and by default) the model's.
+    max_sequences: the most requests that run at once; others wait.
+    cache_bytes: bound on the cache; by default each running request may fill its context. Memory is taken as needed.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        *,
+        context_size: int | None = None,
+        max_sequences: int = 16,
+        cache_bytes: int | None = None,
+    ) -> None:
+        self.runner = runner
+        self.tokenizer = tokenizer
+        longest = runner.config.max_position_embeddings
+        self.context_size = longest if context_size is None else context_size
+        if not 2 <= self.context_size <= longest:
+            raise UsageError(f"ctx_size is {context_size}; this model takes 2 to {longest} tokens")
+        self._stop_ids = frozenset(tokenizer.stop_ids)
+        chunk = runner.max_tokens_per_step
+        max_sequences = min(max_sequences, chunk)
+        page_bytes = [runner.page_bytes(g) for g in range(len(runner.groups))]
+        limits = limits_for(
+            runner.groups, runner.page_size, page_bytes, self.context_size, chunk, max_sequences, cache_bytes
+        )
+        self.allocator = PageAllocator(runner.groups, runner.page_size, limits, runner.reserve)
+        self.scheduler = Scheduler(self.allocator, chunk, max_sequences)
+        self._lock = threading.RLock()
+        self._busy = False
+        self._cancelled: list[Sequence] = []
+
+    def add(
+        self,
+        prompt: Ids[int],
+        sampling: Sampling = GREEDY,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Iterable[str] | None = (),
+        ignore_eos: bool = False,
+    ) -> Sequence:
+        """Checks a request, queues it and returns it; `step` fills in its ``tokens`` and ``finish_reason``.
+
+        The arguments are those of `prepare`.
+        """
+        sequence = self.prepare(prompt, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos)
+        self.submit(sequence)
+        return sequence
+
+    def prepare(
+        self,
+        prompt: Ids[int],
+        sampling: Sampling = GREEDY,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Iterable[str] | None = (),
+        ignore_eos: bool = False,
+    ) -> Sequence:
+        """Checks a request and returns it, not queued yet.
+
+        prompt: ids, BOS included. max_tokens: by default up to the end of the context, where generation ends anyway.
+        stop: strings that end the answer and are left out of its text. ignore_eos: do not end at the model's stop ids.
+        Raises UsageError for a bad value or a prompt that leaves no room in the context.
+        """
+        sampling.check_vocabulary(self.runner.config.vocab_size)
+        ids = self._check_ids(prompt)
+        stop = _check_stop(stop)
+        if len(ids) >= self.context_size:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens and the context holds {self.context_size}, prompt and answer together: "
+                "shorten the prompt or load with a larger ctx_size"
+            )
+        limit = self.context_size
+        if max_tokens is not None:
+            limit = min(limit, len(ids) + _check_max_tokens(max_tokens))
+        stream = TextStream(self.tokenizer, stop)
+        return Sequence(ids, limit, self._new_table(limit), sampling, stream, ignore_eos)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queues a request that `prepare` returned."""
+        with self._lock:
+            sequence.start_time = time.perf_counter()
+            self.scheduler.add(sequence)
+
+    def step(self) -> list[Sequence]:
+        """Runs one step and returns the sequences that got a token; an empty list if there was nothing to do.
+
+        After an exception, an interrupt included, every unfinished request is intact and starts over in the next step.
+        """
+        with self._lock:
+            if self._busy:
+                self._recover()
+            self._busy = True
+            try:
+                advanced = self._step()
+                self._remove_cancelled()
+            except BaseException:
+                self._recover()
+                raise
+            self._busy = False
+            return advanced
+
+    def run(self) -> None:
+        """Steps until every request is finished."""
+        while self.scheduler:
+            self.step()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Ends a request and frees its pages; nothing happens if it is finished. Pieces so far stay as they are."""
+        with self._lock:
+            if sequence.finished:
+                return
+            sequence.finish_reason = "cancelled"
+            # A generator can be collected, and so call this, in the middle of a step of the same thread.
+            if self._busy:
+                self._cancelled.append(sequence)
+                return
+            self._busy = True
+            self.scheduler.remove(sequence)
+            self._busy = False
+
+    def stream(self, sequence: Sequence) -> Iterator[Token]:
+        """Yields a request's tokens as they come; closing the generator cancels the request."""
+        index = 0
+        try:
+            while True:
+                # Asked first: another thread may add the last token while this one yields.
+                finished = sequence.finished
+                while index < len(sequence.tokens):
+                    index += 1
+                    yield sequence.tokens[index - 1]
+                if finished:
+                    return
+                self.step()
+        finally:
+            self.cancel(sequence)
+
+    def score(self, prompts: Ids[Ids[int]]) -> list[np.ndarray]:
+        """Returns for each list of ids the log-probability of each but the first, given those before: float32 [n - 1]."""
+        ids = [self._check_context(prompt) for prompt in prompts]
+        if any(len(row) < 2 for row in ids):
+            raise UsageError("the text is empty: there is nothing to score")
+        scores = [np.empty(len(row) - 1, np.float32) for row in ids]
+
+        def run(batch: Batch, parts: list[Part]) -> np.ndarray:
+            return self.runner.score(batch, np.concatenate([ids[i][start + 1 : end + 1] for i, start, end in parts]))
+
+        def visit(part: Part, values: np.ndarray) -> None:
+            scores[part.index][part.start : part.end] = values
+
+        # The last id is only a target.
+        self.sweep([row[:-1] for row in ids], run, visit)
+        return scores
+
+    def mean_hidden(self, prompts: Ids[Ids[int]], skip: Ids[int]) -> np.ndarray:
+        """Returns for each list of ids the mean of its final hidden states but the first ``skip``: float64 [n, D]."""
+        ids = [self._check_context(prompt) for prompt in prompts]
+        assert all(count < len(row) for count, row in zip(skip, ids))
+        sums = np.zeros((len(ids), self.runner.config.hidden_size))
+
+        def visit(part: Part, values: np.ndarray) -> None:
+            if part.start == 0:  # also when the list had to start over
+                sums[part.index] = 0
+            sums[part.index] += values[max(0, skip[part.index] - part.start) :].sum(axis=0, dtype=np.float64)
+
+        self.sweep(ids, lambda batch, parts: self.runner.hidden(batch), visit)
+        return sums / np.array([[len(row) - count] for row, count in zip(ids, skip)])
+
+    def sweep(
+        self,
+        prompts: Ids[np.ndarray],
+        run: Callable[[Batch, list[Part]], np.ndarray],
+        visit: Callable[[Part, np.ndarray], None],
+    ) -> None:
+        """Runs lists of ids through the model once, in ragged batches and chunks.
+
+        run: called with each batch and its parts, returns one row per new token [T, …].
+        visit: called with each part and its rows; the parts of a list come in order.
+        """
+        with self._lock:
+            if self._busy:
+                self._recover()
+            self._busy = True
+            try:
+                self._sweep(prompts, run, visit)
+                self._remove_cancelled()
+            except BaseException:
+                self._recover()
+                raise
+            self._busy = False
+
+    def _sweep(self, prompts: Ids[np.ndarray], run: Callable, visit: Callable) -> None:
+        scheduler = Scheduler(self.allocator, self.scheduler.max_tokens, self.scheduler.max_sequences)
+        index = {}
+        for number, ids in enumerate(prompts):
+            sequence = Sequence(ids, len(ids), self._new_table(len(ids)), GREEDY)
+            index[sequence] = number
+            scheduler.add(sequence)
+        while scheduler:
+            plan = scheduler.schedule()
+            if not plan:
+                # Requests in flight hold the pages: they start over later.
+                if not self.scheduler.running:
+                    raise self._shortage()
+                self.scheduler.preempt_all()
+                continue
+            parts = [Part(index[sequence], sequence.cached, sequence.cached + count) for sequence, count in plan]
+            rows = run(make_batch(plan, self.runner.page_size, draw=False), parts)
+            row = 0
+            for (sequence, count), part in zip(plan, parts):
+                visit(part, rows[row : row + count])
+                row += count
+                scheduler.advance(sequence, count)
+                if sequence.cached == sequence.length:
+                    scheduler.remove(sequence)
+
+    def _step(self) -> list[Sequence]:
+        scheduler = self.scheduler
+        # A second try is for the case that the only running sequence had to give way to itself.
+        plan = scheduler.schedule() or scheduler.schedule()
+        if not plan:
+            if scheduler.waiting:
+                scheduler.waiting[0].finish_reason = "cancelled"
+                raise self._shortage()
+            return []
+        result = self.runner.step(make_batch(plan, self.runner.page_size))
+        now = time.perf_counter()
+        tokens, logprobs = result.tokens.tolist(), result.logprobs.tolist()
+        advanced = []
+        for b, (sequence, count) in enumerate(plan):
+            scheduler.advance(sequence, count)
+            if sequence.cached == sequence.length and not sequence.finished:
+                self._accept(sequence, tokens[b], logprobs[b], _top(sequence, result, b), now)
+                advanced.append(sequence)
+            if sequence.finished:
+                scheduler.remove(sequence)
+        return advanced
+
+    def _accept(self, sequence: Sequence, token: int, logprob: float, top: tuple, now: float) -> None:
+        """Appends a token, and ends the request if it was the last one."""
+        assert token >= 0, "the runner drew no token"
+        text, reason = self._judge(sequence, token, sequence.length + 1)
+        if not sequence.tokens:
+            sequence.first_token_time = now
+        sequence.last_token_time = now
+        sequence.ids[sequence.length] = token
+        sequence.tokens.append(Token(token, text, logprob, top))
+        sequence.length += 1
+        if reason:
+            sequence.finish_reason = reason
+
+    def _judge(self, sequence: Sequence, token: int, length: int) -> tuple[str, str | None]:
+        """Returns the text that a token adds, and why the request ends with it if it does."""
+        stream = sequence.stream
+        if token in self._stop_ids and not sequence.ignore_eos:
+            return stream.flush(), "stop"
+        text = stream.push(token)
+        if stream.stopped:
+            return text, "stop"
+        if length == sequence.limit:
+            text += stream.flush()
+            return text, "stop" if stream.stopped else "length"
+        return text, None
+
+    def _recover(self) -> None:
+        """Makes the state whole after an interrupt at any point: requests go back to their last complete token."""
+        self._busy = True
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            sequence.length = sequence.prompt_length + len(sequence.tokens)
+            sequence.stream.restart()
+            reason = sequence.finish_reason
+            for n, token in enumerate(sequence.tokens):
+                sequence.ids[sequence.prompt_length + n] = token.id
+                reason = self._judge(sequence, token.id, sequence.prompt_length + n + 1)[1] or reason
+            sequence.finish_reason = reason
+        self._cancelled.clear()
+        self.scheduler.restart()
+        self._busy = False
+
+    def _remove_cancelled(self) -> None:
+        while self._cancelled:
+            self.scheduler.remove(self._cancelled[-1])
+            self._cancelled.pop()
+
+    def _new_table(self, length: int) -> PageTable:
+        return PageTable(len(self.runner.groups), -(-length // self.runner.page_size))
+
+    def _shortage(self) -> GemkitError:
+        return self.allocator.shortage or GemkitError("the cache is full: load with a smaller ctx_size")
+
+    def _check_context(self, prompt: Ids[int]) -> np.ndarray:
+        ids = self._check_ids(prompt)
+        if len(ids) > self.context_size:
+            raise UsageError(
+                f"the text has {len(ids)} tokens and the context holds {self.context_size}: "
+                "split the text or load with a larger ctx_size"
+            )
+        return ids
+
+    def _check_ids(self, prompt: Ids[int]) -> np.ndarray:
+        """Returns the prompt as int32 [n]; raises UsageError unless it is at least one id of the vocabulary."""
+        try:
+            ids = np.asarray(prompt)
+        except (ValueError, OverflowError):
+            ids = np.array(None)
+        if ids.size == 0:
+            raise UsageError("the prompt is empty: give at least one token")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise UsageError("the prompt's ids are not a list of whole numbers: give one such list per prompt")
+        size = self.runner.config.vocab_size
+        if ids.min() < 0 or ids.max() >= size:
+            wrong = next(int(token) for token in ids if not 0 <= token < size)
+            raise UsageError(f"the prompt holds token {wrong}; ids of this model go from 0 to {size - 1}")
+        return ids.astype(np.int32)
+
+
+def _top(sequence: Sequence, result: StepResult, b: int) -> tuple[tuple[int, float], ...]:
+    count = sequence.sampling.logprobs
+    if not count:
+        return ()
+    return tuple(zip(result.top_ids[b, :count].tolist(), result.top_logprobs[b, :count].tolist()))
+
+
+def _check_max_tokens(value: object) -> int:
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise UsageError(f"max_tokens is {value!r}; give a whole number from 1, or leave it out for the whole context")
+    return count
+
+
+def _check_stop(stop: object) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise UsageError(f"a stop string is {string!r}; give text of at least one character")
+    return strings

@@ -1,0 +1,188 @@
+"""How the next token is chosen: the settings of one request, and the choice itself in NumPy.
+
+Runners choose tokens on their own; `sample` is the definition they are tested against. V is the vocabulary's size.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+
+import numpy as np
+
+from gemkit.errors import UsageError
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of one request, checked on construction (UsageError), applied in the order in which they stand here.
+
+    repetition_penalty: logits of all ids so far, prompt included, are divided by it if positive, else multiplied.
+    presence_penalty: taken off the logit of every generated id.
+    frequency_penalty: taken off once for each time an id was generated.
+    logit_bias: pairs (id, value), or a mapping; added to the logits.
+    temperature: 0 takes the largest logit, the lowest id among equals; otherwise logits are divided by it.
+    top_k: keep the k largest; 0 is off.
+    top_p: keep the fewest, largest first, that make up this share of what is left; 1 is off.
+    min_p: keep those with at least this share of the largest probability; 0 is off.
+    seed: 0 to 2^64 - 1; a request's n-th token depends on the seed, n and the logits alone.
+    logprobs: how many of the likeliest tokens to report with each token.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        number, whole = self._number, self._whole
+        number("temperature", 0, 1e6, "0 is greedy, 1 leaves the probabilities as they are")
+        whole("top_k", 0, 2**31 - 1, "0 turns it off")
+        number("top_p", 0, 1, "1 turns it off", above=True)
+        number("min_p", 0, 1, "0 turns it off")
+        number("repetition_penalty", 0.01, 100, "1 turns it off")
+        number("presence_penalty", -1000, 1000, "0 turns it off")
+        number("frequency_penalty", -1000, 1000, "0 turns it off")
+        whole("seed", 0, 2**64 - 1, "leave it out for a random one")
+        whole("logprobs", 0, MAX_LOGPROBS, "0 reports the chosen token only")
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the choice depends on earlier ids."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises UsageError if a biased id is not in the vocabulary."""
+        for token, _ in self.logit_bias:
+            if token >= vocab_size:
+                raise UsageError(f"logit_bias names token {token}; ids of this model go from 0 to {vocab_size - 1}")
+
+    def _number(self, name: str, low: float, high: float, off: str, above: bool = False) -> None:
+        value = getattr(self, name)
+        # A NaN fails every comparison.
+        if not _is_real(value) or not (low < value if above else low <= value) or not value <= high:
+            bounds = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+            raise UsageError(f"{name} is {value!r}; give a number {bounds} ({off})")
+        object.__setattr__(self, name, float(value))
+
+    def _whole(self, name: str, low: int, high: int, off: str) -> None:
+        value = _whole_number(getattr(self, name))
+        if value is None or not low <= value <= high:
+            raise UsageError(f"{name} is {getattr(self, name)!r}; give a whole number from {low} to {high} ({off})")
+        object.__setattr__(self, name, value)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _whole_number(value: object) -> int | None:
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
+    """Returns biases as pairs in the order of their ids; raises UsageError for any that is not one."""
+    pairs = []
+    try:
+        items = list(bias.items()) if isinstance(bias, Mapping) else [(token, value) for token, value in bias]
+    except (TypeError, ValueError):
+        raise UsageError(f"logit_bias is {bias!r}; give a dictionary of token ids and numbers, such as {{5: -2.0}}") from None
+    for key, value in items:
+        token = _whole_number(key)
+        if token is None or not 0 <= token < 2**31:
+            raise UsageError(f"logit_bias names token {key!r}; give ids, which are whole numbers from 0")
+        if not _is_real(value) or not abs(value) <= 1e6:
+            raise UsageError(f"logit_bias adds {value!r} to token {token}; give a number from -1e6 to 1e6")
+        pairs.append((token, float(value)))
+    if len({token for token, _ in pairs}) < len(pairs):
+        raise UsageError("logit_bias names a token twice; give each id once")
+    return tuple(sorted(pairs))
+
+
+def uniform(seed: int, counter: int) -> float:
+    """Returns the counter-th random number of a seed, in [0, 1): splitmix64 (Steele, Lea & Flood 2014), upper 53 bits."""
+    mask = 2**64 - 1
+    z = (seed + 0x9E3779B97F4A7C15 * (counter + 1)) & mask
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+    z ^= z >> 31
+    return (z >> 11) * 2.0**-53
+
+
+def adjust(logits: np.ndarray, sampling: Sampling, history: np.ndarray, prompt_length: int) -> np.ndarray:
+    """Returns a copy of the logits, float32 [V], after penalties and bias, in float32 arithmetic."""
+    logits = np.array(logits, np.float32)
+    if sampling.has_penalty:
+        seen = np.unique(history)
+        value, penalty = logits[seen], np.float32(sampling.repetition_penalty)
+        if penalty != 1:
+            logits[seen] = np.where(value > 0, value / penalty, value * penalty)
+        generated, counts = np.unique(history[prompt_length:], return_counts=True)
+        logits[generated] -= np.float32(sampling.presence_penalty)
+        logits[generated] -= np.float32(sampling.frequency_penalty) * counts.astype(np.float32)
+    for token, value in sampling.logit_bias:
+        logits[token] += np.float32(value)
+    return logits
+
+
+def kept(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what the filters keep of adjusted logits [V]: ids, likeliest first, and their weights in float64.
+
+    A weight is exp((l - max l) / temperature), so that the largest is 1. The temperature must be above 0.
+    """
+    ids = np.argsort(-logits, kind="stable")
+    if sampling.top_k:
+        ids = ids[: sampling.top_k]
+    values = logits[ids].astype(np.float64)
+    with np.errstate(over="ignore"):
+        weights = np.exp((values - values[0]) / sampling.temperature)
+    if sampling.top_p < 1:
+        sums = np.cumsum(weights)
+        count = int(np.searchsorted(sums, sampling.top_p * sums[-1])) + 1
+        ids, weights = ids[:count], weights[:count]
+    if sampling.min_p > 0:
+        count = int(np.count_nonzero(weights >= sampling.min_p))
+        ids, weights = ids[:count], weights[:count]
+    return ids, weights
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns natural log-probabilities, float64 [V]."""
+    shifted = logits.astype(np.float64) - np.float64(logits.max())
+    return shifted - math.log(np.exp(shifted).sum())
+
+
+def sample(
+    logits: np.ndarray, sampling: Sampling, counter: int, history: np.ndarray, prompt_length: int
+) -> tuple[int, float, np.ndarray, np.ndarray]:
+    """Chooses the next token; returns it, its log-probability, and the likeliest ids with theirs.
+
+    logits: float32 [V]. counter: how many tokens the request has generated. history: all its ids, int32, of which the
+    first ``prompt_length`` are the prompt; not read unless there is a penalty. The log-probabilities are those of the
+    logits as given, before penalties, bias and temperature.
+    """
+    adjusted = adjust(logits, sampling, history, prompt_length)
+    if sampling.temperature == 0:
+        token = int(np.argmax(adjusted))
+    else:
+        ids, weights = kept(adjusted, sampling)
+        sums = np.cumsum(weights)
+        token = int(ids[np.searchsorted(sums, uniform(sampling.seed, counter) * sums[-1], side="right")])
+    logprobs = log_softmax(logits)
+    top = np.argsort(-logits, kind="stable")[: sampling.logprobs].astype(np.int32)
+    return token, float(logprobs[token]), top, logprobs[top].astype(np.float32)

@@ -1,0 +1,16 @@
+"""Errors that a user can act on."""
+
+
+class GemkitError(ValueError):
+    """Bad input or a state the user can mend: one line that says what is wrong and what to do.
+
+    The command line prints the message alone and exits with 1; a traceback is only shown with ``--debug``.
+    """
+
+
+class UsageError(GemkitError):
+    """A wrong flag, value or combination of them; the command line exits with 2."""
+
+
+class GemkitWarning(UserWarning):
+    """Something that works but is probably not what the user wants."""

@@ -1,0 +1,1 @@
+"""Tensors to logits, one package per implementation."""

@@ -1,0 +1,5 @@
+"""Gemma on the C++ core: builds the plan that it executes and speaks the engine's `Runner` protocol."""
+
+from gemkit.models.native.runner import NativeRunner, kernel_path
+
+__all__ = ["NativeRunner", "kernel_path"]

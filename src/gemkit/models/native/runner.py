@@ -1,0 +1,153 @@
+"""The engine's `Runner` on the C++ core."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from gemkit import _native
+from gemkit.arch.config import ModelConfig
+from gemkit.engine.runner import Batch, StepResult
+from gemkit.errors import GemkitError, UsageError
+from gemkit.models.native.plan import Weight, build_plan, page_groups
+
+ACTIVATIONS = ("int8", "float32")
+
+_NO_IDS = np.zeros(0, np.int32)
+_NO_VALUES = np.zeros(0, np.float32)
+
+
+def kernel_path() -> str:
+    """The instruction set in use: "portable", "avx2" or "avx512"; the environment variable GEMKIT_ISA forces one."""
+    try:
+        return _native.path()
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
+
+
+class NativeRunner:
+    """Runs a model on the CPU; results are the same bits for every batch, chunk and thread count.
+
+    config, weights: as in a `Checkpoint`: every tensor of the manifest by canonical name. They are packed at once; the
+        caller may close its file afterwards.
+    threads: None takes every core this process may use.
+    activations: "int8" is fast; "float32" dequantises the weights to float32 and keeps activations and cache in
+        float32: it needs 4 bytes a parameter, is slow, and serves as the exact form of the weights.
+    max_tokens_per_step: bound of the scratch memory.
+    Raises GemkitError if the weights do not fit the config or memory is short.
+    """
+
+    page_size: int = _native.page_positions
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Weight],
+        *,
+        threads: int | None = None,
+        activations: str = "int8",
+        max_tokens_per_step: int = 512,
+    ):
+        if activations not in ACTIVATIONS:
+            raise UsageError(f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}.")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise UsageError(f"threads must be between 1 and 1024, not {threads}.")
+        self.config = config
+        self.groups = page_groups(config)
+        self.threads = threads or _native.cores()
+        self.activations = activations
+        self.max_tokens_per_step = max_tokens_per_step
+        self.path = kernel_path()
+        plan = build_plan(config, weights)
+        self._model = self._call(
+            _native.Model.create, plan, self.threads, activations == "float32", max_tokens_per_step
+        )
+
+    @staticmethod
+    def _call(function, *arguments):
+        try:
+            return function(*arguments)
+        except ValueError as error:
+            raise GemkitError(f"{error}.") from None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the packed weights."""
+        return self._model.weight_bytes
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory reserved for activations and logits, touched as far as steps need it."""
+        return self._model.scratch_bytes
+
+    def reserve(self, pages: Sequence[int]) -> None:
+        for group, count in enumerate(pages):
+            self._call(self._model.reserve, group, count)
+
+    def page_bytes(self, group: int) -> int:
+        return self._call(self._model.page_bytes, group)
+
+    def step(self, batch: Batch) -> StepResult:
+        wanted = np.flatnonzero(batch.sample)
+        rows = [(batch.sampling[b], batch.history[b], batch.counters[b], batch.prompt_lengths[b]) for b in wanted]
+        integers = np.array([(s.top_k, s.logprobs, counter, length) for s, _, counter, length in rows], np.int64)
+        reals = np.array(
+            [
+                (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
+                for s, *_ in rows
+            ],
+            np.float64,
+        )
+        bias = [pair for s, *_ in rows for pair in s.logit_bias]
+        histories = [history for _, history, *_ in rows]
+        tokens, logprobs, top_ids, top_logprobs = self._call(
+            self._model.step,
+            *self._arrays(batch),
+            wanted.astype(np.int64),
+            integers.reshape(-1, 4),
+            reals.reshape(-1, 6),
+            np.array([s.seed for s, *_ in rows], np.uint64),
+            _offsets([len(s.logit_bias) for s, *_ in rows]),
+            np.array([i for i, _ in bias], np.int32),
+            np.array([v for _, v in bias], np.float32),
+            _offsets([len(history) for history in histories]),
+            np.concatenate(histories, dtype=np.int32, casting="unsafe") if histories else _NO_IDS,
+        )
+        count = len(batch.positions)
+        if len(wanted) == count:
+            return StepResult(tokens, logprobs, top_ids, top_logprobs)
+        result = StepResult(
+            np.full(count, -1, np.int32),
+            np.zeros(count, np.float32),
+            np.full((count, top_ids.shape[1]), -1, np.int32),
+            np.full((count, top_ids.shape[1]), -np.inf, np.float32),
+        )
+        result.tokens[wanted] = tokens
+        result.logprobs[wanted] = logprobs
+        result.top_ids[wanted] = top_ids
+        result.top_logprobs[wanted] = top_logprobs
+        return result
+
+    def logits(self, batch: Batch) -> np.ndarray:
+        return self._call(self._model.logits, *self._arrays(batch))
+
+    def score(self, batch: Batch, targets: np.ndarray) -> np.ndarray:
+        return self._call(self._model.score, *self._arrays(batch), np.ascontiguousarray(targets, np.int32))
+
+    def hidden(self, batch: Batch) -> np.ndarray:
+        return self._call(self._model.hidden, *self._arrays(batch))
+
+    @staticmethod
+    def _arrays(batch: Batch) -> tuple:
+        return (
+            np.ascontiguousarray(batch.tokens, np.int32),
+            np.ascontiguousarray(batch.starts, np.int32),
+            np.ascontiguousarray(batch.positions, np.int32),
+            [np.ascontiguousarray(table, np.int32) for table in batch.pages],
+            _NO_IDS,  # no adapters
+        )
+
+
+def _offsets(lengths: list[int]) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64)

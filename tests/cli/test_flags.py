@@ -1,0 +1,60 @@
+"""The command line's face is frozen: a changed option is a decision, written here and in the changelog. Budget: 1 s."""
+
+import click
+
+from gemkit.cli import ALIASES, VERBS, cli
+
+LOAD = ["--threads", "--ctx-size", "--activations", "--json"]
+FLAGS = {
+    "generate": [
+        "MODEL",
+        "--prompt",
+        "--system-prompt",
+        "--raw",
+        "--max-tokens",
+        "--temp/--temperature",
+        "--top-k",
+        "--top-p",
+        "--min-p",
+        "--repetition-penalty",
+        "--presence-penalty",
+        "--frequency-penalty",
+        "--logit-bias",
+        "--seed",
+        "--stop",
+        "--logprobs",
+        "--verbose",
+        *LOAD,
+    ],
+    "score": ["MODEL", "--text", "--file", "--window", *LOAD],
+    "show": ["MODEL", *LOAD],
+    "bench": ["MODEL", "--prompt-tokens", "--max-tokens", "--reps", *LOAD],
+}
+
+
+def flags(command: click.Command) -> list[str]:
+    return [p.make_metavar(click.Context(command)) if p.opts == ["model"] else "/".join(p.opts) for p in command.params]
+
+
+def test_the_verbs_are_frozen():
+    assert list(FLAGS) == list(VERBS)
+    assert ALIASES == {"run": "generate"}
+    assert flags(cli) == ["--version", "--debug"]
+
+
+def test_the_flags_of_every_verb_are_frozen():
+    found = {verb: flags(cli.get_command(click.Context(cli), verb)) for verb in VERBS}
+    assert found == FLAGS
+
+
+def test_every_option_and_verb_has_help():
+    for verb in VERBS:
+        command = cli.get_command(click.Context(cli), verb)
+        assert command.help
+        assert not [p.name for p in command.params if isinstance(p, click.Option) and not p.help]
+
+
+def test_an_alias_is_the_same_command():
+    context = click.Context(cli)
+    assert cli.get_command(context, "run") is cli.get_command(context, "generate")
+    assert cli.get_command(context, "nothing") is None

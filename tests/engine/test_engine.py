@@ -1,0 +1,478 @@
+"""The engine on a runner whose output shows any mistake with pages. Budget: 15 s."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from engine.fakes import V, FakeRunner, continue_alone, hidden_of, logits_of, words_of
+from engine.vocabulary import STOP, tokenizer
+
+from gemkit.engine.engine import Engine
+from gemkit.engine.runner import StepResult
+from gemkit.engine.sampling import Sampling, log_softmax
+from gemkit.engine.sequence import Sequence
+from gemkit.errors import GemkitError, UsageError
+
+WINDOWS = (None, 10)
+SETTINGS = [
+    Sampling(),
+    Sampling(temperature=1.0, seed=5),
+    Sampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.02, seed=2**63, logit_bias={3: -5.0}),
+    Sampling(temperature=1.0, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3, seed=9),
+]
+
+
+def engine(runner: FakeRunner | None = None, **options) -> Engine:
+    return Engine(runner or FakeRunner(), tokenizer(), **options)
+
+
+def prompts(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, V, generator.integers(1, longest)).tolist() for _ in range(count)]
+
+
+def ids(sequence: Sequence) -> list[int]:
+    return [token.id for token in sequence.tokens]
+
+
+def check_books(e: Engine) -> None:
+    """Every page has one owner, and free + used = all."""
+    scheduler, allocator = e.scheduler, e.allocator
+    for g in range(len(allocator.groups)):
+        held = [page for s in scheduler.running for page in s.table.rows[g].tolist() if page >= 0]
+        assert len(held) == len(set(held)) == allocator.used(g)
+        assert sorted(held + allocator._free[g]) == list(range(allocator.capacity[g]))
+        assert allocator.capacity[g] <= allocator.limits[g]
+    assert all(s.cached == 0 and max(s.table.end) == 0 for s in scheduler.waiting)
+    assert len(scheduler.running) <= scheduler.max_sequences
+
+
+def check_empty(e: Engine) -> None:
+    check_books(e)
+    assert not e.scheduler and e.allocator.used(0) == e.allocator.used(1) == 0
+
+
+def expected(prompt: list[int], settings: Sampling, count: int) -> list[int]:
+    return continue_alone(WINDOWS, prompt, count, settings, STOP)
+
+
+def test_a_batch_gives_what_each_request_gives_alone():
+    e, requests = engine(), prompts(8)
+    running = [e.add(p, SETTINGS[i % 4], max_tokens=5 + 6 * i) for i, p in enumerate(requests)]
+    while e.step():
+        check_books(e)
+    e.run()
+    for i, (prompt, sequence) in enumerate(zip(requests, running)):
+        wanted = expected(prompt, SETTINGS[i % 4], 5 + 6 * i)
+        assert ids(sequence) == wanted
+        assert sequence.finish_reason == ("stop" if wanted[-1] in STOP else "length")
+    assert max(len(step) for step in e.runner.steps) > 4, "they did run together"
+    assert max(sum(step) for step in e.runner.steps) <= 16
+    check_empty(e)
+
+
+def test_chunks_of_any_size_give_the_same():
+    prompt = prompts(1, longest=100)[0] * 3
+    wanted = expected(prompt, SETTINGS[1], 30)
+    for chunk in (1, 3, 16, 4096):
+        for page_size in (1, 4, 32):
+            e = engine(FakeRunner(max_tokens=chunk, page_size=page_size))
+            sequence = e.add(prompt, SETTINGS[1], max_tokens=30)
+            e.run()
+            assert ids(sequence) == wanted
+            assert len(e.runner.steps) == -(-len(prompt) // chunk) + len(wanted) - 1
+            check_empty(e)
+
+
+def test_decode_comes_first_and_prompts_are_served_in_order():
+    e = engine(max_sequences=3)
+    first = e.add([5] * 4, max_tokens=200, ignore_eos=True)
+    e.step()
+    others = [e.add([6 + i] * 20, max_tokens=200, ignore_eos=True) for i in range(3)]
+    for _ in range(3):
+        e.step()
+    # 16 tokens a step: one decode and 15 of the second; then its last 5 and 10 of the third; then two decodes and the rest.
+    assert e.runner.steps == [[4], [1, 15], [1, 5, 10], [1, 1, 10]]
+    assert [len(s.tokens) for s in (first, *others)] == [4, 2, 1, 0]
+    assert list(e.scheduler.waiting) == others[2:], "a fourth has to wait"
+    e.cancel(others[0])
+    e.step()
+    assert others[2] in e.scheduler.running
+
+
+def test_preemption_changes_no_result():
+    """The cache holds one context and a bit: sequences push one another out, again and again."""
+    runner = FakeRunner(context=80)
+    e = engine(runner, cache_bytes=(20 + 8) * 16)
+    assert e.allocator.limits[0] == 20
+    requests = prompts(6, seed=3, longest=12)
+    running = [e.add(p, SETTINGS[i % 4], max_tokens=60, ignore_eos=True) for i, p in enumerate(requests)]
+    while e.scheduler:
+        e.step()
+        check_books(e)
+    assert sum(s.preemptions for s in running) >= 3
+    assert running[0].preemptions == 0, "the oldest is never sent back"
+    for i, (prompt, sequence) in enumerate(zip(requests, running)):
+        assert ids(sequence) == continue_alone(WINDOWS, prompt, 60, SETTINGS[i % 4])
+    check_empty(e)
+
+
+def test_a_machine_short_of_memory_still_serves_one_after_the_other():
+    e = engine(FakeRunner(memory=22, context=80))
+    requests = prompts(4, seed=4, longest=12)
+    running = [e.add(p, max_tokens=60, ignore_eos=True) for p in requests]
+    e.run()
+    for prompt, sequence in zip(requests, running):
+        assert ids(sequence) == continue_alone(WINDOWS, prompt, 60, Sampling())
+    check_empty(e)
+
+
+def test_a_request_that_the_memory_cannot_hold_fails_alone():
+    e = engine(FakeRunner(memory=5))
+    large = e.add([7] * 40, max_tokens=5)
+    small = e.add([7] * 5, max_tokens=5)
+    with pytest.raises(GemkitError, match="memory is short"):
+        e.run()
+    e.run()
+    assert large.finish_reason == "cancelled" and len(small.tokens) == 5
+    check_empty(e)
+
+
+def test_local_pages_are_freed_and_the_memory_stays_bounded():
+    e = engine(FakeRunner(context=256))
+    sequence = e.add([9] * 100, max_tokens=150, ignore_eos=True)
+    most = 0
+    while not sequence.finished:
+        e.step()
+        most = max(most, e.allocator.used(1))
+    assert most <= e.allocator.peak(1, 256, 16) == 7
+    assert ids(sequence) == continue_alone(WINDOWS, [9] * 100, 150, Sampling())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_adds_cancels_and_steps(seed: int):
+    generator = np.random.default_rng(seed)
+    windows = (None, int(generator.integers(1, 25)))
+    runner = FakeRunner(windows, int(generator.integers(1, 6)), int(generator.integers(4, 20)), context=70)
+    one = limits = Engine(runner, tokenizer(), max_sequences=1).allocator.limits
+    size = sum(one) * runner.page_bytes(0)
+    e = engine(runner, max_sequences=4, cache_bytes=int(size * generator.uniform(1, 2.5)))
+    assert all(a >= b for a, b in zip(e.allocator.limits, limits))
+    live: list[tuple[list[int], Sampling, int, Sequence]] = []
+    for _ in range(60):
+        action = generator.random()
+        if action < 0.3:
+            prompt = prompts(1, int(generator.integers(10**6)), 50)[0]
+            settings, count = SETTINGS[generator.integers(4)], int(generator.integers(1, 40))
+            live.append((prompt, settings, count, e.add(prompt, settings, max_tokens=count)))
+        elif action < 0.36 and live:
+            e.cancel(live[generator.integers(len(live))][3])
+        elif action < 0.4 and live:
+            prompt = live[0][0] + [5]
+            e.score([prompt, prompt[:3] + [1]])
+        else:
+            e.step()
+        check_books(e)
+    e.run()
+    check_empty(e)
+    for prompt, settings, count, sequence in live:
+        wanted = continue_alone(windows, prompt, min(count, 70 - len(prompt)), settings, STOP)
+        if sequence.finish_reason == "cancelled":
+            assert ids(sequence) == wanted[: len(sequence.tokens)]
+        else:
+            assert ids(sequence) == wanted
+
+
+def test_cancel_frees_everything_and_is_idempotent():
+    e = engine()
+    running, waiting = e.add([5] * 30), e.add([6] * 30)
+    e.step()
+    for sequence in (running, waiting, running):
+        e.cancel(sequence)
+    assert running.finish_reason == waiting.finish_reason == "cancelled"
+    check_empty(e)
+    assert e.step() == []
+    done = e.add([5], max_tokens=1)
+    e.run()
+    e.cancel(done)
+    assert done.finish_reason in ("length", "stop")
+
+
+def test_a_closed_stream_is_cancelled():
+    e = engine()
+    sequence = e.add([5] * 10, ignore_eos=True)
+    stream = e.stream(sequence)
+    pieces = [next(stream) for _ in range(3)]
+    assert pieces == sequence.tokens and e.allocator.used(0) > 0
+    stream.close()
+    assert sequence.finish_reason == "cancelled"
+    check_empty(e)
+
+
+def test_a_stream_collected_in_the_middle_of_a_step_is_cancelled_after_it():
+    e = engine()
+    victim, other = e.add([5] * 10, ignore_eos=True), e.add([6] * 3, max_tokens=9, ignore_eos=True)
+    step, calls = e.runner.step, []
+
+    def collecting(batch):
+        calls.append(len(batch.positions))
+        if len(calls) == 3:
+            e.cancel(victim)
+        return step(batch)
+
+    e.runner.step = collecting
+    e.run()
+    assert calls == [2, 2, 2, 1, 1, 1, 1, 1, 1] and len(victim.tokens) == 2
+    assert ids(other) == continue_alone(WINDOWS, [6] * 3, 9, Sampling())
+    check_empty(e)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupt_at_any_call_leaves_all_requests_intact(error: type[BaseException]):
+    """Interrupts between any two calls of Python functions in a step, as the handler of a signal may."""
+    import sys
+
+    wanted = [expected(p, s, 12) for p, s in zip(prompts(3, seed=8, longest=20), SETTINGS)]
+    for stride in (7, 23, 61, 140, 333):
+        e = engine(cache_bytes=(64 + 8) * 16)
+        running = [e.add(p, s, max_tokens=12, stop=["no such text"]) for p, s in zip(prompts(3, seed=8, longest=20), SETTINGS)]
+        interrupts = 0
+        while e.scheduler:
+            count = 0
+
+            def trace(frame, event, arg):
+                nonlocal count
+                if "gemkit/engine" not in frame.f_code.co_filename.replace("\\", "/"):
+                    return None
+                if frame.f_code.co_name in ("_recover", "restart", "reset", "clear"):
+                    return None
+                count += 1
+                if count == stride:
+                    raise error
+                return trace
+
+            # Every second step is left in peace, so that there is progress.
+            sys.settrace(trace)
+            try:
+                e.step()
+            except error:
+                interrupts += 1
+            finally:
+                sys.settrace(None)
+            check_books(e)
+            e.step()
+            check_books(e)
+        assert interrupts > 3
+        assert [ids(s) for s in running] == wanted
+        assert ["".join(t.text for t in s.tokens) for s in running] == [_text(w) for w in wanted]
+        check_empty(e)
+
+
+def _text(tokens: list[int]) -> str:
+    e = engine(FakeRunner(forced=tokens))
+    sequence = e.add([5], max_tokens=len(tokens))
+    e.run()
+    return "".join(t.text for t in sequence.tokens)
+
+
+def forced(text_ids: list[int], **options) -> tuple[str, Sequence]:
+    e = engine(FakeRunner(forced=text_ids + [5] * 50))
+    sequence = e.add([5], **{"max_tokens": len(text_ids), **options})
+    e.run()
+    check_empty(e)
+    return "".join(token.text for token in sequence.tokens), sequence
+
+
+def spell(text: str) -> list[int]:
+    return [tokenizer().piece_to_id(letter) for letter in text]
+
+
+def test_stop_ids_end_the_answer_and_leave_no_text():
+    for stop in sorted(STOP):
+        text, sequence = forced(spell("abc") + [stop] + spell("de"))
+        assert text == "abc" and sequence.finish_reason == "stop" and ids(sequence) == spell("abc") + [stop]
+        text, sequence = forced(spell("abc") + [stop] + spell("de"), ignore_eos=True)
+        assert text == "abcde" and sequence.finish_reason == "length" and len(sequence.tokens) == 6
+
+
+def test_stop_strings_across_tokens():
+    text, sequence = forced(spell("abcdefgh"), stop=["xyz", "cde"])
+    assert text == "ab" and sequence.finish_reason == "stop" and len(sequence.tokens) == 5
+    assert [t.text for t in sequence.tokens] == ["a", "b", "", "", ""]
+    # A start of a stop string is held back, and given when it comes to nothing or the answer ends.
+    text, sequence = forced(spell("abcdxcd"), stop="cde")
+    assert [t.text for t in sequence.tokens] == ["a", "b", "", "", "cdx", "", "cd"] and sequence.finish_reason == "length"
+    text, sequence = forced([*spell("abcd"), 1], stop="cde")
+    assert [t.text for t in sequence.tokens] == ["a", "b", "", "", "cd"] and sequence.finish_reason == "stop"
+    text, sequence = forced(spell("abc"), stop="c")
+    assert text == "ab" and sequence.finish_reason == "stop"
+
+
+def test_an_incomplete_character_is_held_back_and_flushed():
+    euro = [tokenizer().piece_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
+    text, sequence = forced([*spell("a"), *euro, *spell("b")])
+    assert [t.text for t in sequence.tokens] == ["a", "", "", "€", "b"]
+    text, _ = forced([*spell("a"), *euro[:2]])
+    assert text == "a\N{REPLACEMENT CHARACTER}"
+
+
+def test_log_probabilities():
+    prompt, settings = [4, 8, 15], Sampling(temperature=1.0, seed=3, logprobs=4, logit_bias={0: 3.0})
+    e = engine()
+    sequence = e.add(prompt, settings, max_tokens=10, ignore_eos=True)
+    plain = e.add(prompt, Sampling(temperature=1.0, seed=3, logit_bias={0: 3.0}), max_tokens=10, ignore_eos=True)
+    e.run()
+    assert ids(sequence) == ids(plain) and [t.top for t in plain.tokens] == [()] * 10
+    words = words_of(WINDOWS, prompt + ids(sequence))
+    for n, token in enumerate(sequence.tokens):
+        logprobs = log_softmax(logits_of(words[len(prompt) - 1 + n]))
+        assert token.logprob == pytest.approx(logprobs[token.id], abs=1e-6)
+        assert [i for i, _ in token.top] == np.argsort(-logprobs, kind="stable")[:4].tolist()
+        assert [v for _, v in token.top] == pytest.approx(np.sort(logprobs)[::-1][:4], abs=1e-6)
+
+
+def test_length_and_context():
+    e = engine(FakeRunner(context=32))
+    clipped = e.add([5] * 30, max_tokens=100, ignore_eos=True)
+    full = e.add([5] * 20, ignore_eos=True)
+    last = e.add([5] * 31, ignore_eos=True)
+    e.run()
+    assert [len(s.tokens) for s in (clipped, full, last)] == [2, 12, 1]
+    assert all(s.finish_reason == "length" for s in (clipped, full, last))
+    with pytest.raises(UsageError, match="prompt has 32 tokens and the context holds 32.*ctx_size"):
+        e.add([5] * 32)
+    assert engine(FakeRunner(context=32), context_size=8).context_size == 8
+    for size in (0, 1, 33, -5):
+        with pytest.raises(UsageError, match="2 to 32 tokens"):
+            engine(FakeRunner(context=32), context_size=size)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"max_tokens": 1.5}, "max_tokens is 1.5"),
+        ({"max_tokens": True}, "max_tokens is True"),
+        ({"stop": [""]}, "stop string is ''"),
+        ({"stop": [3]}, "stop string is 3"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": [1.0]}, "whole numbers"),
+        ({"prompt": ["a"]}, "whole numbers"),
+        ({"prompt": [[1], [2, 3]]}, "whole numbers"),
+        ({"prompt": [2**70]}, "whole numbers"),
+        ({"prompt": [5, V]}, f"token {V}; ids of this model go from 0 to {V - 1}"),
+        ({"prompt": [-1]}, "token -1"),
+        ({"sampling": Sampling(logit_bias={V: 1.0})}, f"logit_bias names token {V}"),
+    ],
+)
+def test_bad_requests_are_refused(arguments: dict, message: str):
+    e = engine()
+    with pytest.raises(UsageError, match=message) as error:
+        e.add(**{"prompt": [5], **arguments})
+    assert "\n" not in str(error.value)
+    check_empty(e)
+
+
+def test_score_equals_the_definition_while_others_generate():
+    e = engine(FakeRunner(context=80), cache_bytes=(20 + 8) * 16)
+    other = e.add([5] * 40, max_tokens=40, ignore_eos=True)
+    for _ in range(12):
+        e.step()
+    texts = [[*p, 1] for p in prompts(7, seed=1)]
+    scores = e.score(texts)
+    for text, values in zip(texts, scores):
+        words = words_of(WINDOWS, text)
+        wanted = [log_softmax(logits_of(w))[t] for w, t in zip(words, text[1:])]
+        np.testing.assert_allclose(values, wanted, atol=1e-6)
+    assert other.preemptions > 0
+    check_books(e)
+    e.run()
+    assert ids(other) == continue_alone(WINDOWS, [5] * 40, 40, Sampling())
+    assert len(e.score([[5] * 80])[0]) == 79, "a whole context can be scored"
+    with pytest.raises(UsageError, match="81 tokens and the context holds 80"):
+        e.score([[5] * 81])
+    with pytest.raises(UsageError, match="nothing to score"):
+        e.score([[5]])
+    check_empty(e)
+
+
+def test_mean_hidden_equals_the_definition():
+    e, texts = engine(), [[*p, 1] for p in prompts(7, seed=2)]
+    means = e.mean_hidden(texts, [i % 2 for i in range(7)])
+    for i, (text, mean) in enumerate(zip(texts, means)):
+        rows = np.array([hidden_of(w) for w in words_of(WINDOWS, text)], np.float64)[i % 2 :]
+        np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-12)
+    check_empty(e)
+
+
+def test_an_error_of_the_runner_frees_everything():
+    e = engine()
+    sequence = e.add([5] * 20, max_tokens=4, ignore_eos=True)
+    e.step()
+    e.runner.step, step = lambda batch: 1 / 0, e.runner.step
+    with pytest.raises(ZeroDivisionError):
+        e.step()
+    check_books(e)
+    assert e.allocator.used(0) == 0
+    e.runner.step = step
+    e.run()
+    assert ids(sequence) == continue_alone(WINDOWS, [5] * 20, 4, Sampling())
+    e.runner.score = lambda batch, targets: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        e.score([[5] * 9])
+    check_empty(e)
+
+
+def test_threads_share_an_engine():
+    e, requests, results = engine(), prompts(6, seed=5), {}
+
+    def work(i: int) -> None:
+        sequence = e.add(requests[i], SETTINGS[i % 4], max_tokens=20)
+        results[i] = [token.id for token in e.stream(sequence)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert results == {i: expected(p, SETTINGS[i % 4], 20) for i, p in enumerate(requests)}
+    check_empty(e)
+
+
+def test_times():
+    e = engine()
+    sequence = e.add([5] * 20, max_tokens=5, ignore_eos=True)
+    assert sequence.first_token_seconds == sequence.decode_rate == 0
+    e.run()
+    whole = sequence.last_token_time - sequence.start_time
+    assert 0 < sequence.first_token_seconds < whole
+    assert sequence.decode_rate == pytest.approx(4 / (whole - sequence.first_token_seconds))
+
+
+class IdleRunner(FakeRunner):
+    """Draws the same token again and again and does nothing else."""
+
+    def step(self, batch) -> StepResult:
+        return self.result
+
+    result = StepResult(np.array([40], np.int32), np.zeros(1, np.float32), np.empty((1, 0), np.int32), np.empty((1, 0)))
+
+
+def test_a_decode_step_costs_little():
+    """The engine's share of a decode step is small beside the model's: about 20 µs; the bound allows for a busy machine."""
+    e = Engine(IdleRunner((None, 512), 16, 512, context=32768), SimpleNamespace(vocab_size=V, stop_ids=set()))
+    sequence = e.prepare([5] * 500, max_tokens=3000)
+    sequence.stream = SimpleNamespace(push=lambda token: "x", flush=lambda: "", stopped=False, restart=lambda: None)
+    e.submit(sequence)
+    times = []
+    while not sequence.finished:
+        start = time.perf_counter()
+        e.step()
+        times.append(time.perf_counter() - start)
+    assert np.median(times[10:]) < 60e-6
+    assert np.median(times[-500:]) < 1.5 * np.median(times[100:600]), "the cost does not grow with the history"

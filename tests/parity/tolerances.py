@@ -1,0 +1,35 @@
+"""Every numerical tolerance of the test suite; no other file writes one.
+
+Unless a line says otherwise, an error is max|a - b| / max|b| over all logits of a case (`relative_error`), b being the
+side that is trusted.
+"""
+
+import numpy as np
+
+# gemkit.arch.reference against Hugging Face transformers, both in float64 throughout.
+REFERENCE_VS_TRANSFORMERS_F64 = 1e-9
+# The same against transformers as it is: its norms, softmax and rotary tables stay in float32 in a float64 model.
+REFERENCE_VS_TRANSFORMERS_F32 = 1e-5
+# transformers computes the rotary frequencies with float32 powers, which are off by a few units in the last place.
+ROPE_FREQUENCIES = 5e-7
+
+# The native core with float32 activations against the reference.
+NATIVE_FLOAT32 = 1e-4
+
+# Switching a case's trait off must move the logits by this many times the widest tolerance above.
+TRAIT_MARGIN = 100
+
+# Real weights, native core: perplexity against transformers float32 (relative difference) and llama.cpp (ratio),
+# and the mean Kullback-Leibler divergence from the float32 distribution, in nats per token.
+PERPLEXITY_VS_TRANSFORMERS = 3e-3
+PERPLEXITY_RATIO_TO_LLAMA_CPP = 1.001
+MEAN_KL = 2e-3
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """max|actual - expected| / max|expected|; infinite where either is not finite, so that a NaN never passes."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"shapes {actual.shape} and {expected.shape} differ"
+    if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
+        return float("inf")
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())

@@ -1,0 +1,86 @@
+"""The documents hold: the generated page is current, links and tests exist, the README's example runs. Budget: 30 s.
+
+`python tests/test_docs.py --write` writes the generated pages.
+"""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from gemkit.cli import ALIASES, VERBS, cli
+
+ROOT = Path(__file__).parents[1]
+CLI_PAGE = ROOT / "docs" / "reference" / "cli.md"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def cli_page() -> str:
+    """The command reference in Markdown, from the click commands themselves."""
+    lines = ["# The command line", "", "Generated from the program by `make docs`; a test compares them.", ""]
+    lines += [
+        "`gemkit --version` prints the version. Exit codes: 0 done, 1 failure, 2 wrong usage, 130 interrupted.",
+        "",
+    ]
+    lines += _options(cli, "gemkit")
+    for verb in VERBS:
+        command = cli.get_command(click.Context(cli), verb)
+        names = " or ".join(f"`gemkit {name}`" for name in [verb, *(a for a, v in ALIASES.items() if v == verb)])
+        lines += [f"## gemkit {verb}", "", f"{names} `MODEL [OPTIONS]`", "", inspect.cleandoc(command.help), ""]
+        lines += _options(command, f"gemkit {verb}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _options(command: click.Command, name: str) -> list[str]:
+    context = click.Context(command, info_name=name)
+    rows = ["| option | meaning |", "|---|---|"]
+    for option in command.params:
+        if isinstance(option, click.Option) and not option.is_eager:
+            left, text = option.get_help_record(context)
+            rows.append(f"| `{left}` | {text} |".replace("[int8|float32]", "int8 or float32"))
+    return [*rows, ""]
+
+
+def test_the_command_reference_is_current():
+    assert CLI_PAGE.read_text(encoding="utf-8") == cli_page(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_paths_and_targets_exist(page: Path):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
+    for path, name in re.findall(r"`(tests/[\w/]+\.py|native/tests/\w+\.cc)(?:::(\w+))?`", text):
+        assert (ROOT / path).exists(), path
+        assert not name or re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")), f"{path}::{name}"
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for target in re.findall(r"`make ([\w-]+)", text):
+        assert target in targets, target
+
+
+def test_every_line_of_the_numerics_contract_names_its_test():
+    rows = [line for line in (ROOT / "docs" / "numerics.md").read_text("utf-8").splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not row.startswith("| promise")]
+    assert len(promises) > 15
+    assert not [row for row in promises if not re.search(r"`(tests|native/tests)/[\w/.:]+` \|$", row)]
+
+
+def test_the_readme_example_runs():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line.strip()]) == 6
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, timeout=120, env={**os.environ, "PYTHONUTF8": "1"}
+    )
+    assert run.returncode == 0, run.stderr.decode()
+    output = run.stdout.decode()
+    assert "Mercury, Venus, Earth, Mars" in output
+    assert 1 < float(re.fullmatch(r"perplexity ([\d.]+)", output.splitlines()[-1])[1]) < 1000
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    CLI_PAGE.write_text(cli_page(), encoding="utf-8", newline="\n")
