@@ -70,7 +70,7 @@ format: $(VENV)/.lint
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py
 
-docs: $(VENV)/.run
+docs: $(VENV)/.test
 	$(BIN)/python tests/test_docs.py --write
 
 # Pins without addresses: local version labels and CUDA's packages are dropped.
@@ -89,22 +89,30 @@ clean:
 $(VENV)/.venv:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("gemkit needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q uv || echo "no uv here, going on with pip"
+	@$(BIN)/python -m pip install -q uv || echo "no uv here, going on with pip"
 	@touch $@
 
-$(VENV)/.run: $(VENV)/.venv pyproject.toml $(CONSTRAINTS) $(NATIVE)
-	$(INSTALL) -e '.[demo]'
+# The build tools stay in the environment, so that a second build compiles only what changed.
+$(VENV)/.tools: $(VENV)/.venv pyproject.toml $(CONSTRAINTS)
+	@$(INSTALL) scikit-build-core nanobind cmake ninja
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.venv pyproject.toml $(CONSTRAINTS) $(NATIVE)
-	$(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch==2.13.0)
-	$(INSTALL) -e '.[demo,test]'
+$(VENV)/.run: $(VENV)/.tools pyproject.toml $(CONSTRAINTS) $(NATIVE)
+	@echo "compiling and installing gemkit and the demo model"
+	@$(INSTALL) --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.tools pyproject.toml $(CONSTRAINTS) $(NATIVE)
+	@$(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch==2.13.0)
+	@echo "compiling and installing gemkit, the demo model and what the tests need"
+	@$(INSTALL) --no-build-isolation -e '.[demo,test]'
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.bench: $(VENV)/.run
-	CMAKE_ARGS="-DGGML_NATIVE=ON" $(BIN)/python -m pip install -q -e '.[demo,bench]'
+	@echo "installing the engines to compare with; llama.cpp is compiled for this machine"
+	@export CMAKE_ARGS="-DGGML_NATIVE=ON"; $(INSTALL) --no-build-isolation -e '.[demo,bench]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv $(CONSTRAINTS)
-	$(INSTALL) ruff clang-format
+	@$(INSTALL) ruff clang-format
 	@touch $@

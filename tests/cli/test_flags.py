@@ -1,7 +1,10 @@
 """The command line's face is frozen: a changed option is a decision, written here and in the changelog. Budget: 1 s."""
 
+import inspect
+
 import click
 
+from gemkit.api import Model, load
 from gemkit.cli import ALIASES, VERBS, cli
 
 LOAD = ["--threads", "--ctx-size", "--activations", "--json"]
@@ -58,3 +61,13 @@ def test_an_alias_is_the_same_command():
     context = click.Context(cli)
     assert cli.get_command(context, "run") is cli.get_command(context, "generate")
     assert cli.get_command(context, "nothing") is None
+
+
+def test_the_defaults_are_those_of_the_python_api():
+    generate = cli.get_command(click.Context(cli), "generate")
+    shown = {p.name: p.default for p in generate.params if p.name in ("temperature", "top_k", "top_p")}
+    signature = inspect.signature(Model.generate).parameters
+    assert shown == {name: signature[name].default for name in shown} and len(shown) == 3
+    for name in ("threads", "activations", "ctx_size"):
+        default = next(p.default for p in generate.params if p.name == name)
+        assert default in (inspect.signature(load).parameters[name].default, None)

@@ -52,7 +52,7 @@ def test_generate_json(capsys, model):
     record = json.loads(run(capsys, "generate", "demo", *args)[0])
     expected = model.generate(PROMPT, max_tokens=6, temperature=0)
     assert (record["text"], record["ids"], record["finish_reason"]) == (expected.text, list(expected.ids), "length")
-    assert record["usage"]["generated_tokens"] == 6
+    assert record["usage"]["completion_tokens"] == 6
     assert len(record["logprobs"]) == 6
     for entry in record["logprobs"]:
         assert len(entry["top"]) == 2

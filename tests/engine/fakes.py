@@ -1,4 +1,4 @@
-"""A runner whose logits depend on every visible token through the page tables, and what it must give without any pages."""
+"""A runner whose logits depend on every visible token through the page tables, and what it must give without pages."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def state(windows: tuple[int | None, ...], groups: list[np.ndarray], position: i
 
     groups: per group the visible tokens, oldest first, up to and including ``position``.
     """
-    total = np.uint64(0)
+    total = np.zeros(1, np.uint64)
     for g, (window, tokens) in enumerate(zip(windows, groups)):
         count = position + 1 if window is None else min(window, position + 1)
         assert len(tokens) == count
         positions = np.arange(position + 1 - count, position + 1, dtype=np.uint64)
         words = mix(tokens.astype(np.uint64) * np.uint64(1_000_003) + positions * np.uint64(7919) + np.uint64(g + 1))
         total += words.sum(dtype=np.uint64)
-    return mix(np.array([total]))[0]
+    return mix(total)[0]
 
 
 def logits_of(word: np.uint64) -> np.ndarray:
@@ -51,12 +51,17 @@ def words_of(windows: tuple[int | None, ...], ids: list[int]) -> list[np.uint64]
     """The word after each token, from the ids alone."""
     ids = np.array(ids)
     return [
-        state(windows, [ids[0 if w is None else max(0, p - w + 1) : p + 1] for w in windows], p) for p in range(len(ids))
+        state(windows, [ids[0 if w is None else max(0, p - w + 1) : p + 1] for w in windows], p)
+        for p in range(len(ids))
     ]
 
 
 def continue_alone(
-    windows: tuple[int | None, ...], prompt: list[int], count: int, sampling: Sampling, stop_ids: frozenset[int] = frozenset()
+    windows: tuple[int | None, ...],
+    prompt: list[int],
+    count: int,
+    sampling: Sampling,
+    stop_ids: frozenset[int] = frozenset(),
 ) -> list[int]:
     """What a request must generate, by one forward pass per token over all ids."""
     ids = list(prompt)
@@ -117,7 +122,9 @@ class FakeRunner:
     def words(self, batch: Batch) -> list[np.uint64]:
         size = len(batch.positions)
         assert batch.tokens.dtype == batch.starts.dtype == batch.positions.dtype == np.int32
-        assert batch.counters.dtype == np.int64 and batch.sample.dtype == bool and batch.prompt_lengths.dtype == np.int32
+        assert (
+            batch.counters.dtype == np.int64 and batch.sample.dtype == bool and batch.prompt_lengths.dtype == np.int32
+        )
         assert batch.starts[0] == 0 and batch.starts[-1] == len(batch.tokens) <= self.max_tokens_per_step
         assert len(batch.sample) == len(batch.sampling) == len(batch.counters) == len(batch.history) == size
         self.steps.append(np.diff(batch.starts).tolist())

@@ -77,6 +77,12 @@ def test_ties_go_to_the_lower_id():
     assert top.tolist() == [1, 3, 4, 2] and top.dtype == np.int32
 
 
+def test_a_draw_on_a_boundary_goes_to_the_next_token(monkeypatch):
+    for u, token in [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (0.7499, 2)]:
+        monkeypatch.setattr("gemkit.engine.sampling.uniform", lambda seed, counter, u=u: u)
+        assert sample(np.zeros(4, np.float32), Sampling(temperature=1.0), 0, NONE, 0)[0] == token
+
+
 def test_the_whole_vocabulary_and_tiny_temperatures():
     logits = random_logits(3)
     assert len(kept(logits, Sampling(temperature=1.0))[0]) == 50
@@ -97,7 +103,13 @@ def test_draws_follow_the_distribution():
 
 def test_random_numbers_are_splitmix64():
     # Outputs of the published generator for the state 1234567.
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     assert [uniform(1234567, n) for n in range(5)] == [(z >> 11) / 2**53 for z in published]
     u = np.array([uniform(2**64 - 1, n) for n in range(4000)])
     assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.02 and abs(np.corrcoef(u[1:], u[:-1])[0, 1]) < 0.05
@@ -146,7 +158,11 @@ def test_kept_sets_equal_those_of_transformers():
         history = generator.integers(0, 50, 12).astype(np.int32)
         ids = torch.tensor(history.astype(np.int64))[None]
         temperature = float(generator.choice([0.5, 1.0, 2.0]))
-        k, p, floor = int(generator.integers(1, 50)), float(generator.uniform(0.1, 0.99)), float(generator.uniform(0.01, 0.5))
+        k, p, floor = (
+            int(generator.integers(1, 50)),
+            float(generator.uniform(0.1, 0.99)),
+            float(generator.uniform(0.01, 0.5)),
+        )
         for s, warpers in (
             (Sampling(temperature=temperature, top_k=k), [hf.TopKLogitsWarper(k)]),
             (Sampling(temperature=temperature, top_p=p), [hf.TopPLogitsWarper(p)]),
@@ -173,7 +189,10 @@ def test_kept_sets_equal_those_of_transformers():
         ("frequency_penalty", [math.nan, math.inf, "2"]),
         ("seed", [-1, 2**64, 0.5, None]),
         ("logprobs", [-1, 21, 2.0]),
-        ("logit_bias", [{-1: 1.0}, {1: math.nan}, {1: math.inf}, {"a": 1.0}, [(1, 2.0), (1, 3.0)], 5, [1, 2], {1.5: 1}]),
+        (
+            "logit_bias",
+            [{-1: 1.0}, {1: math.nan}, {1: math.inf}, {"a": 1.0}, [(1, 2.0), (1, 3.0)], 5, [1, 2], {1.5: 1}],
+        ),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(field: str, values: list):
@@ -188,7 +207,9 @@ def test_good_settings_are_normalised():
         temperature=np.float32(1), top_k=np.int64(5), logit_bias={9: 1, 3: np.float32(2)}, seed=2**64 - 1, logprobs=20
     )
     assert s.logit_bias == ((3, 2.0), (9, 1.0)) and type(s.top_k) is int and type(s.temperature) is float
-    assert hash(s) == hash(Sampling(temperature=1.0, top_k=5, logit_bias=((3, 2.0), (9, 1.0)), seed=2**64 - 1, logprobs=20))
+    assert hash(s) == hash(
+        Sampling(temperature=1.0, top_k=5, logit_bias=((3, 2.0), (9, 1.0)), seed=2**64 - 1, logprobs=20)
+    )
     with pytest.raises(UsageError, match="token 9"):
         s.check_vocabulary(9)
     s.check_vocabulary(10)

@@ -1,7 +1,29 @@
-from types import SimpleNamespace
+"""A vocabulary of 300 pieces: letters, digits, every byte, and Gemma's control tokens at Gemma 1's ids."""
+
+import functools
+import string
+
+import numpy as np
+
+from gemkit.text.tokenizer import Tokenizer, Vocabulary
+
 STOP = frozenset({1, 107})
-PIECES = ["<pad>","<eos>","<bos>","<unk>"] + [chr(0x4e00+i) for i in range(4, 44)] + [f"<0x{b:02X}>" for b in range(256)]
-for i, c in enumerate("abcdefghxyz"): PIECES[10+i] = c
-PIECES += ["q"]*(300-len(PIECES))
-def tokenizer():
-    return SimpleNamespace(vocab_size=300, stop_ids={1,107}, piece=lambda i: "" if i in (1,107) or i<4 else PIECES[i], piece_to_id=PIECES.index)
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+
+
+@functools.cache
+def vocabulary() -> Vocabulary:
+    letters = [*string.ascii_lowercase, *string.digits, "▁", "\n"]
+    pieces = [(letter, NORMAL) for letter in letters] + [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
+    pieces = [("<pad>", CONTROL), ("<eos>", CONTROL), ("<bos>", CONTROL), ("<unk>", UNKNOWN), *pieces]
+    pieces[106:106] = [("<start_of_turn>", CONTROL), ("<end_of_turn>", CONTROL)]
+    return Vocabulary(
+        pieces=[piece.encode() for piece, _ in pieces],
+        scores=np.arange(0, -len(pieces), -1, dtype=np.float32),
+        types=np.array([kind for _, kind in pieces], np.int32),
+    )
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_vocabulary(vocabulary())

@@ -14,42 +14,70 @@ GEMKIT_INLINE f32x16 load_cache(const Element* p) {
     return load(reinterpret_cast<const float*>(p));
 }
 
+// With few queries, several groups of lanes go together: each sum is one chain of dependent operations.
+template <int M>
+constexpr int kTogether = M == 1 ? 4 : M <= 3 ? 2 : 1;
+
+// acc[u][m] = fma(w_u[k], x[m][k], acc[u][m]) for k in [0, n); load(u, k) gives sixteen lanes.
+template <int U, int M, class Load>
+GEMKIT_INLINE void accumulate_groups(f32x16 (&acc)[U][M], int64_t n, Load load_lanes, const float* const* x) {
+  for (int64_t k = 0; k < n; k++) {
+    f32x16 w[U];
+#pragma GCC unroll 4
+    for (int u = 0; u < U; u++) w[u] = load_lanes(u, k);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const f32x16 v = set1(x[m][k]);
+#pragma GCC unroll 4
+      for (int u = 0; u < U; u++) acc[u][m] = fma(w[u], v, acc[u][m]);
+    }
+  }
+}
+
 // scores[m][s - first] for one page, all positions of it; masked ones are -inf
 template <int M, class Element>
 static void score_page(const Attend& a, int64_t page, int64_t first, const int64_t* lowest, const int64_t* highest) {
+  constexpr int U = kTogether<M>;
   const Element* keys = reinterpret_cast<const Element*>(a.pages[page] + a.keys_offset);
-  for (int g = 0; g < kPagePositions / 16; g++, keys += a.head_dim * 16) {
-    const int64_t s = page * kPagePositions + g * 16;
+  for (int g = 0; g < kPagePositions / 16; g += U, keys += U * a.head_dim * 16) {
+    const int64_t s0 = page * kPagePositions + g * 16;
+    float* out = a.scores + (s0 - first);
     bool any = false;
-    for (int m = 0; m < M; m++) any |= s <= highest[m] && s + 15 >= lowest[m];
-    float* out = a.scores + (s - first);
+    for (int m = 0; m < M; m++) any |= s0 <= highest[m] && s0 + 16 * U - 1 >= lowest[m];
     if (!any) {
-      for (int m = 0; m < M; m++) store(out + m * a.scores_stride, set1(-INFINITY));
+      for (int m = 0; m < M; m++)
+        for (int u = 0; u < U; u++) store(out + m * a.scores_stride + 16 * u, set1(-INFINITY));
       continue;
     }
-    f32x16 acc[M];
-    for (int m = 0; m < M; m++) acc[m] = zero();
-    accumulate<M>(acc, a.head_dim, [&](int64_t k) { return load_cache(keys + k * 16); }, a.queries);
-    for (int m = 0; m < M; m++) {
-      f32x16 v = a.softcap > 0 ? cap_lanes(acc[m], a.softcap) : acc[m];
-      float* row = out + m * a.scores_stride;
-      store(row, v);
-      for (int64_t i = 0; i < 16; i++)
-        if (s + i < lowest[m] || s + i > highest[m]) row[i] = -INFINITY;
-    }
+    f32x16 acc[U][M];
+    for (int u = 0; u < U; u++)
+      for (int m = 0; m < M; m++) acc[u][m] = zero();
+    accumulate_groups<U, M>(acc, a.head_dim, [&](int u, int64_t k) { return load_cache(keys + (u * a.head_dim + k) * 16); }, a.queries);
+    for (int u = 0; u < U; u++)
+      for (int m = 0; m < M; m++) {
+        float* row = out + m * a.scores_stride + 16 * u;
+        const int64_t s = s0 + 16 * u;
+        store(row, a.softcap > 0 ? cap_lanes(acc[u][m], a.softcap) : acc[u][m]);
+        if (s >= lowest[m] && s + 15 <= highest[m]) continue;
+        for (int64_t i = 0; i < 16; i++)
+          if (s + i < lowest[m] || s + i > highest[m]) row[i] = -INFINITY;
+      }
   }
 }
 
 template <int M, class Element>
 static void weigh_page(const Attend& a, int64_t page, int64_t first) {
+  constexpr int U = M <= 3 ? 2 : 1;  // head_dim is a multiple of 32
   const Element* values = reinterpret_cast<const Element*>(a.pages[page] + a.values_offset);
   const float* weights[M];
   for (int m = 0; m < M; m++) weights[m] = a.scores + m * a.scores_stride + (page * kPagePositions - first);
-  for (int64_t h = 0; h < a.head_dim; h += 16) {
-    f32x16 acc[M];
-    for (int m = 0; m < M; m++) acc[m] = load(a.out[m] + h);
-    accumulate<M>(acc, kPagePositions, [&](int64_t k) { return load_cache(values + k * a.head_dim + h); }, weights);
-    for (int m = 0; m < M; m++) store(a.out[m] + h, acc[m]);
+  for (int64_t h = 0; h < a.head_dim; h += 16 * U) {
+    f32x16 acc[U][M];
+    for (int u = 0; u < U; u++)
+      for (int m = 0; m < M; m++) acc[u][m] = load(a.out[m] + h + 16 * u);
+    accumulate_groups<U, M>(acc, kPagePositions, [&](int u, int64_t k) { return load_cache(values + k * a.head_dim + h + 16 * u); }, weights);
+    for (int u = 0; u < U; u++)
+      for (int m = 0; m < M; m++) store(a.out[m] + h + 16 * u, acc[u][m]);
   }
 }
 

@@ -1,6 +1,6 @@
 // Shape of the quantised product, shared by all instruction sets: few rows are multiplied straight from the packed records,
 // many rows pass over a panel whose codes were unpacked once into the first-level cache.
-// The including file sets GEMKIT_FUSED_ROWS and GEMKIT_TILE_ROWS, then defines fused_panel, unpack_chunk, tile and peak_int8.
+// The including file sets GEMKIT_FUSED_ROWS and GEMKIT_TILE_ROWS, then defines fused_panels, unpack_chunk, tile and peak_int8.
 #pragma once
 #include <utility>
 
@@ -30,9 +30,9 @@ struct Chunk {
 
 constexpr int kFusedRows = GEMKIT_FUSED_ROWS, kTileRows = GEMKIT_TILE_ROWS;
 
-// y[m..m+M) of one panel, unpacking in registers.
+// y[m..m+M) of panels [p0, p1), unpacking in registers.
 template <class F, int M>
-static void fused_panel(const Product& product, int64_t m, int64_t p);
+static void fused_panels(const Product& product, int64_t m, int64_t p0, int64_t p1);
 // Blocks [b0, b0 + count) of panel p.
 template <class F>
 static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chunk& chunk);
@@ -41,11 +41,6 @@ template <class F, int M>
 static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y, bool first);
 
 constexpr int32_t kMagicBits = 0x4B400000;  // the float 1.5·2^23: an int32 sum that starts here is, as a float, 1.5·2^23 + sum
-
-template <class F, int M>
-static void fused_panels(const Product& product, int64_t m, int64_t p0, int64_t p1) {
-  for (int64_t p = p0; p < p1; p++) fused_panel<F, M>(product, m, p);
-}
 
 template <class F, int... I>
 static void fused_rows(int rows, const Product& product, int64_t m, int64_t p0, int64_t p1, std::integer_sequence<int, I...>) {

@@ -86,27 +86,58 @@ GEMKIT_INLINE void one_quad(const ChunkCodes<F>& source, int quad, __m256i& code
   if constexpr (F::R == 4) low = load256(p + 64);
 }
 
-// Exact int32 sums over a block of code · q, eight rows by M activation rows; sums[sub-block][m].
-template <class F, int M, class Codes>
-GEMKIT_INLINE void block_sums(const Codes& source, const ActivationBlock* const* a, __m256i (&sums)[F::kSub][M]) {
+// Adds to sums[sub-block][half][m] what the spare part of each row's largest value contributes.
+template <class F, int M, int Halves, class Codes>
+GEMKIT_INLINE void spare_sums(const Codes (&source)[Halves], const ActivationBlock* const* a, __m256i (&sums)[F::kSub][Halves][M]) {
+  const __m256i ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    const __m256i x = broadcast4(a[m]->spare);
+    const int quad = a[m]->quad;
+#pragma GCC unroll 4
+    for (int h = 0; h < Halves; h++) {
+      __m256i codes, low;
+      one_quad<F>(source[h], quad, codes, low);
+      __m256i s = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), F::R == 4 ? sixteens : ones);
+      if constexpr (F::R == 4) s = _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones));
+      if constexpr (F::kSub == 2) {
+        const __m256i later = _mm256_set1_epi32(quad < 4 ? 0 : -1);
+        sums[0][h][m] = _mm256_add_epi32(sums[0][h][m], _mm256_andnot_si256(later, s));
+        sums[1][h][m] = _mm256_add_epi32(sums[1][h][m], _mm256_and_si256(later, s));
+      } else {
+        sums[0][h][m] = _mm256_add_epi32(sums[0][h][m], s);
+      }
+    }
+  }
+}
+
+// Exact int32 sums over a block of code · q, eight rows a half by M activation rows.
+template <class F, int M, int Halves, class Codes>
+GEMKIT_INLINE void block_sums(const Codes (&source)[Halves], const ActivationBlock* const* a, __m256i (&sums)[F::kSub][Halves][M]) {
   const __m256i ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16);
   constexpr int kPerFlush = F::R == 1 ? 2 : F::R == 2 ? 1 : 4;  // pairs of quads that int16 can hold
-  __m256i part[M], part_low[M];
+  __m256i part[Halves][M], part_low[Halves][M];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; j++) {
-    __m256i codes[2], low[2];
-    source.quads(j, codes, low);
+    __m256i codes[Halves][2], low[Halves][2];
+#pragma GCC unroll 4
+    for (int h = 0; h < Halves; h++) source[h].quads(j, codes[h], low[h]);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
       const bool fresh = j % kPerFlush == 0 && i == 0;
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
         const __m256i x = broadcast4(a[m]->q + 8 * j + 4 * i);
-        const __m256i s = _mm256_maddubs_epi16(codes[i], x);
-        part[m] = fresh ? s : _mm256_add_epi16(part[m], s);
-        if constexpr (F::R == 4) {
-          const __m256i t = _mm256_maddubs_epi16(low[i], x);
-          part_low[m] = fresh ? t : _mm256_add_epi16(part_low[m], t);
+#pragma GCC unroll 4
+        for (int h = 0; h < Halves; h++) {
+          const __m256i s = _mm256_maddubs_epi16(codes[h][i], x);
+          part[h][m] = fresh ? s : _mm256_add_epi16(part[h][m], s);
+          GEMKIT_PIN(part[h][m]);
+          if constexpr (F::R == 4) {
+            const __m256i t = _mm256_maddubs_epi16(low[h][i], x);
+            part_low[h][m] = fresh ? t : _mm256_add_epi16(part_low[h][m], t);
+            GEMKIT_PIN(part_low[h][m]);
+          }
         }
       }
     }
@@ -114,28 +145,16 @@ GEMKIT_INLINE void block_sums(const Codes& source, const ActivationBlock* const*
       const int sub = F::kSub == 2 ? j / 2 : 0;
       const bool fresh = F::kSub == 2 ? j % 2 == 0 : j < kPerFlush;
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        __m256i s = _mm256_madd_epi16(part[m], F::R == 4 ? sixteens : ones);
-        if constexpr (F::R == 4) s = _mm256_add_epi32(s, _mm256_madd_epi16(part_low[m], ones));
-        sums[sub][m] = fresh ? s : _mm256_add_epi32(sums[sub][m], s);
-      }
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int h = 0; h < Halves; h++) {
+          __m256i s = _mm256_madd_epi16(part[h][m], F::R == 4 ? sixteens : ones);
+          if constexpr (F::R == 4) s = _mm256_add_epi32(s, _mm256_madd_epi16(part_low[h][m], ones));
+          sums[sub][h][m] = fresh ? s : _mm256_add_epi32(sums[sub][h][m], s);
+        }
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; m++) {
-    __m256i codes, low;
-    one_quad<F>(source, a[m]->quad, codes, low);
-    const __m256i x = broadcast4(a[m]->spare);
-    __m256i s = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), F::R == 4 ? sixteens : ones);
-    if constexpr (F::R == 4) s = _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones));
-    if constexpr (F::kSub == 2) {
-      const __m256i later = _mm256_set1_epi32(a[m]->quad < 4 ? 0 : -1);
-      sums[0][m] = _mm256_add_epi32(sums[0][m], _mm256_andnot_si256(later, s));
-      sums[1][m] = _mm256_add_epi32(sums[1][m], _mm256_and_si256(later, s));
-    } else {
-      sums[0][m] = _mm256_add_epi32(sums[0][m], s);
-    }
-  }
+  spare_sums<F, M, Halves>(source, a, sums);
 }
 
 // f += (sum − offset · sum q) · scale · scale_x, with the roundings of the contract.
@@ -172,41 +191,78 @@ GEMKIT_INLINE int32_t activation_sum(const ActivationBlock& a, int sub) {
   return sub == 0 ? a.first_sum : a.sum - a.first_sum;
 }
 
-template <class F, int M>
-static void fused_panel(const Product& product, int64_t m, int64_t p) {
-  constexpr int kAhead = 2048;  // bytes prefetched ahead of the record being read
-  const Packed& w = *product.w;
-  const ActivationBlock* a[M];
-  for (int i = 0; i < M; i++) a[i] = product.a->blocks + (m + i) * product.a->per_row;
-  __m256 f[2][M];
-  for (int i = 0; i < M; i++) f[0][i] = f[1][i] = _mm256_setzero_ps();
+// Folds a block's sums into f[half][m], given its scales and minima.
+template <class F, int M, int Halves, class Scale, class Minimum>
+GEMKIT_INLINE void fold_block(__m256 (&f)[Halves][M], const __m256i (&sums)[F::kSub][Halves][M], const ActivationBlock* const* a,
+                              Scale scale_of, Minimum minimum_of) {
   const __m256 magic = _mm256_set1_ps(-kRoundMagic);
-  const uint8_t *record = w.panel(p), *super = record;
-  for (int64_t b = 0; b < w.blocks(); b++) {
-    if (F::kQuant && b % 8 == 0) super = record, record += F::kSuperBytes;
-    for (int line = 0; line < F::kRecord; line += 64) _mm_prefetch(reinterpret_cast<const char*>(record + kAhead + line), _MM_HINT_T0);
+#pragma GCC unroll 4
+  for (int h = 0; h < Halves; h++) {
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-      __m256i sums[F::kSub][M];
-      block_sums<F, M>(RecordCodes<F>{record, half}, a, sums);
-#pragma GCC unroll 2
-      for (int h = 0; h < F::kSub; h++) {
-        const __m256 scale = record_scale<F>(record, super, h, half), shifted = _mm256_mul_ps(scale, magic);
+    for (int sub = 0; sub < F::kSub; sub++) {
+      const __m256 scale = scale_of(sub, h), shifted = _mm256_mul_ps(scale, magic);
 #pragma GCC unroll 8
-        for (int i = 0; i < M; i++)
-          f[half][i] = fold<F>(f[half][i], sums[h][i], activation_sum<F>(*a[i], h), scale, shifted, a[i]->scale);
-      }
-      if constexpr (F::kMinimum) {
-        const __m256 minimum = record_minimum<F>(record, super, half);
-        for (int i = 0; i < M; i++) f[half][i] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(a[i]->scaled_sum), f[half][i]);
-      }
+      for (int m = 0; m < M; m++)
+        f[h][m] = fold<F>(f[h][m], sums[sub][h][m], activation_sum<F>(*a[m], sub), scale, shifted, a[m]->scale);
     }
-    record += F::kRecord;
+    if constexpr (F::kMinimum) {
+      const __m256 minimum = minimum_of(h);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) f[h][m] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(a[m]->scaled_sum), f[h][m]);
+    }
+  }
+}
+
+// Panels p … p + Panels − 1, side by side: they share the broadcasts of the activations and keep more reads in flight.
+template <class F, int M, int Panels>
+GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64_t p) {
+  constexpr int kAhead = 2048;  // bytes prefetched ahead of the record being read
+  // Halves of panels worked on together, as many as the registers hold
+  constexpr int kHalves = F::R == 4 && M > 2 ? 1 : 2 * Panels;
+  const Packed& w = *product.w;
+  const int64_t blocks = w.blocks();
+  const ActivationBlock* a[M];
+  __m256 f[2 * Panels / kHalves][kHalves][M];
+  for (int i = 0; i < M; i++) {
+    a[i] = product.a->blocks + (m + i) * product.a->per_row;
+    for (int h = 0; h < 2 * Panels; h++) f[h / kHalves][h % kHalves][i] = _mm256_setzero_ps();
+  }
+  const uint8_t *record[Panels], *super[Panels];
+  for (int n = 0; n < Panels; n++) record[n] = super[n] = w.panel(p + n);
+  for (int64_t b = 0; b < blocks; b++) {
+#pragma GCC unroll 2
+    for (int n = 0; n < Panels; n++) {
+      if (F::kQuant && b % 8 == 0) super[n] = record[n], record[n] += F::kSuperBytes;
+#pragma GCC unroll 16
+      for (int line = 0; line < F::kRecord; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(record[n] + kAhead + line), _MM_HINT_T0);
+    }
+#pragma GCC unroll 2
+    for (int h0 = 0; h0 < 2 * Panels; h0 += kHalves) {
+      RecordCodes<F> source[kHalves];
+#pragma GCC unroll 4
+      for (int h = 0; h < kHalves; h++) source[h] = {record[(h0 + h) / 2], (h0 + h) % 2};
+      __m256i sums[F::kSub][kHalves][M];
+      block_sums<F, M, kHalves>(source, a, sums);
+      fold_block<F, M, kHalves>(
+          f[h0 / kHalves], sums, a,
+          [&](int sub, int h) { return record_scale<F>(record[(h0 + h) / 2], super[(h0 + h) / 2], sub, (h0 + h) % 2); },
+          [&](int h) { return record_minimum<F>(record[(h0 + h) / 2], super[(h0 + h) / 2], (h0 + h) % 2); });
+    }
+    for (int n = 0; n < Panels; n++) record[n] += F::kRecord;
     for (int i = 0; i < M; i++) a[i]++;
   }
   for (int i = 0; i < M; i++)
-    for (int half = 0; half < 2; half++)
-      _mm256_storeu_ps(product.y + (m + i) * product.ldy + p * kPanelRows + 8 * half, f[half][i]);
+    for (int h = 0; h < 2 * Panels; h++) 
+      _mm256_storeu_ps(product.y + (m + i) * product.ldy + p * kPanelRows + 8 * h, f[h / kHalves][h % kHalves][i]);
+}
+
+template <class F, int M>
+static void fused_panels(const Product& product, int64_t m, int64_t p0, int64_t p1) {
+  int64_t p = p0;
+  if constexpr (M == 1)
+    for (; p + 2 <= p1; p += 2) fused_panel<F, M, 2>(product, m, p);
+  for (; p < p1; p++) fused_panel<F, M, 1>(product, m, p);
 }
 
 template <class F>
@@ -232,45 +288,56 @@ static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chun
   }
 }
 
+// Halves [h0, h0 + Halves) of the panel; the 8-bit form needs two partial sums a row and so takes one half at a time.
+template <class F, int M, int Halves>
+GEMKIT_NOINLINE static void tile_halves(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y, bool first, int h0) {
+  const ActivationBlock* a[M];
+  alignas(32) float f[Halves][M][8];
+  for (int i = 0; i < M; i++) {
+    a[i] = rows[i];
+    for (int h = 0; h < Halves; h++)
+      _mm256_store_ps(f[h][i], first ? _mm256_setzero_ps() : _mm256_loadu_ps(y[i] + 8 * (h0 + h)));
+  }
+  for (int b = 0; b < count; b++) {
+    ChunkCodes<F> source[Halves];
+    for (int h = 0; h < Halves; h++) source[h] = {chunk.codes + (F::R == 4 ? 1024 : 512) * b, h0 + h};
+    __m256i sums[F::kSub][Halves][M];
+    block_sums<F, M, Halves>(source, a, sums);
+    __m256 g[Halves][M];
+    for (int h = 0; h < Halves; h++)
+      for (int i = 0; i < M; i++) g[h][i] = _mm256_load_ps(f[h][i]);
+    fold_block<F, M, Halves>(
+        g, sums, a, [&](int sub, int h) { return _mm256_load_ps(chunk.scale[b * F::kSub + sub] + 8 * (h0 + h)); },
+        [&](int h) { return _mm256_load_ps(chunk.minimum[b] + 8 * (h0 + h)); });
+    for (int h = 0; h < Halves; h++)
+      for (int i = 0; i < M; i++) _mm256_store_ps(f[h][i], g[h][i]);
+    for (int i = 0; i < M; i++) a[i]++;
+  }
+  for (int i = 0; i < M; i++)
+    for (int h = 0; h < Halves; h++) _mm256_storeu_ps(y[i] + 8 * (h0 + h), _mm256_load_ps(f[h][i]));
+}
+
 template <class F, int M>
 static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y, bool first) {
-  const __m256 magic = _mm256_set1_ps(-kRoundMagic);
-  for (int half = 0; half < 2; half++) {
-    const ActivationBlock* a[M];
-    __m256 f[M];
-    for (int i = 0; i < M; i++) a[i] = rows[i], f[i] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(y[i] + 8 * half);
-    for (int b = 0; b < count; b++) {
-      __m256i sums[F::kSub][M];
-      block_sums<F, M>(ChunkCodes<F>{chunk.codes + (F::R == 4 ? 1024 : 512) * b, half}, a, sums);
-#pragma GCC unroll 2
-      for (int h = 0; h < F::kSub; h++) {
-        const __m256 scale = _mm256_load_ps(chunk.scale[b * F::kSub + h] + 8 * half), shifted = _mm256_mul_ps(scale, magic);
-#pragma GCC unroll 8
-        for (int i = 0; i < M; i++) f[i] = fold<F>(f[i], sums[h][i], activation_sum<F>(*a[i], h), scale, shifted, a[i]->scale);
-      }
-      if constexpr (F::kMinimum) {
-        const __m256 minimum = _mm256_load_ps(chunk.minimum[b] + 8 * half);
-        for (int i = 0; i < M; i++) f[i] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(a[i]->scaled_sum), f[i]);
-      }
-      for (int i = 0; i < M; i++) a[i]++;
-    }
-    for (int i = 0; i < M; i++) _mm256_storeu_ps(y[i] + 8 * half, f[i]);
+  if constexpr (F::R == 4) {
+    tile_halves<F, M, 1>(chunk, count, rows, y, first, 0);
+    tile_halves<F, M, 1>(chunk, count, rows, y, first, 1);
+  } else {
+    tile_halves<F, M, 2>(chunk, count, rows, y, first, 0);
   }
 }
 
 static int64_t peak_int8(int64_t rounds) {
-  constexpr int kChains = 8;
-  __m256i sum[kChains];
-  for (int i = 0; i < kChains; i++) sum[i] = _mm256_set1_epi8(static_cast<char>(i));
+  __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0, t;
   const __m256i w = _mm256_set1_epi8(3), x = _mm256_set1_epi8(5);
-  for (int64_t r = 0; r < rounds; r++)
-#pragma GCC unroll 8
-    for (int i = 0; i < kChains; i++) {
-      __m256i product;
-      asm volatile("vpmaddubsw %2, %1, %0" : "=x"(product) : "x"(w), "x"(x));
-      asm volatile("vpaddw %1, %0, %0" : "+x"(sum[i]) : "x"(product));
-    }
-  return rounds * kChains * 64;
+#define GEMKIT_STEP(sum)                                                      \
+  asm volatile("vpmaddubsw %2, %1, %0" : "=x"(t) : "x"(w), "x"(x)); \
+  asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(t));
+  for (int64_t r = 0; r < rounds; r++) {
+    GEMKIT_STEP(s0) GEMKIT_STEP(s1) GEMKIT_STEP(s2) GEMKIT_STEP(s3) GEMKIT_STEP(s4) GEMKIT_STEP(s5) GEMKIT_STEP(s6) GEMKIT_STEP(s7)
+  }
+#undef GEMKIT_STEP
+  return rounds * 8 * 64;
 }
 
 GEMKIT_KERNEL_TABLE("avx2")

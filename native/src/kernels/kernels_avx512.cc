@@ -71,6 +71,7 @@ GEMKIT_INLINE void block_sums(const Codes& source, const ActivationBlock* const*
     for (int m = 0; m < M; m++) {
       __m512i& sum = sums[F::kSub == 2 ? q / 4 : 0][m];
       sum = _mm512_dpbusd_epi32(sum, codes, broadcast4(a[m]->q + 4 * q));
+      GEMKIT_PIN(sum);
     }
   }
 #pragma GCC unroll 16
@@ -107,7 +108,7 @@ GEMKIT_INLINE f32x16 record_minimum(const uint8_t* record, const uint8_t* super)
 }
 
 template <class F, int M>
-static void fused_panel(const Product& product, int64_t m, int64_t p) {
+GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64_t p) {
   constexpr int kAhead = 2048;
   const Packed& w = *product.w;
   const ActivationBlock* a[M];
@@ -134,6 +135,11 @@ static void fused_panel(const Product& product, int64_t m, int64_t p) {
   for (int i = 0; i < M; i++) store(product.y + (m + i) * product.ldy + p * kPanelRows, f[i]);
 }
 
+template <class F, int M>
+static void fused_panels(const Product& product, int64_t m, int64_t p0, int64_t p1) {
+  for (int64_t p = p0; p < p1; p++) fused_panel<F, M>(product, m, p);
+}
+
 template <class F>
 static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chunk& chunk) {
   for (int b = 0; b < count; b++) {
@@ -147,7 +153,7 @@ static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chun
 }
 
 template <class F, int M>
-static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y, bool first) {
+GEMKIT_NOINLINE static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y, bool first) {
   const f32x16 magic = set1(-kRoundMagic);
   const ActivationBlock* a[M];
   f32x16 f[M];

@@ -19,8 +19,21 @@
 
 #if defined(_MSC_VER)
 #define GEMKIT_INLINE static __forceinline
+#define GEMKIT_NOINLINE __declspec(noinline)
 #else
 #define GEMKIT_INLINE static inline __attribute__((always_inline))
+#define GEMKIT_NOINLINE __attribute__((noinline))
+#endif
+
+// Keeps a running sum where it is written: left alone, GCC delays a block's additions and spills every product meanwhile.
+#if defined(__GNUC__) && (defined(GEMKIT_AVX2) || (defined(GEMKIT_AVX512) && !defined(GEMKIT_SIMDE)))
+#if defined(GEMKIT_AVX512)
+#define GEMKIT_PIN(sum) asm volatile("" : "+v"(sum))
+#else
+#define GEMKIT_PIN(sum) asm volatile("" : "+x"(sum))
+#endif
+#else
+#define GEMKIT_PIN(sum) (void)0
 #endif
 
 namespace gemkit::GEMKIT_ISA {

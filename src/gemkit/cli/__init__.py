@@ -8,6 +8,7 @@ from importlib import import_module
 
 import click
 
+from gemkit import __version__
 from gemkit.cli.common import failure
 
 VERBS = ("generate", "score", "show", "bench")
@@ -28,13 +29,11 @@ class _Verbs(click.Group):
         except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
             raise
         except Exception as error:
-            if ctx.params["debug"]:
-                raise
-            raise failure(error) from error
+            raise error if ctx.params["debug"] else failure(error) from error
 
 
 @click.group(cls=_Verbs, epilog="'gemkit VERB --help' lists a verb's options.")
-@click.version_option(package_name="gemkit", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, envvar="GEMKIT_DEBUG", help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """Run Google's Gemma models on this machine's CPU."""

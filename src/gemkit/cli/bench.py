@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gemkit.api import Model
 
 
-@click.command("bench")
+@click.command("bench", short_help="Measure speed, and how near it is to the machine's limits.")
 @model_argument
 @click.option(
     "--prompt-tokens", type=click.IntRange(1), metavar="N", default=512, show_default=True, help="Length of the prompt."
@@ -56,14 +56,17 @@ def command(
         runs = [_run(loaded, prompt_tokens, max_tokens, repetition) for repetition in range(reps + 1)][1:]
         memory = peak_memory()
         prefill, decode = (statistics.median(rates) for rates in zip(*runs))
-        bandwidth = _native.measure_bandwidth(loaded.threads)
-        peak = _native.measure_int8_peak(loaded.threads)
+        bandwidth = _native.measure_bandwidth(loaded.engine.runner.threads)
+        peak = _native.measure_int8_peak(loaded.engine.runner.threads)
         _, body = loaded.config.parameter_counts()
-        weights = sum(tensor.data.nbytes for tensor in loaded.checkpoint.tensors.values())
-        count = loaded.threads
+        weights, count, path = (
+            loaded.engine.runner.weight_bytes,
+            loaded.engine.runner.threads,
+            loaded.engine.runner.path,
+        )
     record = {
         "model": model,
-        "kernels": _native.path(),
+        "kernels": path,
         "activations": activations,
         "threads": count,
         "prompt_tokens": prompt_tokens,

@@ -1,8 +1,9 @@
 """`gemkit generate MODEL --prompt TEXT`: write text, piece by piece."""
 
+import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -21,7 +22,7 @@ from gemkit.cli.common import (
 from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from gemkit.api import Model
+    from gemkit.api import Completion, Model, Piece, Usage
 
 
 class _Bias(click.ParamType):
@@ -35,23 +36,23 @@ class _Bias(click.ParamType):
             self.fail(f"{value!r} is not ID=VALUE, such as 106=-5.", param, ctx)
 
 
-def _real(*names: str, help: str) -> Callable:
-    return click.option(*names, type=float, metavar="X", help=help)
+def _real(*names: str, default: float | None = None, help: str) -> Callable:
+    return click.option(*names, type=float, metavar="X", default=default, show_default=True, help=help)
 
 
-def _whole(name: str, *, help: str) -> Callable:
-    return click.option(name, type=int, metavar="N", help=help)
+def _whole(name: str, default: int | None = None, *, help: str) -> Callable:
+    return click.option(name, type=int, metavar="N", default=default, show_default=True, help=help)
 
 
-@click.command("generate")
+@click.command("generate", short_help="Write text.")
 @model_argument
 @click.option("--prompt", required=True, type=Text(), help="The text to go on from; - reads standard input.")
 @click.option("--system-prompt", type=Text(), help="Instructions put before the prompt (instruction-tuned models).")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
-@click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Stop after so many tokens.")
-@_real("--temp", "--temperature", "temperature", help="0 takes the likeliest token.")
-@_whole("--top-k", help="Draw from the N likeliest tokens; 0 is off.")
-@_real("--top-p", help="Draw from the likeliest tokens that make up this share.")
+@_whole("--max-tokens", default=256, help="Stop after so many tokens.")
+@_real("--temp", "--temperature", "temperature", default=1.0, help="0 takes the likeliest token.")
+@_whole("--top-k", default=64, help="Draw from the N likeliest tokens; 0 is off.")
+@_real("--top-p", default=0.95, help="Draw from the likeliest tokens that make up this share.")
 @_real("--min-p", help="Leave out tokens under this share of the likeliest.")
 @_real("--repetition-penalty", help="Above 1 discourages what the text already has.")
 @_real("--presence-penalty", help="Taken off the logit of every token generated before.")
@@ -68,6 +69,8 @@ def command(
     prompt: str,
     system_prompt: str | None,
     raw: bool,
+    max_tokens: int,
+    stop: tuple[str, ...],
     verbose: bool,
     threads: int | None,
     ctx_size: int | None,
@@ -76,7 +79,7 @@ def command(
     logprobs: int | None,
     **sampling: object,
 ) -> None:
-    """Write text with MODEL: a GGUF file or `demo`.
+    """Write text with MODEL: a GGUF file, a folder with one, or `demo`.
 
     An instruction-tuned model gets the prompt as a user's turn, a pretrained one goes on from it.
     """
@@ -84,34 +87,43 @@ def command(
         raise UsageError("--logprobs needs --json: text alone has no place for them")
     if raw and system_prompt is not None:
         raise UsageError("--system-prompt is part of the chat template, which --raw leaves out: drop one of them")
-    text = read_text(prompt) if prompt == "-" else prompt
+    if max_tokens < 1:
+        raise UsageError(f"--max-tokens is {max_tokens}; give a whole number from 1")
 
     import gemkit
     from gemkit.engine.sampling import Sampling
 
-    options = given(logprobs=logprobs, **sampling)
-    # Wrong values are found before the model is loaded.
-    Sampling(**{name: value for name, value in options.items() if name not in ("max_tokens", "stop")})
-
+    settings = given(logprobs=logprobs, **sampling)
+    Sampling(**settings)  # wrong values are found before the model is loaded
+    text = read_text(prompt) if prompt == "-" else prompt
     started = time.perf_counter()
     with gemkit.load(model, threads=threads, activations=activations, ctx_size=ctx_size) as loaded:
         load_seconds = time.perf_counter() - started
         ids = _prompt_ids(loaded, text, system_prompt, raw)
-        started = time.perf_counter()
-        pieces, times = [], []
-        for piece in loaded.stream(ids, **options):
-            times.append(time.perf_counter() - started)
-            pieces.append(piece)
-            if not as_json:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-    timings = _timings(len(ids), times, load_seconds)
-    if as_json:
-        print_json(_record(pieces, timings, logprobs))
-    else:
-        click.echo()
+        settings.update(max_tokens=max_tokens, stop=stop)
+        if as_json:
+            completion = loaded.generate(ids, **settings)
+            usage = completion.usage
+            print_json(_record(completion, logprobs is not None))
+        else:
+            usage = _print_stream(loaded.stream(ids, **settings), len(ids))
     if verbose:
-        click.echo(_line(timings), err=True)
+        click.echo(_rates(usage, load_seconds), err=True)
+
+
+def _print_stream(pieces: "Iterator[Piece]", prompt_tokens: int) -> "Usage":
+    """Print the pieces as they come and return what they took."""
+    from gemkit.api import Usage
+
+    started = time.perf_counter()
+    times = []
+    for piece in pieces:
+        times.append(time.perf_counter())
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    click.echo()
+    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+    return Usage(prompt_tokens, len(times), times[0] - started, rate)
 
 
 def _prompt_ids(model: "Model", text: str, system_prompt: str | None, raw: bool) -> list[int]:
@@ -120,32 +132,33 @@ def _prompt_ids(model: "Model", text: str, system_prompt: str | None, raw: bool)
         if system_prompt is not None:
             raise UsageError("--system-prompt needs an instruction-tuned model: put the instructions into --prompt")
         return model.tokenizer.encode(text)
-    system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+
     from gemkit.text.chat import render
 
+    system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
     return render(model.tokenizer, [*system, {"role": "user", "content": text}])
 
 
-def _timings(prompt_tokens: int, times: list[float], load_seconds: float) -> dict[str, float | int | None]:
-    """Counts, seconds and tokens per second; a rate is None where too little was measured."""
-    count = len(times)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "generated_tokens": count,
-        "load_seconds": load_seconds,
-        "first_token_seconds": times[0] if times else None,
-        "prefill_tokens_per_second": prompt_tokens / times[0] if times else None,
-        "decode_tokens_per_second": (count - 1) / (times[-1] - times[0]) if count > 1 else None,
-        "peak_memory_bytes": peak_memory(),
+def _record(completion: "Completion", with_logprobs: bool) -> dict:
+    record = {
+        "text": completion.text,
+        "ids": completion.ids,
+        "finish_reason": completion.finish_reason,
+        "usage": dataclasses.asdict(completion.usage),
     }
+    if with_logprobs:
+        record["logprobs"] = [
+            {"id": token, "logprob": logprob, "top": [{"id": other, "logprob": value} for other, value in top]}
+            for token, logprob, top in zip(completion.ids, completion.logprobs, completion.top_logprobs)
+        ]
+    return record
 
 
-def _line(timings: dict) -> str:
-    parts = [f"prompt {timings['prompt_tokens']} tokens, generated {timings['generated_tokens']}"]
-    if timings["decode_tokens_per_second"]:
-        parts.append(f"{timings['decode_tokens_per_second']:.1f} tok/s")
-    if timings["first_token_seconds"] is not None:
-        parts.append(
-            f"first token {timings['first_token_seconds']:.3f} s after loading in {timings['load_seconds']:.2f} s"
-        )
-    return ", ".join([*parts, f"peak memory {megabytes(timings['peak_memory_bytes'])}"])
+def _rates(usage: "Usage", load_seconds: float) -> str:
+    prefill = usage.prompt_tokens / usage.first_token_seconds
+    return (
+        f"prompt {usage.prompt_tokens} tokens, {prefill:.1f} tok/s; "
+        f"generated {usage.completion_tokens} tokens, {usage.decode_rate:.1f} tok/s; "
+        f"first token after {usage.first_token_seconds:.3f} s, load {load_seconds:.2f} s; "
+        f"peak memory {megabytes(peak_memory())}"
+    )

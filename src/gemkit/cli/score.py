@@ -9,7 +9,7 @@ from gemkit.cli.common import Text, json_option, load_options, model_argument, p
 from gemkit.errors import UsageError
 
 
-@click.command("score")
+@click.command("score", short_help="Print how likely a text is.")
 @model_argument
 @click.option("--text", type=Text(), help="The text.")
 @click.option("--file", "path", help="A UTF-8 file with the text; - reads standard input.")

@@ -1,6 +1,5 @@
 """`gemkit show MODEL`: what is in a model file and what running it takes."""
 
-import math
 import re
 from collections.abc import Iterable
 from itertools import groupby
@@ -13,11 +12,10 @@ from gemkit.cli.common import json_option, load_options, megabytes, model_argume
 if TYPE_CHECKING:
     from gemkit.api import Model
     from gemkit.arch.config import ModelConfig
-    from gemkit.engine.runner import Runner
     from gemkit.weights.checkpoint import Checkpoint
 
 
-@click.command("show")
+@click.command("show", short_help="Print layers, shapes, bytes and a memory plan.")
 @model_argument
 @load_options
 @json_option
@@ -34,8 +32,6 @@ def command(model: str, threads: int | None, ctx_size: int | None, activations: 
 
 
 def _record(model: "Model") -> dict:
-    from gemkit import _native
-
     checkpoint, config = model.checkpoint, model.config
     counts = config.parameter_counts()
     tensors = _tensors(checkpoint)
@@ -52,9 +48,10 @@ def _record(model: "Model") -> dict:
         "layers": _layers(config),
         "tensors": tensors,
         "bytes_by_type": dict(sorted(types.items(), key=lambda item: -item[1])),
-        "memory": _memory(model.runner, model.ctx_size, sum(types.values())),
-        "kernels": _native.path(),
-        "threads": model.threads,
+        "memory": _memory(model),
+        "activations": model.engine.runner.activations,
+        "kernels": model.engine.runner.path,
+        "threads": model.engine.runner.threads,
     }
 
 
@@ -100,15 +97,13 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def _memory(runner: "Runner", ctx_size: int, weights: int) -> dict:
-    """Bytes for one sequence of `ctx_size` tokens: a sliding layer keeps only the pages that its window touches."""
-    groups = []
+def _memory(model: "Model") -> dict:
+    """Bytes for one sequence as long as the context: a sliding layer keeps only the pages that its window touches."""
+    runner, allocator, ctx_size = model.engine.runner, model.engine.allocator, model.ctx_size
+    cache = []
     for number, group in enumerate(runner.groups):
-        tokens = ctx_size
-        if group.window is not None:
-            tokens = min(ctx_size, group.window + runner.max_tokens_per_step + runner.page_size)
-        pages = math.ceil(tokens / runner.page_size)
-        groups.append(
+        pages = allocator.peak(number, ctx_size, runner.max_tokens_per_step)
+        cache.append(
             {
                 "window": group.window,
                 "layers": len(group.layers),
@@ -117,8 +112,14 @@ def _memory(runner: "Runner", ctx_size: int, weights: int) -> dict:
                 "bytes": pages * runner.page_bytes(number),
             }
         )
-    cache = sum(group["bytes"] for group in groups)
-    return {"ctx_size": ctx_size, "weights": weights, "cache": groups, "total": weights + cache}
+    total = runner.weight_bytes + sum(group["bytes"] for group in cache) + runner.scratch_bytes
+    return {
+        "ctx_size": ctx_size,
+        "weights": runner.weight_bytes,
+        "cache": cache,
+        "activations": runner.scratch_bytes,
+        "total": total,
+    }
 
 
 def _print(record: dict) -> None:
@@ -159,6 +160,7 @@ def _print(record: dict) -> None:
     for group in memory["cache"]:
         kind = "full attention" if group["window"] is None else f"window {group['window']}"
         rows.append((f"cache, {group['layers']} layers, {kind}: {group['pages']} pages", megabytes(group["bytes"])))
+    rows.append((f"activations, {record['activations']}", megabytes(memory["activations"])))
     click.echo(table([*rows, ("total", megabytes(memory["total"]))], ("part", "size")))
 
 

@@ -1,6 +1,6 @@
 """The engine: schedule, run, postprocess.
 
-One engine serves many requests at once, from one thread or several. A request's result does not depend on what else runs.
+One engine serves many requests at once, from one thread or several. No result depends on what else runs.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Engine:
         stop = _check_stop(stop)
         if len(ids) >= self.context_size:
             raise UsageError(
-                f"the prompt has {len(ids)} tokens and the context holds {self.context_size}, prompt and answer together: "
+                f"the prompt has {len(ids)} tokens and the context holds {self.context_size}, the answer included: "
                 "shorten the prompt or load with a larger ctx_size"
             )
         limit = self.context_size
@@ -174,7 +174,7 @@ class Engine:
             self.cancel(sequence)
 
     def score(self, prompts: Ids[Ids[int]]) -> list[np.ndarray]:
-        """Returns for each list of ids the log-probability of each but the first, given those before: float32 [n - 1]."""
+        """Returns per list of ids the log-probability of each but the first, given those before: float32 [n - 1]."""
         ids = [self._check_context(prompt) for prompt in prompts]
         if any(len(row) < 2 for row in ids):
             raise UsageError("the text is empty: there is nothing to score")
@@ -202,7 +202,7 @@ class Engine:
             sums[part.index] += values[max(0, skip[part.index] - part.start) :].sum(axis=0, dtype=np.float64)
 
         self.sweep(ids, lambda batch, parts: self.runner.hidden(batch), visit)
-        return sums / np.array([[len(row) - count] for row, count in zip(ids, skip)])
+        return sums / np.array([len(row) - count for row, count in zip(ids, skip)]).reshape(-1, 1)
 
     def sweep(
         self,

@@ -1,8 +1,8 @@
 """Who holds which page of cache.
 
-Every page group has pages of its own. A sequence takes pages as its tokens run and, in a group with a window of W, gives
-one back as soon as no query that is still to come can see it: when the next query is at position n, positions up to
-n - W are out of sight. Pages are never reused in place, so a chunk, a restart or a shared prefix cannot go wrong.
+Every page group has pages of its own. A sequence takes pages as its tokens run and, in a group with a window of W,
+gives one back as soon as no query that is still to come can see it: when the next query is at position n, positions up
+to n - W are out of sight. Pages are never reused in place, so a chunk, a restart or a shared prefix cannot go wrong.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class PageAllocator:
         return pages if window is None else min(pages, (window - 1 + chunk + 2 * size - 2) // size)
 
     def extend(self, table: PageTable, length: int) -> bool:
-        """Gives a sequence the pages up to ``length`` positions in all groups; False, and nothing, if they run short."""
+        """Gives a sequence pages up to ``length`` positions in all groups; False, and nothing, if they run short."""
         columns = -(-length // self.page_size)
         need = [max(0, columns - end) for end in table.end]
         if not any(need):
@@ -136,16 +136,8 @@ class PageAllocator:
             return True
         if any(count > self.available(g) for g, count in enumerate(need)):
             return False
-        capacity = list(self.capacity)
-        for g, count in enumerate(need):
-            if count > len(self._free[g]):
-                capacity[g] = min(self.limits[g], max(self.used(g) + count, 2 * capacity[g]))
-        try:
-            self._reserve(capacity)
-        except GemkitError as error:
-            # The machine's limit is below ours: from now on what there is must do.
-            self.shortage = error
-            self.limits = list(self.capacity)
+        capacity = self._grow(need)
+        if capacity is None:
             return False
         for g, new in enumerate(capacity):
             old = self.capacity[g]
@@ -153,6 +145,24 @@ class PageAllocator:
             self._used[g] += bytes(new - old)
         self.capacity = capacity
         return True
+
+    def _grow(self, need: Sequence[int]) -> list[int] | None:
+        """Reserves room for so many pages more, twice what there is if it can; None if memory is short."""
+        for factor in (2, 1):
+            capacity = list(self.capacity)
+            for g, count in enumerate(need):
+                if count > len(self._free[g]):
+                    capacity[g] = min(self.limits[g], max(self.used(g) + count, factor * capacity[g]))
+            try:
+                self._reserve(capacity)
+                return capacity
+            except GemkitError as error:
+                self.shortage = error
+        # The machine's limit is below ours: do not ask for as much again.
+        self.limits = [
+            limit if new == old else new - 1 for limit, new, old in zip(self.limits, capacity, self.capacity)
+        ]
+        return None
 
 
 def limits_for(

@@ -34,7 +34,7 @@ class Batch:
     tokens: int32 [T], the new tokens of sequence 0, then of sequence 1, ….
     starts: int32 [B + 1]; tokens[starts[b]:starts[b + 1]] belong to sequence b.
     positions: int32 [B], the position of each sequence's first new token; all before it are in the cache.
-    pages: one int32 [B, P] per page group; the keys and values of position p are in page ``pages[g][b, p // page_size]``.
+    pages: one int32 [B, P] per page group; keys and values of position p are in page ``pages[g][b, p // page_size]``.
         -1: no page, because it left the window or is not needed yet. P differs between groups and steps.
     sample: bool [B], whether a token is drawn after the sequence's last new token.
     sampling: B records.
@@ -60,8 +60,8 @@ class StepResult:
 
     tokens: int32 [B], -1 where nothing was drawn.
     logprobs: float32 [B], natural logarithm of the token's probability under the softmax of the unmodified logits.
-    top_ids, top_logprobs: int32 and float32 [B, n], n the largest `Sampling.logprobs` of the batch: the likeliest tokens
-        under the same softmax, best first, padded with -1 and -inf.
+    top_ids, top_logprobs: int32 and float32 [B, n], n the largest `Sampling.logprobs` of the batch: the likeliest
+        tokens under the same softmax, best first, padded with -1 and -inf.
     """
 
     tokens: np.ndarray
@@ -96,7 +96,7 @@ class Runner(Protocol):
         """Runs the new tokens and returns all logits, float32 [T, V]: slow and large."""
 
     def score(self, batch: Batch, targets: np.ndarray) -> np.ndarray:
-        """Runs the new tokens; float32 [T]: log-probability of ``targets[t]`` (int32) after token t, 0 where it is -1."""
+        """Runs the new tokens; float32 [T]: log-probability of ``targets[t]`` (int32) after token t, 0 for -1."""
 
     def hidden(self, batch: Batch) -> np.ndarray:
         """Runs the new tokens and returns the hidden states after the final norm, float32 [T, D]."""

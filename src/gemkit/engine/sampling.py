@@ -101,7 +101,9 @@ def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
     try:
         items = list(bias.items()) if isinstance(bias, Mapping) else [(token, value) for token, value in bias]
     except (TypeError, ValueError):
-        raise UsageError(f"logit_bias is {bias!r}; give a dictionary of token ids and numbers, such as {{5: -2.0}}") from None
+        raise UsageError(
+            f"logit_bias is {bias!r}; give a dictionary of token ids and numbers, such as {{5: -2.0}}"
+        ) from None
     for key, value in items:
         token = _whole_number(key)
         if token is None or not 0 <= token < 2**31:
@@ -115,7 +117,7 @@ def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
 
 
 def uniform(seed: int, counter: int) -> float:
-    """Returns the counter-th random number of a seed, in [0, 1): splitmix64 (Steele, Lea & Flood 2014), upper 53 bits."""
+    """Returns the counter-th random number of a seed, in [0, 1): splitmix64 (Steele, Lea & Flood 2014), top 53 bits."""
     mask = 2**64 - 1
     z = (seed + 0x9E3779B97F4A7C15 * (counter + 1)) & mask
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask

@@ -1,9 +1,9 @@
 """Who runs in the next step, and with how many tokens.
 
-Continuous batching: sequences that decode come first, one token each; what is left of the step's budget goes to prompts,
-oldest first, cut into chunks. A waiting sequence is admitted when pages for its whole prompt are to be had. If pages run
-out later, the youngest running sequence gives up its pages and starts over from its tokens, the generated ones included.
-Runners are exact and random numbers are counted, so that no one can tell from the result.
+Continuous batching: sequences that decode come first, one token each; what is left of the step's budget goes to
+prompts, oldest first, cut into chunks. A waiting sequence is admitted when pages for its whole prompt are to be had. If
+pages run out later, the youngest running sequence gives up its pages and starts over from its tokens, the generated
+ones included. Runners are exact and random numbers are counted, so that no one can tell from the result.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Scheduler:
                 plan.append((sequence, count))
                 budget -= count
         if len(self.running) < len(running):
-            return [(sequence, count) for sequence, count in plan if sequence.cached]
+            # Victims are the youngest: none has its place in the plan yet, and none is admitted in this step.
+            assert all(sequence.cached for sequence, _ in plan)
+            return plan
         while self.waiting and budget and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             count = min(sequence.length, budget)
@@ -111,6 +113,7 @@ class Scheduler:
         while sequence.cached:
             if self.allocator.extend(sequence.table, sequence.cached + count):
                 return True
+            assert len(self.running) > 1 or self.allocator.shortage, "a context must fit in the cache"
             self.preempt(self.running[-1])
         return False
 

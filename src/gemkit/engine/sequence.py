@@ -68,7 +68,7 @@ class TextStream:
 class Sequence:
     """Prompt, generated tokens, place in the cache, and times of one request.
 
-    ids: int32 with room for the whole request, of which ``length`` are known; the first ``prompt_length`` are the prompt.
+    ids: int32 with room for the whole request; ``length`` are known, the first ``prompt_length`` are the prompt.
     cached: how many positions are in the cache; the next step starts there.
     limit: the length at which generation ends.
     tokens: what was generated, in order; finish_reason: None, then "stop", "length" or "cancelled".

@@ -1,0 +1,48 @@
+// A test program is a main() that calls CHECK; it stops at the first failure with the place and the values.
+#pragma once
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "kernels/kernels.h"
+
+#define CHECK(condition, ...)                                                       \
+  do {                                                                              \
+    if (!(condition)) {                                                             \
+      std::fprintf(stderr, "%s:%d: CHECK(%s) failed: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                            \
+      std::fprintf(stderr, "\n");                                                   \
+      std::exit(1);                                                                 \
+    }                                                                               \
+  } while (0)
+
+struct Random {
+  uint64_t state;
+  explicit Random(uint64_t seed) : state(seed * 2 + 1) {}
+  uint32_t bits() {
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<uint32_t>(state >> 32);
+  }
+  int below(int n) { return static_cast<int>(bits() % static_cast<uint32_t>(n)); }
+  float uniform() { return static_cast<float>(bits() >> 8) / 16777216.0f; }
+  float normal() {  // sum of uniforms: near enough
+    float s = 0;
+    for (int i = 0; i < 6; i++) s += uniform() - 0.5f;
+    return s * 1.4f;
+  }
+  std::vector<float> normals(size_t n) {
+    std::vector<float> v(n);
+    for (float& x : v) x = normal();
+    return v;
+  }
+};
+
+// The paths that this machine runs; portable is always the last.
+inline std::vector<const gemkit::Kernels*> paths() {
+  std::vector<const gemkit::Kernels*> found;
+  const char* error = nullptr;
+  for (const char* name : {"avx512", "avx2", "portable"})
+    if (const gemkit::Kernels* k = gemkit::select_kernels(name, &error)) found.push_back(k);
+  return found;
+}

@@ -1,0 +1,275 @@
+// The whole step on a small model: hostile plans and steps are refused, and no split into chunks, batches or threads moves a bit.
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "check.h"
+#include "kernels/half.h"
+#include "model.h"
+
+using namespace gemkit;
+
+namespace {
+
+struct Toy {
+  ModelPlan plan;
+  std::vector<std::vector<float>> floats;
+  std::vector<std::vector<uint8_t>> bytes;
+
+  int32_t add(int64_t rows, int64_t cols, Random& random, GgmlType type = kF32) {
+    floats.push_back(random.normals(static_cast<size_t>(rows * cols)));
+    for (float& v : floats.back()) v = rows == 1 ? 1 + 0.3f * v : v / std::sqrt(static_cast<float>(cols)) * 2;
+    TensorView t{kF32, rows, cols, reinterpret_cast<const uint8_t*>(floats.back().data()), rows * cols * 4};
+    if (type == kQ8_0) {
+      bytes.emplace_back();
+      for (size_t b = 0; b < floats.back().size(); b += 32) {
+        float most = 1e-8f;
+        for (int i = 0; i < 32; i++) most = std::max(most, std::fabs(floats.back()[b + i]));
+        const uint16_t scale = float_to_half(most / 127);
+        bytes.back().push_back(static_cast<uint8_t>(scale)), bytes.back().push_back(static_cast<uint8_t>(scale >> 8));
+        for (int i = 0; i < 32; i++)
+          bytes.back().push_back(static_cast<uint8_t>(static_cast<int8_t>(std::lround(floats.back()[b + i] / most * 126))));
+      }
+      t = {kQ8_0, rows, cols, bytes.back().data(), static_cast<int64_t>(bytes.back().size())};
+    }
+    plan.tensors.push_back(t);
+    return static_cast<int32_t>(plan.tensors.size()) - 1;
+  }
+
+  explicit Toy(GgmlType type, uint64_t seed = 1) {
+    Random random(seed);
+    floats.reserve(256), bytes.reserve(256);
+    plan.hidden = 64, plan.ffn = 96, plan.heads = 4, plan.kv_heads = 2, plan.head_dim = 32, plan.vocab = 203, plan.context = 400;
+    plan.embed_scale = 8, plan.query_scale = 0.2f, plan.attention_softcap = 30, plan.final_softcap = 20;
+    plan.group_windows = {0, 70}, plan.ropes = {{10000, 1}, {1000000, 8}};
+    plan.embed = plan.head = add(plan.vocab, 64, random, type);
+    plan.final_norm = add(1, 64, random);
+    for (int i = 0; i < 3; i++) {
+      LayerPlan l;
+      l.group = i % 2, l.rope = i % 2;
+      l.input_norm = add(1, 64, random), l.pre_ffn_norm = add(1, 64, random);
+      l.post_attention_norm = add(1, 64, random), l.post_ffn_norm = add(1, 64, random);
+      l.q_norm = add(1, 32, random), l.k_norm = add(1, 32, random);
+      l.q_proj = add(128, 64, random, type), l.k_proj = add(64, 64, random, type), l.v_proj = add(64, 64, random, type);
+      l.o_proj = add(64, 128, random, type), l.gate_proj = add(96, 64, random, type), l.up_proj = add(96, 64, random, type);
+      l.down_proj = add(64, 96, random, type);
+      plan.layers.push_back(l);
+    }
+  }
+};
+
+std::unique_ptr<Model> load(const ModelPlan& plan, int threads, bool float_activations, const Kernels& k) {
+  std::string error;
+  auto model = Model::create(plan, {threads, float_activations, 300}, k, error);
+  CHECK(model, "%s", error.c_str());
+  for (int g = 0; g < 2; g++) CHECK(model->reserve(g, 12).empty(), "reserve");
+  return model;
+}
+
+// Sequence s uses pages s·6 … of both groups.
+struct Call {
+  std::vector<int32_t> ids, starts{0}, positions, tables[2];
+  StepInput input;
+  void add(int sequence, const std::vector<int32_t>& tokens, int from, int count) {
+    ids.insert(ids.end(), tokens.begin() + from, tokens.begin() + from + count);
+    starts.push_back(static_cast<int32_t>(ids.size())), positions.push_back(from);
+    for (auto& t : tables)
+      for (int p = 0; p < 6; p++) t.push_back(6 * sequence + p);
+  }
+  const StepInput& make() {
+    input = {};
+    input.sequences = static_cast<int64_t>(positions.size()), input.tokens = static_cast<int64_t>(ids.size());
+    input.ids = ids.data(), input.starts = starts.data(), input.positions = positions.data();
+    for (auto& t : tables) input.tables.push_back({t.data(), 6});
+    return input;
+  }
+};
+
+std::vector<float> logits(Model& model, Call& call) {
+  std::vector<float> out(call.ids.size() * static_cast<size_t>(model.plan().vocab));
+  const std::string e = model.logits(call.make(), out.data());
+  CHECK(e.empty(), "%s", e.c_str());
+  return out;
+}
+
+void test_same_bits(GgmlType type, bool float_activations) {
+  Toy toy(type);
+  Random random(3);
+  const int V = 203;
+  std::vector<int32_t> a(281), b(281);
+  for (auto* t : {&a, &b})
+    for (int32_t& id : *t) id = random.below(V);
+  std::vector<float> across;
+  for (const Kernels* k : paths()) {
+    auto model = load(toy.plan, 1, float_activations, *k);
+    Call whole;
+    whole.add(0, a, 0, 281);
+    const std::vector<float> want = logits(*model, whole);
+    for (float v : want) CHECK(std::isfinite(v), "finite logits");
+    if (across.empty()) across = want;
+    CHECK(across == want, "%s differs in bits from %s", k->name, paths()[0]->name);
+    for (int threads : {1, 2, 3, 5}) {  // more threads than cores too
+      auto other = load(toy.plan, threads, float_activations, *k);
+      std::vector<float> got, got_b;
+      // a in uneven chunks, b beside it in other chunks
+      int at_a = 0, at_b = 0, step = 0;
+      const int sizes_a[] = {1, 35, 70, 1, 64, 110}, sizes_b[] = {140, 1, 70, 69, 1};
+      while (at_a < 281) {
+        Call call;
+        const int n = sizes_a[step], m = step < 5 ? sizes_b[step] : 0;
+        if (m) call.add(1, b, at_b, m);
+        call.add(0, a, at_a, n);
+        const std::vector<float> out = logits(*other, call);
+        got.insert(got.end(), out.begin() + static_cast<std::ptrdiff_t>(m) * V, out.end());
+        at_a += n, at_b += m, step++;
+      }
+      CHECK(!std::memcmp(got.data(), want.data(), want.size() * 4), "%s, %d threads: chunks and batches change bits", k->name, threads);
+    }
+  }
+}
+
+void test_sampling() {
+  Toy toy(kQ8_0);
+  auto model = load(toy.plan, 2, false, *paths()[0]);
+  Random random(4);
+  std::vector<int32_t> ids(50);
+  for (int32_t& id : ids) id = random.below(203);
+  Call call;
+  call.add(0, ids, 0, 50);
+  const std::vector<float> all = logits(*model, call);
+  const float* row = &all[49 * 203];
+  SampleRequest greedy;
+  greedy.top = 5;
+  std::vector<SampleOutput> out;
+  CHECK(model->step(call.make(), {greedy}, out).empty(), "step");
+  double sum = 0;
+  int best = 0;
+  for (int i = 0; i < 203; i++) sum += std::exp(static_cast<double>(row[i])), best = row[i] > row[best] ? i : best;
+  CHECK(out[0].token == best && out[0].top_ids[0] == best && out[0].top_ids.size() == 5, "greedy");
+  CHECK(std::fabs(out[0].logprob - (row[best] - std::log(sum))) < 1e-5, "log-probability");
+  // Drawn frequencies follow the softmax
+  std::vector<int> counts(203);
+  const int draws = 20000;
+  for (int i = 0; i < draws; i++) {
+    SamplingParams p;
+    p.temperature = 1, p.seed = 7, p.counter = i;
+    std::vector<float> copy(row, row + 203);
+    counts[choose(copy.data(), 203, p, *paths()[0])]++;
+  }
+  double chi = 0;
+  for (int i = 0; i < 203; i++) {
+    const double expected = std::exp(row[i]) / sum * draws;
+    chi += expected > 5 ? (counts[i] - expected) * (counts[i] - expected) / expected : 0;
+  }
+  CHECK(chi < 300, "draws do not follow the softmax: chi-squared %g", chi);
+  std::vector<int32_t> targets(50, 3);
+  targets[10] = -1;
+  std::vector<float> scores(50);
+  CHECK(model->score(call.make(), targets.data(), scores.data()).empty(), "score");
+  CHECK(scores[10] == 0 && std::fabs(scores[49] - (row[3] - std::log(sum))) < 1e-5, "score");
+}
+
+// y += scale·B(Ax) equals a weight with scale·B·A added.
+void test_adapter() {
+  Toy plain(kF32), adapted(kF32), merged(kF32);
+  Random random(8);
+  const LayerPlan& layer = plain.plan.layers[1];
+  for (int32_t target : {layer.q_proj, layer.down_proj}) {
+    const int64_t rows = plain.plan.tensors[target].rows, cols = plain.plan.tensors[target].cols, rank = 4;
+    const int32_t a = adapted.add(rank, cols, random), b = adapted.add(rows, rank, random);
+    adapted.plan.adapters.push_back({0, target, a, b, 0.5f});
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < cols; c++)
+        for (int64_t i = 0; i < rank; i++)
+          merged.floats[target][r * cols + c] += 0.5f * adapted.floats[b][r * rank + i] * adapted.floats[a][i * cols + c];
+  }
+  std::vector<int32_t> ids(40);
+  for (int32_t& id : ids) id = random.below(203);
+  auto run = [&](Toy& toy, bool use) {
+    auto model = load(toy.plan, 2, true, *paths()[0]);
+    Call call;
+    call.add(0, ids, 0, 40), call.add(1, ids, 0, 40);
+    call.make();
+    const int32_t which[] = {use ? 0 : -1, -1};
+    call.input.adapters = which;
+    std::vector<float> out(80 * 203);
+    CHECK(model->logits(call.input, out.data()).empty(), "logits");
+    return out;
+  };
+  const std::vector<float> base = run(plain, false), with = run(adapted, true), full = run(merged, false);
+  double close = 0, moved = 0;
+  for (int i = 0; i < 40 * 203; i++) close = std::max<double>(close, std::fabs(with[i] - full[i])), moved = std::max<double>(moved, std::fabs(with[i] - base[i]));
+  CHECK(close < 1e-4 && moved > 0.1, "adapter: %g from merged, %g from base", close, moved);
+  CHECK(!std::memcmp(&with[40 * 203], &base[40 * 203], 40 * 203 * 4), "a sequence without the adapter must not change");
+}
+
+void test_refusals() {
+  const Toy good(kQ8_0);
+  std::string error;
+  auto refused = [&](auto change) {
+    ModelPlan p = good.plan;
+    change(p);
+    CHECK(!Model::create(p, {1, false, 16}, *paths()[0], error) && !error.empty(), "a bad plan was accepted");
+  };
+  refused([](ModelPlan& p) { p.hidden = 0; });
+  refused([](ModelPlan& p) { p.hidden = int64_t{1} << 62; });
+  refused([](ModelPlan& p) { p.heads = 3; });
+  refused([](ModelPlan& p) { p.head_dim = 40; });
+  refused([](ModelPlan& p) { p.vocab++; });
+  refused([](ModelPlan& p) { p.norm_eps = NAN; });
+  refused([](ModelPlan& p) { p.embed_scale = INFINITY; });
+  refused([](ModelPlan& p) { p.layers.clear(); });
+  refused([](ModelPlan& p) { p.layers[1].group = 2; });
+  refused([](ModelPlan& p) { p.layers[1].rope = -1; });
+  refused([](ModelPlan& p) { p.layers[0].q_proj = 10000; });
+  refused([](ModelPlan& p) { p.layers[0].q_proj = p.layers[0].k_proj; });
+  refused([](ModelPlan& p) { p.layers[2].down_proj = -1; });
+  refused([](ModelPlan& p) { p.group_windows[1] = -5; });
+  refused([](ModelPlan& p) { p.ropes[0].base = 0; });
+  refused([](ModelPlan& p) { p.tensors[0].bytes--; });
+  refused([](ModelPlan& p) { p.tensors[0].data = nullptr; });
+  refused([](ModelPlan& p) { p.tensors[0].type = 99; });
+  refused([](ModelPlan& p) { p.tensors[0].rows = int64_t{1} << 61; });
+  refused([](ModelPlan& p) { p.tensors[p.final_norm].type = kF16; });
+  refused([](ModelPlan& p) { p.adapters.push_back({0, 0, 1, 2, 1}); });
+
+  auto model = load(good.plan, 1, false, *paths()[0]);
+  std::vector<int32_t> ids(60, 5);
+  std::vector<float> out(300 * 203);
+  auto bad_step = [&](auto change) {
+    Call call;
+    call.add(0, ids, 0, 60);
+    call.make();
+    change(call);
+    CHECK(!model->logits(call.input, out.data()).empty(), "a bad step was accepted");
+  };
+  bad_step([](Call& c) { c.ids[3] = 203; });
+  bad_step([](Call& c) { c.ids[3] = -1; });
+  bad_step([](Call& c) { c.positions[0] = -1; });
+  bad_step([](Call& c) { c.positions[0] = 390; });
+  bad_step([](Call& c) { c.tables[1][0] = -1; });
+  bad_step([](Call& c) { c.tables[0][0] = 12; });
+  bad_step([](Call& c) { c.input.tables[0].width = 0; });
+  bad_step([](Call& c) { c.input.tables.pop_back(); });
+  bad_step([](Call& c) { c.input.tokens = 0; });
+  bad_step([](Call& c) { c.starts[1] = 30; });
+  std::vector<SampleOutput> samples;
+  Call call;
+  call.add(0, ids, 0, 60);
+  SampleRequest request;
+  request.sequence = 1;
+  CHECK(!model->step(call.make(), {request}, samples).empty(), "a bad request was accepted");
+  CHECK(!model->reserve(2, 5).empty() && !model->reserve(0, int64_t{1} << 40).empty(), "a bad reservation was accepted");
+}
+
+}  // namespace
+
+int main() {
+  test_same_bits(kQ8_0, false);
+  test_same_bits(kF32, false);
+  test_same_bits(kQ8_0, true);
+  test_sampling();
+  test_adapter();
+  test_refusals();
+  std::printf("model: chunks, batches and threads agree bit for bit\n");
+}

@@ -1,0 +1,435 @@
+"""The public face: load a model, then generate, stream, chat, score and embed.
+
+    m = gemkit.load("demo", threads=2)
+    print(m.generate("The capital of France is", max_tokens=16, temperature=0))
+
+A prompt is one of three things. A string is continued as it is, after one BOS. A list of messages, dictionaries with
+the keys "role" and "content", is a conversation and goes through the chat template. A list of ids is taken as given.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemkit.engine.engine import Engine
+from gemkit.engine.sampling import Sampling
+from gemkit.engine.sequence import Sequence as Request
+from gemkit.engine.sequence import Token
+from gemkit.errors import GemkitError, GemkitWarning, UsageError
+from gemkit.text import chat as chat_template
+from gemkit.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gemkit.arch.config import ModelConfig
+    from gemkit.engine.runner import Runner
+    from gemkit.weights.checkpoint import Checkpoint
+
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+TopLogprobs = tuple[tuple[int, float], ...]
+
+
+class Piece(str):
+    """The text that one token added, possibly empty.
+
+    id: the token. logprob: natural logarithm of its probability. top_logprobs: pairs (id, logprob), best first.
+    """
+
+    id: int
+    logprob: float
+    top_logprobs: TopLogprobs
+
+    @classmethod
+    def _of(cls, token: Token) -> Piece:
+        piece = cls(token.text)
+        piece.id, piece.logprob, piece.top_logprobs = token.id, token.logprob, token.top
+        return piece
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens and times of one request.
+
+    first_token_seconds: from the request to its first token. decode_rate: tokens per second after that one.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_seconds: float
+    decode_rate: float
+
+
+class Completion(str):
+    """A generated text: a string with its facts.
+
+    ids: the generated tokens, the model's stop token included if there was one (it adds no text).
+    finish_reason: "stop" (stop token or stop string), "length" (max_tokens or the context's end) or "cancelled".
+    logprobs: natural log-probability of each id. top_logprobs: per id, pairs (id, logprob), best first.
+    """
+
+    ids: list[int]
+    finish_reason: str
+    logprobs: list[float]
+    top_logprobs: list[TopLogprobs]
+    usage: Usage
+
+    @classmethod
+    def _of(cls, request: Request) -> Completion:
+        completion = cls("".join([token.text for token in request.tokens]))
+        completion.ids = [token.id for token in request.tokens]
+        completion.finish_reason = request.finish_reason or "cancelled"
+        completion.logprobs = [token.logprob for token in request.tokens]
+        completion.top_logprobs = [token.top for token in request.tokens]
+        completion.usage = Usage(
+            request.prompt_length, len(request.tokens), request.first_token_seconds, request.decode_rate
+        )
+        return completion
+
+    @property
+    def text(self) -> str:
+        return str.__str__(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """How likely a text is.
+
+    ids: all its tokens, BOS first if the text was a string.
+    logprobs: float32 [len(ids) - 1], natural log-probability of ids[1:], each given all before it.
+    """
+
+    ids: list[int]
+    logprobs: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability."""
+        return math.exp(-float(self.logprobs.mean(dtype=np.float64)))
+
+
+class Model:
+    """A loaded model; `load` makes one. It may be used from several threads, and as a context manager.
+
+    config, tokenizer, checkpoint, threads: what it was made of. ctx_size: the most tokens, prompt and answer together.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        threads: int = 1,
+        ctx_size: int | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.tokenizer = tokenizer
+        self.threads = threads
+        self.config: ModelConfig = runner.config
+        self._engine: Engine | None = Engine(runner, tokenizer, context_size=ctx_size)
+        self.ctx_size = self._engine.context_size
+
+    @property
+    def engine(self) -> Engine:
+        """The engine beneath, for requests of one's own."""
+        if self._engine is None:
+            raise GemkitError("the model is closed: load it again")
+        return self._engine
+
+    def close(self) -> None:
+        """Frees the weights and the cache; the model cannot be used any more."""
+        self._engine = None
+        self.checkpoint = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<gemkit model {getattr(self.checkpoint, 'name', 'closed')!r}, context {self.ctx_size}>"
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 64,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
+        stop: str | Iterable[str] = (),
+        ignore_eos: bool = False,
+        logprobs: int = 0,
+    ) -> Completion | list[Completion]:
+        """Writes an answer to a prompt, or to each of a list of prompts together, and returns it or them.
+
+        max_tokens: by default up to the end of the context. temperature, top_k, top_p: by default those that Google
+        publishes for Gemma; temperature 0 takes the likeliest token. min_p, penalties, logit_bias: see
+        `gemkit.engine.sampling.Sampling`. seed: the same seed gives the same text, alone or in a list; by default every
+        prompt gets a random one. stop: texts before which the answer ends. ignore_eos: do not end at the model's stop
+        tokens. logprobs: how many of the likeliest tokens to report with each one, up to 20.
+        Raises UsageError for a bad value or a prompt that does not fit in the context.
+        """
+        single = _kind(prompt) != "batch"
+        requests = []
+        for one in [prompt] if single else prompt:
+            sampling = Sampling(
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                repetition_penalty,
+                presence_penalty,
+                frequency_penalty,
+                logit_bias or (),
+                _random_seed() if seed is None else seed,
+                logprobs or 0,
+            )
+            ids = self._ids(one)
+            requests.append(self.engine.prepare(ids, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos))
+        engine = self.engine
+        try:
+            for request in requests:
+                engine.submit(request)
+            while not all(request.finished for request in requests):
+                engine.step()
+        finally:
+            for request in requests:
+                engine.cancel(request)
+        completions = [Completion._of(request) for request in requests]
+        return completions[0] if single else completions
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 64,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
+        stop: str | Iterable[str] = (),
+        ignore_eos: bool = False,
+        logprobs: int = 0,
+    ) -> Iterator[Piece]:
+        """Yields the answer to one prompt, a piece per token as it is found; closing the iterator cancels the rest.
+
+        The options are those of `generate`, but for the temperature: by default the likeliest token is taken. A piece
+        is empty while a character or a possible stop text is incomplete; together they are what `generate` returns.
+        """
+        if _kind(prompt) == "batch":
+            raise UsageError("stream takes one prompt: use generate for a list of them")
+        sampling = Sampling(
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            logit_bias or (),
+            _random_seed() if seed is None else seed,
+            logprobs or 0,
+        )
+        ids = self._ids(prompt)
+        request = self.engine.prepare(ids, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos)
+        return _pieces(self.engine, request)
+
+    def chat(self, system: str | None = None, **options: Any) -> Chat:
+        """Starts a conversation. system: instructions put before it. options: those of `generate`, for every answer."""
+        return Chat(self, system, options)
+
+    def score(self, text: str | Sequence[int] | Sequence[str]) -> Score | list[Score]:
+        """Returns how likely a text is, or each of a list of texts.
+
+        Raises UsageError for an empty text and for one longer than the context.
+        """
+        kind = _kind(text)
+        if kind == "messages":
+            raise UsageError("score takes text or ids: render a conversation with gemkit.text.chat.render first")
+        texts = text if kind == "batch" else [text]
+        ids = [[int(token) for token in self._ids(one)] for one in texts]
+        scores = [Score(row, values) for row, values in zip(ids, self.engine.score(ids))]
+        return scores if kind == "batch" else scores[0]
+
+    def embed(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Returns one unit vector per text: float32 [n, D] for a list, [D] for a string.
+
+        It is the mean of the hidden states after the final norm over the text's tokens, BOS left out since it is the
+        same for all, divided by its length. Gemma was not trained for this: similar texts are near, that is all.
+        Raises UsageError for an empty text and for one longer than the context.
+        """
+        single = isinstance(texts, str)
+        ids = []
+        for number, text in enumerate([texts] if single else texts):
+            if not isinstance(text, str):
+                raise UsageError(f"text {number} is {text!r}: embed takes a string or a list of strings")
+            ids.append(self._ids(text))
+            if len(ids[-1]) < 2:
+                raise UsageError(f"text {number} is empty: there is nothing to embed")
+        means = self.engine.mean_hidden(ids, [1] * len(ids))
+        vectors = (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-30)).astype(np.float32)
+        return vectors[0] if single else vectors
+
+    def _ids(self, prompt: Prompt) -> Sequence[int]:
+        """The token ids of one prompt."""
+        kind = _kind(prompt)
+        if kind == "text":
+            return self.tokenizer.encode(prompt)
+        if kind == "ids":
+            return prompt
+        if kind == "batch":
+            raise UsageError("a list of prompts holds another list of prompts: give one list")
+        if getattr(self.checkpoint, "instruction_tuned", None) is False:
+            warnings.warn(
+                f"{self.checkpoint.name} is pretrained only and was not taught to answer: "
+                "give it a text to go on from, or load an instruction-tuned model",
+                GemkitWarning,
+                stacklevel=3,
+            )
+        return chat_template.render(self.tokenizer, prompt)
+
+
+class Chat:
+    """A conversation with a model. ``messages`` is its history: dictionaries with "role" and "content"."""
+
+    def __init__(self, model: Model, system: str | None, options: dict[str, Any]) -> None:
+        self.model = model
+        self.options = {"temperature": 1.0, **options}
+        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+
+    def send(self, text: str, **options: Any) -> Completion:
+        """Says something and returns the answer; both join the history, neither does after an error."""
+        turn = {"role": "user", "content": text}
+        answer = self.model.generate([*self.messages, turn], **self.options | options)
+        self.messages += [turn, {"role": "assistant", "content": answer.text}]
+        return answer
+
+    def stream(self, text: str, **options: Any) -> Iterator[Piece]:
+        """Says something and yields the answer piece by piece; what was said until the iterator is closed is kept."""
+        turn = {"role": "user", "content": text}
+        return self._stream(turn, self.model.stream([*self.messages, turn], **self.options | options))
+
+    def _stream(self, turn: dict[str, str], pieces: Iterator[Piece]) -> Iterator[Piece]:
+        said = []
+        try:
+            for piece in pieces:
+                said.append(piece)
+                yield piece
+        finally:
+            pieces.close()
+            if said:
+                self.messages += [turn, {"role": "assistant", "content": "".join(said)}]
+
+
+def load(
+    path_or_name: str | os.PathLike[str],
+    threads: int | None = None,
+    activations: str = "int8",
+    ctx_size: int | None = None,
+) -> Model:
+    """Loads a model from a GGUF file, a folder with one, or by the name "demo" (the extra `demo` installs it).
+
+    threads: by default the physical cores that this process may use. activations: "int8" is fast, "float32" is close
+    to the reference. ctx_size: the most tokens, prompt and answer together, by default what the model was made for;
+    memory is taken as it is needed.
+    Raises GemkitError if there is no such model or its file is broken, UsageError for a bad value.
+    """
+    if threads is None:
+        threads = default_threads()
+    elif isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+        raise UsageError(f"threads is {threads!r}; give a whole number from 1 to 1024")
+    if activations not in ("int8", "float32"):
+        raise UsageError(f"activations is {activations!r}; choose int8 or float32")
+    path = _find(path_or_name)
+
+    from gemkit.models.native import NativeRunner
+    from gemkit.weights.gguf import read_gguf
+
+    checkpoint = read_gguf(path)
+    if checkpoint.vocabulary is None:
+        raise GemkitError(f"{path} has no vocabulary: get the file again, or another conversion of the model")
+    tokenizer = Tokenizer.from_vocabulary(checkpoint.vocabulary)
+    runner = NativeRunner(checkpoint.config, checkpoint.tensors, threads=threads, activations=activations)
+    return Model(checkpoint, runner, tokenizer, threads, ctx_size)
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use, a container's CPU quota included; on other systems than Linux, CPUs."""
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, getattr(os, "process_cpu_count", os.cpu_count)() or 1)
+    cpus = os.sched_getaffinity(0)
+    try:
+        root = Path("/sys/devices/system/cpu")
+        count = len({(root / f"cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in cpus})
+    except OSError:
+        count = len(cpus)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass  # no container, or no quota ("max")
+    return max(1, count)
+
+
+def _find(path_or_name: str | os.PathLike[str]) -> Path:
+    """Returns the model's file."""
+    if path_or_name == "demo":
+        from gemkit.weights.demo import demo_path
+
+        return Path(demo_path())
+    path = Path(path_or_name)
+    if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise GemkitError(f"{path} holds {len(files) or 'no'} GGUF files: give the path of one")
+        return files[0]
+    if not path.is_file():
+        raise GemkitError(f"there is no model {str(path_or_name)!r}: give the path of a GGUF file, or demo")
+    return path
+
+
+def _kind(prompt: object) -> str:
+    """Says what a prompt is: "text", "messages", "ids" or "batch" (a list of prompts)."""
+    if isinstance(prompt, str):
+        return "text"
+    if isinstance(prompt, np.ndarray):
+        return "ids" if prompt.ndim == 1 else "batch"
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise UsageError(f"a prompt is {prompt!r}: give a text, a list of messages, a list of ids, or a list of these")
+    if prompt and all(isinstance(item, Mapping) for item in prompt):
+        return "messages"
+    if prompt and all(isinstance(item, int | np.integer) for item in prompt):
+        return "ids"
+    return "batch"
+
+
+def _pieces(engine: Engine, request: Request) -> Iterator[Piece]:
+    try:
+        engine.submit(request)
+        for token in engine.stream(request):
+            yield Piece._of(token)
+    finally:
+        engine.cancel(request)
+
+
+def _random_seed() -> int:
+    return int.from_bytes(os.urandom(8), "little")
