@@ -22,7 +22,8 @@ endif
 INSTALL = if [ -x $(BIN)/uv ]; then set -- uv pip install -q --python $(BIN)/python; \
 	else set -- python -m pip install -q; fi; $(BIN)/"$$@"
 NATIVE := $(wildcard native/CMakeLists.txt native/src/*.* native/src/*/*.*)
-CONFIGURE = $(BIN)/cmake -S native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DGEMKIT_BUILD_TESTS=ON
+CONFIGURE = $(BIN)/cmake -S native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DGEMKIT_BUILD_TESTS=ON \
+	-DCMAKE_COMPILE_WARNING_AS_ERROR=ON
 CTEST = $(BIN)/ctest --output-on-failure --no-tests=error --test-dir
 
 .PHONY: help run test test-native lint format bench constraints docs clean

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "gemkit"
 # Reading order: a package imports only packages above it in this list.
-ORDER = ["errors", "arch", "text", "weights", "models", "engine", "api", "cli"]
+ORDER = ["errors", "cache", "arch", "text", "weights", "models", "engine", "api", "cli"]
 # A Protocol's file may also be imported by those who implement it.
 PROTOCOLS = ("gemkit.engine.runner",)
 # Where a framework may be imported: nowhere yet.

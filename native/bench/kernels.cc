@@ -1,5 +1,6 @@
 // Times the quantised products alone, by type and number of rows, on one thread:  kernels [rows] [cols]
-// Prints GB/s of packed weights and 10^9 operations a second (2 per multiply-add), medians; every path this machine runs.
+// Prints GB/s of packed weights and 10^9 operations a second (2 per multiply-add), best of several; every path this
+// machine runs.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -11,11 +12,14 @@
 
 using namespace gemkit;
 
-static double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+static double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 int main(int argc, char** argv) {
   const int64_t rows = argc > 1 ? std::atoll(argv[1]) : 8192, cols = argc > 2 ? std::atoll(argv[2]) : 2048;
-  if (rows % kPanelRows || cols % kSuper) return std::fprintf(stderr, "rows must be a multiple of 16 and cols of 256\n"), 2;
+  if (rows % kPanelRows || cols % kSuper)
+    return std::fprintf(stderr, "rows must be a multiple of 16 and cols of 256\n"), 2;
   const GgmlType types[] = {kQ4_0, kQ5_0, kQ8_0, kQ4_K, kQ5_K, kQ6_K, kBF16};
   const int64_t batches[] = {1, 2, 4, 8, 16, 128, 512};
   FlushDenormals flush;
@@ -35,23 +39,25 @@ int main(int argc, char** argv) {
         return std::fprintf(stderr, "not enough memory\n"), 1;
       std::vector<uint8_t> file(static_cast<size_t>(rows) * (cols / w.format->file_elements) * w.format->file_bytes);
       uint32_t state = 1;
-      for (auto& byte : file) state = state * 1664525 + 1013904223, byte = static_cast<uint8_t>((state >> 24) & 0x3f);  // scales stay finite
+      for (auto& byte : file)
+        state = state * 1664525 + 1013904223, byte = static_cast<uint8_t>((state >> 24) & 0x3f);  // scales stay finite
       pack_panels(*w.format, file.data(), w, memory.data, 0, w.panels());
       w.data = memory.data;
       Activations a{blocks.as<ActivationBlock>(), cols / kBlock};
-      for (int64_t i = 0; i < 512 * cols; i++) state = state * 1664525 + 1013904223, x.as<float>()[i] = static_cast<float>(state >> 8) / 8388608.0f - 1.0f;
+      for (int64_t i = 0; i < 512 * cols; i++)
+        state = state * 1664525 + 1013904223, x.as<float>()[i] = static_cast<float>(state >> 8) / 8388608.0f - 1.0f;
       for (int64_t m = 0; m < 512; m++) k->quantise(x.as<float>() + m * cols, a, m);
       std::printf("%-9s %-5s", "", w.format->name);
       for (int64_t m : batches) {
         std::vector<double> times;
         const int64_t panels = m >= 16 ? std::min<int64_t>(w.panels(), 64) : w.panels();
-        for (int rep = 0; rep < (m >= 128 ? 4 : 8); rep++) {
+        for (int rep = 0; rep < (m >= 128 ? 6 : 25); rep++) {
           const double begin = seconds();
           k->matmul({&w, &a, x.as<float>(), cols, y.as<float>(), rows}, 0, m, 0, panels);
           if (rep) times.push_back(seconds() - begin);
         }
         std::sort(times.begin(), times.end());
-        const double t = times[times.size() / 2];
+        const double t = times[0];
         const double ops = 2.0 * static_cast<double>(m * panels * kPanelRows * cols) / t / 1e9;
         if (m == 1)
           std::printf("  [%4.1f] %4.0f", static_cast<double>(w.panel_bytes() * panels) / t / 1e9, ops);

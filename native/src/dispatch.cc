@@ -23,17 +23,20 @@ bool bit(int leaf, int sub, int reg, int position) {
 bool saved_by_system(uint64_t mask) { return bit(1, 0, 2, 27) && (_xgetbv(0) & mask) == mask; }
 bool has_avx2() { return saved_by_system(6) && bit(7, 0, 1, 5) && bit(1, 0, 2, 12) && bit(1, 0, 2, 29); }
 bool has_avx512() {
-  return has_avx2() && saved_by_system(0xe6) && bit(7, 0, 1, 16) && bit(7, 0, 1, 17) && bit(7, 0, 1, 30) && bit(7, 0, 1, 31) &&
-         bit(7, 0, 2, 11);
+  return has_avx2() && saved_by_system(0xe6) && bit(7, 0, 1, 16) && bit(7, 0, 1, 17) && bit(7, 0, 1, 30) &&
+         bit(7, 0, 1, 31) && bit(7, 0, 2, 11);
 }
 #else
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 bool has_avx512() {
 #if defined(GEMKIT_SIMDE)
   return has_avx2();
 #else
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
 #endif
 }
 #endif

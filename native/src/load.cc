@@ -11,7 +11,8 @@ namespace {
 
 std::string out_of_memory(const char* what, int64_t bytes) {
   char text[160];
-  std::snprintf(text, sizeof text, "not enough memory for %s (%.2f GB); close other programs or use a smaller model or context", what,
+  std::snprintf(text, sizeof text,
+                "not enough memory for %s (%.2f GB); close other programs or use a smaller model or context", what,
                 static_cast<double>(bytes) / 1e9);
   return text;
 }
@@ -21,10 +22,12 @@ std::string out_of_memory(const char* what, int64_t bytes) {
 Model::Model(const ModelPlan& plan, const Options& options, const Kernels& kernels)
     : plan_(plan), options_(options), kernels_(kernels), team_(options.threads) {}
 
-std::unique_ptr<Model> Model::create(const ModelPlan& plan, const Options& options, const Kernels& kernels, std::string& error) {
+std::unique_ptr<Model> Model::create(const ModelPlan& plan, const Options& options, const Kernels& kernels,
+                                     std::string& error) {
   error = validate(plan);
   if (error.empty() && (options.threads < 1 || options.threads > 1024)) error = "threads must be between 1 and 1024";
-  if (error.empty() && (options.max_tokens < 1 || options.max_tokens > 65536)) error = "max_tokens must be between 1 and 65536";
+  if (error.empty() && (options.max_tokens < 1 || options.max_tokens > 65536))
+    error = "max_tokens must be between 1 and 65536";
   if (!error.empty()) return nullptr;
   std::unique_ptr<Model> model(new Model(plan, options, kernels));
   error = model->load();
@@ -61,12 +64,14 @@ std::string Model::load() {
       if (!packed_[i].format) continue;
       const FormatInfo& source = *find_format(plan_.tensors[i].type);
       for (int64_t p; (p = next[i].fetch_add(kStride)) < packed_[i].panels();)
-        pack_panels(source, plan_.tensors[i].data, packed_[i], arenas_[i].data, p, std::min(p + kStride, packed_[i].panels()));
+        pack_panels(source, plan_.tensors[i].data, packed_[i], arenas_[i].data, p,
+                    std::min(p + kStride, packed_[i].panels()));
     }
   };
   team_.run(pack);
   for (TensorView& t : plan_.tensors) t.data = nullptr;  // the caller's memory is not needed any more
-  for (const AdapterPart& a : plan_.adapters) adapters_.push_back({a.adapter, a.target, &packed_[a.a], &packed_[a.b], a.scale});
+  for (const AdapterPart& a : plan_.adapters)
+    adapters_.push_back({a.adapter, a.target, &packed_[a.a], &packed_[a.b], a.scale});
 
   const int64_t element = options_.float_activations ? 4 : 2;
   for (int64_t window : plan_.group_windows) groups_.push_back({window, 0, 0, {}, {}});
@@ -83,8 +88,10 @@ std::string Model::load() {
 }
 
 std::string Model::allocate_scratch() {
-  const int64_t T = options_.max_tokens, q_width = padded(plan_.heads * plan_.head_dim), kv_width = padded(plan_.kv_heads * plan_.head_dim);
-  const int64_t hidden = padded(plan_.hidden), ffn = padded(plan_.ffn), vocab = padded(plan_.vocab), half = plan_.head_dim / 2;
+  const int64_t T = options_.max_tokens, q_width = padded(plan_.heads * plan_.head_dim),
+                kv_width = padded(plan_.kv_heads * plan_.head_dim);
+  const int64_t hidden = padded(plan_.hidden), ffn = padded(plan_.ffn), vocab = padded(plan_.vocab),
+                half = plan_.head_dim / 2;
   int64_t bytes = 0;
   auto place = [&](int64_t size) {
     const int64_t at = bytes;
@@ -98,11 +105,12 @@ std::string Model::allocate_scratch() {
   const int64_t R = T > kHeadRows ? T : kHeadRows;
   float** const buffers[] = {&x_, &normed_, &y_, &q_, &k_, &v_, &attended_, &gate_, &up_, &cosine_, &sine_, &logits_};
   const int64_t ropes = static_cast<int64_t>(plan_.ropes.size());
-  const int64_t sizes[] = {T * hidden, R * hidden, T * hidden, T * q_width, T * kv_width, T * kv_width, T * q_width, T * ffn,
-                           T * ffn,    ropes * T * half, ropes * T * half, kHeadRows * vocab};
+  const int64_t sizes[] = {T * hidden,  R * hidden, T * hidden, T * q_width,      T * kv_width,     T * kv_width,
+                           T * q_width, T * ffn,    T * ffn,    ropes * T * half, ropes * T * half, kHeadRows * vocab};
   int64_t offsets[12];
   for (int i = 0; i < 12; i++) offsets[i] = place(sizes[i] * 4);
-  const int64_t normed_at = place_int8(normed_int8_, plan_.hidden), attended_at = place_int8(attended_int8_, plan_.heads * plan_.head_dim),
+  const int64_t normed_at = place_int8(normed_int8_, plan_.hidden),
+                attended_at = place_int8(attended_int8_, plan_.heads * plan_.head_dim),
                 gate_at = place_int8(gate_int8_, plan_.ffn);
   if (!scratch_.allocate(static_cast<size_t>(bytes))) return out_of_memory("the activations", bytes);
   scratch_bytes_ = bytes;
@@ -115,7 +123,8 @@ std::string Model::allocate_scratch() {
   int64_t widest = 0;
   for (const Adapter& a : adapters_) widest = std::max(widest, padded(a.a->rows) + padded(a.b->rows));
   for (Arena& a : low_rank_)
-    if (widest && !a.allocate(static_cast<size_t>(widest) * sizeof(float))) return out_of_memory("adapters", widest * 4);
+    if (widest && !a.allocate(static_cast<size_t>(widest) * sizeof(float)))
+      return out_of_memory("adapters", widest * 4);
   return {};
 }
 
@@ -126,14 +135,16 @@ std::string Model::reserve(int64_t group, int64_t pages) {
   if (more <= 0) return {};
   if (pages > int64_t{1} << 24 || more > INT64_MAX / 2 / g.page_bytes) return "too many cache pages";
   Arena slab;
-  if (!slab.allocate(static_cast<size_t>(more * g.page_bytes))) return out_of_memory("the key-value cache", more * g.page_bytes);
+  if (!slab.allocate(static_cast<size_t>(more * g.page_bytes)))
+    return out_of_memory("the key-value cache", more * g.page_bytes);
   for (int64_t i = 0; i < more; i++) g.pages.push_back(slab.data + i * g.page_bytes);
   g.slabs.push_back(std::move(slab));
   return {};
 }
 
 std::string Model::check(const StepInput& in) {
-  if (in.tokens < 1 || in.tokens > options_.max_tokens) return "a step takes between 1 and " + std::to_string(options_.max_tokens) + " tokens";
+  if (in.tokens < 1 || in.tokens > options_.max_tokens)
+    return "a step takes between 1 and " + std::to_string(options_.max_tokens) + " tokens";
   if (in.sequences < 1 || in.sequences > in.tokens) return "every sequence of a step needs at least one token";
   if (in.tables.size() != groups_.size()) return "one page table per cache group is needed";
   if (in.starts[0] != 0 || in.starts[in.sequences] != in.tokens) return "starts do not span the tokens";
@@ -141,13 +152,15 @@ std::string Model::check(const StepInput& in) {
     const int64_t count = static_cast<int64_t>(in.starts[s + 1]) - in.starts[s], first = in.positions[s];
     if (count < 1) return "every sequence of a step needs at least one token";
     if (first < 0 || first + count > plan_.context)
-      return "position " + std::to_string(first + count - 1) + " is past the context of " + std::to_string(plan_.context) + " tokens";
+      return "position " + std::to_string(first + count - 1) + " is past the context of " +
+             std::to_string(plan_.context) + " tokens";
     for (size_t g = 0; g < groups_.size(); g++) {
       const int64_t window = groups_[g].window, lowest = window > 0 && first >= window ? first - window + 1 : 0;
       for (int64_t page = lowest / kPagePositions; page <= (first + count - 1) / kPagePositions; page++) {
         if (page >= in.tables[g].width) return "a page table is too short";
         const int32_t id = in.tables[g].pages[s * in.tables[g].width + page];
-        if (id < 0 || id >= static_cast<int64_t>(groups_[g].pages.size())) return "a page table names no page for a visible position";
+        if (id < 0 || id >= static_cast<int64_t>(groups_[g].pages.size()))
+          return "a page table names no page for a visible position";
       }
     }
   }
@@ -171,11 +184,13 @@ std::string Model::prepare(const StepInput& in) {
     const auto& table = in.tables[g];
     pages_[g].assign(static_cast<size_t>(in.sequences * table.width), nullptr);
     for (size_t i = 0; i < pages_[g].size(); i++)
-      if (const int32_t id = table.pages[i]; id >= 0 && id < static_cast<int64_t>(groups_[g].pages.size())) pages_[g][i] = groups_[g].pages[id];
+      if (const int32_t id = table.pages[i]; id >= 0 && id < static_cast<int64_t>(groups_[g].pages.size()))
+        pages_[g][i] = groups_[g].pages[id];
   }
   const int64_t stride = (longest + kPagePositions - 1) / kPagePositions * kPagePositions;
   if (stride > scores_stride_) {
-    const int64_t grown = std::max(stride, std::min(2 * scores_stride_, (plan_.context + kPagePositions - 1) / kPagePositions * kPagePositions));
+    const int64_t grown = std::max(
+        stride, std::min(2 * scores_stride_, (plan_.context + kPagePositions - 1) / kPagePositions * kPagePositions));
     for (Arena& a : scores_)
       if (!a.allocate(static_cast<size_t>(grown) * kAttendQueries * sizeof(float)))
         return out_of_memory("attention scores", grown * kAttendQueries * 4);

@@ -52,7 +52,8 @@ struct SampleRequest {
 class Model {
  public:
   // Null with a message in `error` when the plan is unsound or memory is short.
-  static std::unique_ptr<Model> create(const ModelPlan& plan, const Options& options, const Kernels& kernels, std::string& error);
+  static std::unique_ptr<Model> create(const ModelPlan& plan, const Options& options, const Kernels& kernels,
+                                       std::string& error);
 
   // Pages of group `group` become at least `pages`; what is cached stays. Returns an error or nothing.
   std::string reserve(int64_t group, int64_t pages);
@@ -65,9 +66,10 @@ class Model {
 
   // Each runs one forward step and returns an error or nothing.
   std::string step(const StepInput& input, const std::vector<SampleRequest>& wanted, std::vector<SampleOutput>& out);
-  std::string logits(const StepInput& input, float* out);                         // [tokens][vocab]
-  std::string score(const StepInput& input, const int32_t* targets, float* out);  // log-probability of targets[t] after t; -1: 0
-  std::string hidden(const StepInput& input, float* out);                         // [tokens][hidden], after the final norm
+  std::string logits(const StepInput& input, float* out);  // [tokens][vocab]
+  std::string score(const StepInput& input, const int32_t* targets,
+                    float* out);                           // log-probability of targets[t] after t; -1: 0
+  std::string hidden(const StepInput& input, float* out);  // [tokens][hidden], after the final norm
 
  private:
   struct Group {
@@ -94,7 +96,8 @@ class Model {
   void attend(const LayerPlan& layer, int64_t layer_in_group, int rank, int size);
   void add_residual(int32_t norm, const float* y, int64_t ld, Range tokens);
   void normalise(int32_t norm, bool quantise, Range tokens);
-  void product(int32_t tensor, const float* x, int64_t ldx, const Activations& a, float* y, int64_t ldy, int rank, int size);
+  void product(int32_t tensor, const float* x, int64_t ldx, const Activations& a, float* y, int64_t ldy, int rank,
+               int size);
   bool quantised(int32_t tensor) const { return packed_[tensor].format->quantised(); }
   const float* vector(int32_t tensor) const { return vectors_[tensor].data(); }
   // Runs forward, then the head over `rows` in groups, calling each(first, count) with logits ready in logits_.
@@ -116,11 +119,12 @@ class Model {
 
   // Scratch of one step; sizes follow options_.max_tokens.
   Arena scratch_;
-  float *x_ = nullptr, *normed_ = nullptr, *y_ = nullptr, *q_ = nullptr, *k_ = nullptr, *v_ = nullptr, *attended_ = nullptr,
-        *gate_ = nullptr, *up_ = nullptr, *cosine_ = nullptr, *sine_ = nullptr, *logits_ = nullptr;
+  float *x_ = nullptr, *normed_ = nullptr, *y_ = nullptr, *q_ = nullptr, *k_ = nullptr, *v_ = nullptr,
+        *attended_ = nullptr, *gate_ = nullptr, *up_ = nullptr, *cosine_ = nullptr, *sine_ = nullptr,
+        *logits_ = nullptr;
   Activations normed_int8_, attended_int8_, gate_int8_;
-  std::vector<Arena> scores_;       // per thread
-  std::vector<Arena> low_rank_;     // per thread, adapters only
+  std::vector<Arena> scores_;    // per thread
+  std::vector<Arena> low_rank_;  // per thread, adapters only
   int64_t scores_stride_ = 0;
   std::vector<float> inverse_frequencies_;  // [ropes][head_dim / 2]
   std::vector<double> chunk_sums_;
@@ -130,8 +134,8 @@ class Model {
 
   // The step being run.
   StepInput input_;
-  std::vector<int32_t> token_sequence_;                // [tokens]
-  std::vector<std::vector<const uint8_t*>> pages_;     // [group] pointers [sequences][table width]
+  std::vector<int32_t> token_sequence_;             // [tokens]
+  std::vector<std::vector<const uint8_t*>> pages_;  // [group] pointers [sequences][table width]
 };
 
 }  // namespace gemkit

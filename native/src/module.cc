@@ -1,4 +1,5 @@
-// The only file that includes Python: arrays and dictionaries in, plain structs to the core, its error text out as ValueError.
+// The only file that includes Python: arrays and dictionaries in, plain structs to the core, its error text out as
+// ValueError.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -47,11 +48,13 @@ T field(const nb::dict& d, const char* key) {
 gemkit::ModelPlan read_plan(const nb::dict& d) {
   gemkit::ModelPlan p;
   p.hidden = field<int64_t>(d, "hidden"), p.ffn = field<int64_t>(d, "ffn"), p.heads = field<int64_t>(d, "heads");
-  p.kv_heads = field<int64_t>(d, "kv_heads"), p.head_dim = field<int64_t>(d, "head_dim"), p.vocab = field<int64_t>(d, "vocab");
+  p.kv_heads = field<int64_t>(d, "kv_heads"), p.head_dim = field<int64_t>(d, "head_dim"),
+  p.vocab = field<int64_t>(d, "vocab");
   p.context = field<int64_t>(d, "context"), p.norm_eps = field<float>(d, "norm_eps");
   p.embed_scale = field<float>(d, "embed_scale"), p.query_scale = field<float>(d, "query_scale");
   p.attention_softcap = field<float>(d, "attention_softcap"), p.final_softcap = field<float>(d, "final_softcap");
-  p.embed = field<int32_t>(d, "embed"), p.head = field<int32_t>(d, "head"), p.final_norm = field<int32_t>(d, "final_norm");
+  p.embed = field<int32_t>(d, "embed"), p.head = field<int32_t>(d, "head"),
+  p.final_norm = field<int32_t>(d, "final_norm");
   p.group_windows = field<std::vector<int64_t>>(d, "group_windows");
   for (nb::handle h : field<nb::list>(d, "ropes")) {
     nb::dict r = nb::cast<nb::dict>(h);
@@ -61,7 +64,8 @@ gemkit::ModelPlan read_plan(const nb::dict& d) {
     nb::dict l = nb::cast<nb::dict>(h);
     gemkit::LayerPlan layer;
     layer.group = field<int32_t>(l, "group"), layer.rope = field<int32_t>(l, "rope");
-    layer.input_norm = field<int32_t>(l, "input_norm"), layer.post_attention_norm = field<int32_t>(l, "post_attention_norm");
+    layer.input_norm = field<int32_t>(l, "input_norm"),
+    layer.post_attention_norm = field<int32_t>(l, "post_attention_norm");
     layer.pre_ffn_norm = field<int32_t>(l, "pre_ffn_norm"), layer.post_ffn_norm = field<int32_t>(l, "post_ffn_norm");
     layer.q_norm = field<int32_t>(l, "q_norm"), layer.k_norm = field<int32_t>(l, "k_norm");
     layer.q_proj = field<int32_t>(l, "q_proj"), layer.k_proj = field<int32_t>(l, "k_proj");
@@ -72,8 +76,8 @@ gemkit::ModelPlan read_plan(const nb::dict& d) {
   }
   for (nb::handle h : field<nb::list>(d, "adapters")) {
     nb::dict a = nb::cast<nb::dict>(h);
-    p.adapters.push_back({field<int32_t>(a, "adapter"), field<int32_t>(a, "target"), field<int32_t>(a, "a"), field<int32_t>(a, "b"),
-                          field<float>(a, "scale")});
+    p.adapters.push_back({field<int32_t>(a, "adapter"), field<int32_t>(a, "target"), field<int32_t>(a, "a"),
+                          field<int32_t>(a, "b"), field<float>(a, "scale")});
   }
   for (nb::handle h : field<nb::list>(d, "tensors")) {
     nb::tuple t = nb::cast<nb::tuple>(h);
@@ -99,7 +103,8 @@ Batch read_batch(Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> po
   require(starts.shape(0) == positions.shape(0) + 1, "starts must have one element more than positions");
   b.input.ids = ids.data(), b.input.starts = starts.data(), b.input.positions = positions.data();
   for (size_t i = 0; i < starts.shape(0); i++)
-    require(starts.data()[i] >= (i ? starts.data()[i - 1] : 0) && starts.data()[i] <= b.input.tokens, "starts must rise within the tokens");
+    require(starts.data()[i] >= (i ? starts.data()[i - 1] : 0) && starts.data()[i] <= b.input.tokens,
+            "starts must rise within the tokens");
   for (nb::handle h : tables) {
     auto table = nb::cast<Matrix<int32_t>>(h);
     require(static_cast<int64_t>(table.shape(0)) == b.input.sequences, "a page table needs one row per sequence");
@@ -122,13 +127,14 @@ nb::ndarray<nb::numpy, T> new_array(std::vector<size_t> shape) {
   return nb::ndarray<nb::numpy, T>(data, shape.size(), shape.data(), owner);
 }
 
-nb::tuple step(Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
-               Vector<int32_t> adapters, Vector<int64_t> wanted, Matrix<int64_t> integers, Matrix<double> reals, Vector<uint64_t> seeds,
-               Vector<int64_t> bias_starts, Vector<int32_t> bias_ids, Vector<float> bias_values, Vector<int64_t> history_starts,
-               Vector<int32_t> history) {
+nb::tuple step(Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions,
+               nb::sequence tables, Vector<int32_t> adapters, Vector<int64_t> wanted, Matrix<int64_t> integers,
+               Matrix<double> reals, Vector<uint64_t> seeds, Vector<int64_t> bias_starts, Vector<int32_t> bias_ids,
+               Vector<float> bias_values, Vector<int64_t> history_starts, Vector<int32_t> history) {
   Batch b = read_batch(ids, starts, positions, tables, adapters);
   const size_t n = wanted.shape(0);
-  require(integers.shape(0) == n && integers.shape(1) == 4 && reals.shape(0) == n && reals.shape(1) == 6 && seeds.shape(0) == n,
+  require(integers.shape(0) == n && integers.shape(1) == 4 && reals.shape(0) == n && reals.shape(1) == 6 &&
+              seeds.shape(0) == n,
           "sampling arrays need one row per wanted sequence");
   auto rises = [&](const Vector<int64_t>& s, size_t end) {
     if (s.shape(0) != n + 1 || s.data()[0] != 0 || s.data()[n] != static_cast<int64_t>(end)) return false;
@@ -136,7 +142,8 @@ nb::tuple step(Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector
       if (s.data()[i + 1] < s.data()[i]) return false;
     return true;
   };
-  require(bias_ids.shape(0) == bias_values.shape(0) && rises(bias_starts, bias_ids.shape(0)), "bias arrays do not fit together");
+  require(bias_ids.shape(0) == bias_values.shape(0) && rises(bias_starts, bias_ids.shape(0)),
+          "bias arrays do not fit together");
   require(rises(history_starts, history.shape(0)), "history arrays do not fit together");
   std::vector<gemkit::SampleRequest> requests(n);
   int64_t most = 0;
@@ -240,7 +247,8 @@ NB_MODULE(_native, m) {
   m.def("path", [] { return kernels().name; }, "Name of the kernel path in use: portable, avx2 or avx512.");
   m.def("cores", &gemkit::usable_cores, "Cores this process may run on.");
   m.def("measure_bandwidth", &measure_bandwidth, "threads"_a, "Read bandwidth of this machine in GB/s.");
-  m.def("measure_int8_peak", &measure_int8_peak, "threads"_a, "Peak of int8 products of the path in use, in 10^9 operations a second.");
+  m.def("measure_int8_peak", &measure_int8_peak, "threads"_a,
+        "Peak of int8 products of the path in use, in 10^9 operations a second.");
   nb::class_<Model>(m, "Model")
       .def_static(
           "create",
@@ -257,10 +265,13 @@ NB_MODULE(_native, m) {
             return model;
           },
           "plan"_a, "threads"_a, "float_activations"_a, "max_tokens"_a)
-      .def("reserve", [](Model& model, int64_t group, int64_t pages) { raise_if(model.reserve(group, pages)); }, "group"_a, "pages"_a)
+      .def(
+          "reserve", [](Model& model, int64_t group, int64_t pages) { raise_if(model.reserve(group, pages)); },
+          "group"_a, "pages"_a)
       .def("page_bytes",
            [](Model& model, int64_t group) {
-             require(group >= 0 && group < static_cast<int64_t>(model.plan().group_windows.size()), "no such cache group");
+             require(group >= 0 && group < static_cast<int64_t>(model.plan().group_windows.size()),
+                     "no such cache group");
              return model.page_bytes(group);
            })
       .def_prop_ro("weight_bytes", &Model::weight_bytes)
@@ -268,20 +279,23 @@ NB_MODULE(_native, m) {
       .def_prop_ro("path", [](Model& model) { return model.path(); })
       .def("step", &step)
       .def("logits",
-           [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables, Vector<int32_t> adapters) {
+           [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
+              Vector<int32_t> adapters) {
              Batch b = read_batch(ids, starts, positions, tables, adapters);
-             return per_token(model, b, static_cast<size_t>(model.plan().vocab), [&](Model& m, float* to) { return m.logits(b.input, to); });
+             return per_token(model, b, static_cast<size_t>(model.plan().vocab),
+                              [&](Model& m, float* to) { return m.logits(b.input, to); });
            })
       .def("score",
-           [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables, Vector<int32_t> adapters,
-              Vector<int32_t> targets) {
+           [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
+              Vector<int32_t> adapters, Vector<int32_t> targets) {
              Batch b = read_batch(ids, starts, positions, tables, adapters);
              require(targets.shape(0) == ids.shape(0), "targets needs one element per token");
              return per_token(model, b, 0, [&](Model& m, float* to) { return m.score(b.input, targets.data(), to); });
            })
-      .def("hidden", [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
-                        Vector<int32_t> adapters) {
+      .def("hidden", [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions,
+                        nb::sequence tables, Vector<int32_t> adapters) {
         Batch b = read_batch(ids, starts, positions, tables, adapters);
-        return per_token(model, b, static_cast<size_t>(model.plan().hidden), [&](Model& m, float* to) { return m.hidden(b.input, to); });
+        return per_token(model, b, static_cast<size_t>(model.plan().hidden),
+                         [&](Model& m, float* to) { return m.hidden(b.input, to); });
       });
 }

@@ -105,7 +105,8 @@ inline void cpu_relax() {
 #endif
 }
 
-// Denormal results cost up to a hundred cycles each: flush them to zero while a step runs, then restore the caller's mode.
+// Denormal results cost up to a hundred cycles each: flush them to zero while a step runs, then restore the caller's
+// mode.
 class FlushDenormals {
  public:
   FlushDenormals() {

@@ -9,16 +9,11 @@ namespace {
 
 constexpr FormatInfo kFormats[] = {
     // type  name   elements bytes  R  offset sub  k      min
-    {kF32, "F32", 1, 4, 0, -1, 1, false, false},
-    {kF16, "F16", 1, 2, 0, -1, 1, false, false},
-    {kBF16, "BF16", 1, 2, 0, -1, 1, false, false},
-    {kQ4_0, "Q4_0", 32, 18, 0, 3, 1, false, false},
-    {kQ4_1, "Q4_1", 32, 20, 0, -1, 1, false, true},
-    {kQ5_0, "Q5_0", 32, 22, 1, 4, 1, false, false},
-    {kQ5_1, "Q5_1", 32, 24, 1, -1, 1, false, true},
-    {kQ8_0, "Q8_0", 32, 34, 4, 7, 1, false, false},
-    {kQ4_K, "Q4_K", 256, 144, 0, -1, 1, true, true},
-    {kQ5_K, "Q5_K", 256, 176, 1, -1, 1, true, true},
+    {kF32, "F32", 1, 4, 0, -1, 1, false, false},     {kF16, "F16", 1, 2, 0, -1, 1, false, false},
+    {kBF16, "BF16", 1, 2, 0, -1, 1, false, false},   {kQ4_0, "Q4_0", 32, 18, 0, 3, 1, false, false},
+    {kQ4_1, "Q4_1", 32, 20, 0, -1, 1, false, true},  {kQ5_0, "Q5_0", 32, 22, 1, 4, 1, false, false},
+    {kQ5_1, "Q5_1", 32, 24, 1, -1, 1, false, true},  {kQ8_0, "Q8_0", 32, 34, 4, 7, 1, false, false},
+    {kQ4_K, "Q4_K", 256, 144, 0, -1, 1, true, true}, {kQ5_K, "Q5_K", 256, 176, 1, -1, 1, true, true},
     {kQ6_K, "Q6_K", 256, 210, 2, 5, 2, true, false},
 };
 
@@ -36,8 +31,8 @@ uint32_t read_u32(const uint8_t* p) {
 // One row's share of a block: 32 codes, its scales as the file holds them.
 struct RowBlock {
   alignas(16) uint8_t codes[32];
-  uint16_t scale = 0, minimum = 0;      // f16
-  uint8_t sub_scale[2] = {0, 0};        // K-quants: 6 bits unsigned, or 8 signed
+  uint16_t scale = 0, minimum = 0;  // f16
+  uint8_t sub_scale[2] = {0, 0};    // K-quants: 6 bits unsigned, or 8 signed
   uint8_t sub_minimum = 0;
 };
 
@@ -96,7 +91,8 @@ void decode_block(GgmlType type, const uint8_t* row, int64_t b, RowBlock& out) {
       out.scale = read_u16(s + 208);
       const uint8_t *low = s + 64 * (j / 4) + 32 * (j & 1), *high = s + 128 + 32 * (j / 4);
       int shift = j % 4 >= 2 ? 4 : 0, two = 2 * (j % 4);
-      for (int i = 0; i < 32; i++) out.codes[i] = static_cast<uint8_t>((low[i] >> shift & 15) | (high[i] >> two & 3) << 4);
+      for (int i = 0; i < 32; i++)
+        out.codes[i] = static_cast<uint8_t>((low[i] >> shift & 15) | (high[i] >> two & 3) << 4);
       out.sub_scale[0] = s[192 + 2 * j], out.sub_scale[1] = s[193 + 2 * j];
       break;
     }
@@ -204,7 +200,8 @@ const FormatInfo* find_format(int32_t type) {
   return nullptr;
 }
 
-void pack_panels(const FormatInfo& source, const uint8_t* file, const Packed& out, uint8_t* to, int64_t p0, int64_t p1) {
+void pack_panels(const FormatInfo& source, const uint8_t* file, const Packed& out, uint8_t* to, int64_t p0,
+                 int64_t p1) {
   const size_t row_bytes = static_cast<size_t>(out.cols / source.file_elements) * source.file_bytes;
   const size_t panel_bytes = out.panel_bytes();
   for (int64_t p = p0; p < p1; p++) {

@@ -1,20 +1,20 @@
 // One packed weight family for every GGUF type that Gemma is published in.
 //
-// A quantised weight is  scale · (code − offset) + minimum,  codes of 4 bits plus 0, 1, 2 or 4 more. Rows are taken 16 at a
-// time (a panel), columns 32 at a time (a block). A block of a panel is one record:
+// A quantised weight is  scale · (code − offset) + minimum,  codes of 4 bits plus 0, 1, 2 or 4 more. Rows are taken 16
+// at a time (a panel), columns 32 at a time (a block). A block of a panel is one record:
 //   nibble plane    256 B  vector j of 4: byte 4·row + k%4 holds quad 2j in its low and quad 2j+1 in its high nibble
 //                          (a quad is 4 neighbouring columns; 8 quads a block)
 //   residual plane   64·R B  R = 1: bit q of byte 4·row + k%4 is bit 4 of quad q;  R = 2: vector q/4, bits 2·(q%4)…;
 //                          R = 4: low nibbles laid out as the nibble plane, which then holds the high ones
 //   scales           f16[16] (and f16[16] minima), or for K-quants 16 or 32 bytes of sub-scales (and sub-minima)
-// K-quants put f16[16] super-scales (and super-minima) in front of every 8 blocks. Nothing is rounded: codes and scales are the
-// file's. Float weights are panels of 16 interleaved rows: element [k][row].
+// K-quants put f16[16] super-scales (and super-minima) in front of every 8 blocks. Nothing is rounded: codes and scales
+// are the file's. Float weights are panels of 16 interleaved rows: element [k][row].
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
-// Each instruction set's translation unit must keep its own copy of what it calls: a shared inline function could be linked in the
-// form that needs the newest processor. So members here are always inlined.
+// Each instruction set's translation unit must keep its own copy of what it calls: a shared inline function could be
+// linked in the form that needs the newest processor. So members here are always inlined.
 #if defined(_MSC_VER)
 #define GEMKIT_MEMBER __forceinline
 #else
@@ -71,7 +71,8 @@ struct Packed {
   GEMKIT_MEMBER int64_t blocks() const { return cols / kBlock; }
   GEMKIT_MEMBER size_t panel_bytes() const {
     if (!format->quantised()) return static_cast<size_t>(cols) * kPanelRows * format->file_bytes;
-    return static_cast<size_t>(blocks()) * format->record_bytes() + static_cast<size_t>(cols / kSuper) * format->super_bytes();
+    return static_cast<size_t>(blocks()) * format->record_bytes() +
+           static_cast<size_t>(cols / kSuper) * format->super_bytes();
   }
   GEMKIT_MEMBER size_t bytes() const { return panel_bytes() * panels(); }
   GEMKIT_MEMBER const uint8_t* panel(int64_t p) const { return data + panel_bytes() * p; }
@@ -85,8 +86,8 @@ struct Packed {
 // Rows rounded up to whole panels: the row length of every product's output.
 static inline int64_t padded(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows * kPanelRows; }
 
-// Packs the panels [p0, p1) from a matrix as it stands in a GGUF file, rows contiguous. `out` has the shape and format set and
-// points at out.bytes() bytes; with `out.format` float32 and a quantised source the values are dequantised.
+// Packs the panels [p0, p1) from a matrix as it stands in a GGUF file, rows contiguous. `out` has the shape and format
+// set and points at out.bytes() bytes; with `out.format` float32 and a quantised source the values are dequantised.
 void pack_panels(const FormatInfo& source, const uint8_t* file, const Packed& out, uint8_t* to, int64_t p0, int64_t p1);
 
 // Row r as float32[cols].

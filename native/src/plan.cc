@@ -18,20 +18,24 @@ std::string check_tensor(const TensorView& t, size_t i) {
   const FormatInfo* f = find_format(t.type);
   if (!f) return text("tensor ", i) + text(": unsupported type ", t.type);
   if (!in_range(t.rows, 1, kMaxDim) || !in_range(t.cols, 1, kMaxDim)) return text("tensor ", i) + ": bad shape";
-  if (t.cols % f->file_elements) return text("tensor ", i) + text(": row length is not a multiple of ", f->file_elements);
+  if (t.cols % f->file_elements)
+    return text("tensor ", i) + text(": row length is not a multiple of ", f->file_elements);
   const int64_t bytes = t.rows * (t.cols / f->file_elements) * f->file_bytes;  // < 2^51: no overflow
-  if (!t.data || t.bytes != bytes) return text("tensor ", i) + text(" must have ", bytes) + text(" bytes, not ", t.bytes);
+  if (!t.data || t.bytes != bytes)
+    return text("tensor ", i) + text(" must have ", bytes) + text(" bytes, not ", t.bytes);
   return {};
 }
 
 // Tensor `index` must exist with the given shape; -1 is accepted where optional.
-std::string need(const ModelPlan& p, int32_t index, int64_t rows, int64_t cols, const char* name, int64_t layer, bool optional) {
+std::string need(const ModelPlan& p, int32_t index, int64_t rows, int64_t cols, const char* name, int64_t layer,
+                 bool optional) {
   auto where = [&] { return std::string(name) + (layer >= 0 ? text(" of layer ", layer) : std::string()); };
   if (index == -1 && optional) return {};
   if (index < 0 || static_cast<size_t>(index) >= p.tensors.size()) return where() + " is missing";
   const TensorView& t = p.tensors[index];
   if (t.rows != rows || t.cols != cols)
-    return where() + text(" has shape [", t.rows) + text(", ", t.cols) + text("], not [", rows) + text(", ", cols) + "]";
+    return where() + text(" has shape [", t.rows) + text(", ", t.cols) + text("], not [", rows) + text(", ", cols) +
+           "]";
   if (rows == 1 && t.type != kF32) return where() + " must be F32";
   return {};
 }
@@ -39,8 +43,10 @@ std::string need(const ModelPlan& p, int32_t index, int64_t rows, int64_t cols, 
 }  // namespace
 
 std::string validate(const ModelPlan& p) {
-  if (!in_range(p.hidden, 1, kMaxDim) || !in_range(p.ffn, 1, kMaxDim) || !in_range(p.vocab, 1, kMaxDim)) return "bad model width";
-  if (!in_range(p.heads, 1, 4096) || !in_range(p.kv_heads, 1, p.heads) || p.heads % p.kv_heads) return "bad number of heads";
+  if (!in_range(p.hidden, 1, kMaxDim) || !in_range(p.ffn, 1, kMaxDim) || !in_range(p.vocab, 1, kMaxDim))
+    return "bad model width";
+  if (!in_range(p.heads, 1, 4096) || !in_range(p.kv_heads, 1, p.heads) || p.heads % p.kv_heads)
+    return "bad number of heads";
   if (!in_range(p.head_dim, 16, 4096) || p.head_dim % 32) return "head_dim must be a multiple of 32";
   if (!in_range(p.context, 1, int64_t{1} << 24)) return "bad context length";
   if (!(p.norm_eps > 0) || !std::isfinite(p.embed_scale) || !std::isfinite(p.query_scale)) return "bad scale";
@@ -52,7 +58,8 @@ std::string validate(const ModelPlan& p) {
     if (!in_range(w, 0, int64_t{1} << 24)) return "bad window";
   if (p.ropes.empty() || p.ropes.size() > kMaxGroups) return "bad number of RoPE settings";
   for (const RopePlan& r : p.ropes)
-    if (!(r.base > 1) || !(r.factor > 0) || !std::isfinite(r.base) || !std::isfinite(r.factor)) return "bad RoPE setting";
+    if (!(r.base > 1) || !(r.factor > 0) || !std::isfinite(r.base) || !std::isfinite(r.factor))
+      return "bad RoPE setting";
   for (size_t i = 0; i < p.tensors.size(); i++)
     if (std::string e = check_tensor(p.tensors[i], i); !e.empty()) return e;
 
@@ -68,9 +75,11 @@ std::string validate(const ModelPlan& p) {
   for (size_t i = 0; i < p.layers.size(); i++) {
     const LayerPlan& l = p.layers[i];
     const int64_t n = static_cast<int64_t>(i);
-    if (!in_range(l.group, 0, static_cast<int64_t>(p.group_windows.size()) - 1)) return text("bad cache group in layer ", n);
+    if (!in_range(l.group, 0, static_cast<int64_t>(p.group_windows.size()) - 1))
+      return text("bad cache group in layer ", n);
     if (!in_range(l.rope, 0, static_cast<int64_t>(p.ropes.size()) - 1)) return text("bad RoPE setting in layer ", n);
-    if (fails(l.input_norm, 1, p.hidden, "input norm", n) || fails(l.pre_ffn_norm, 1, p.hidden, "feed-forward norm", n) ||
+    if (fails(l.input_norm, 1, p.hidden, "input norm", n) ||
+        fails(l.pre_ffn_norm, 1, p.hidden, "feed-forward norm", n) ||
         fails(l.post_attention_norm, 1, p.hidden, "post-attention norm", n, true) ||
         fails(l.post_ffn_norm, 1, p.hidden, "post-feed-forward norm", n, true) ||
         fails(l.q_norm, 1, p.head_dim, "q norm", n, true) || fails(l.k_norm, 1, p.head_dim, "k norm", n, true) ||
@@ -86,7 +95,8 @@ std::string validate(const ModelPlan& p) {
         !in_range(a.b, 0, tensors - 1) || !std::isfinite(a.scale))
       return "bad adapter";
     const TensorView &w = p.tensors[a.target], &ta = p.tensors[a.a], &tb = p.tensors[a.b];
-    if (ta.cols != w.cols || tb.rows != w.rows || tb.cols != ta.rows || !in_range(ta.rows, 1, 4096)) return "an adapter does not fit its matrix";
+    if (ta.cols != w.cols || tb.rows != w.rows || tb.cols != ta.rows || !in_range(ta.rows, 1, 4096))
+      return "an adapter does not fit its matrix";
     if (find_format(ta.type)->quantised() || find_format(tb.type)->quantised()) return "adapter matrices must be float";
   }
   return {};

@@ -42,8 +42,8 @@ void penalise(float* logits, int64_t vocab, const SamplingParams& p) {
       if (p.history[i] < 0 || p.history[i] >= vocab) continue;
       generated[p.history[i]] += i >= p.prompt_length;
     }
-    const float repetition = static_cast<float>(p.repetition_penalty), presence = static_cast<float>(p.presence_penalty),
-                frequency = static_cast<float>(p.frequency_penalty);
+    const float repetition = static_cast<float>(p.repetition_penalty),
+                presence = static_cast<float>(p.presence_penalty), frequency = static_cast<float>(p.frequency_penalty);
     for (const auto& [id, count] : generated) {
       float& l = logits[id];
       l = l > 0 ? l / repetition : l * repetition;
@@ -65,7 +65,8 @@ double uniform(uint64_t seed, int64_t counter) {
   return static_cast<double>(z >> 11) * 0x1p-53;
 }
 
-// Candidates in descending order, sorted only as far as they are asked for: first the top-k, or bands of falling logits.
+// Candidates in descending order, sorted only as far as they are asked for: first the top-k, or bands of falling
+// logits.
 class Descending {
  public:
   Descending(const float* logits, int64_t vocab, int64_t top_k, float largest, double temperature)
@@ -102,7 +103,8 @@ class Descending {
     complete_ = !(floor_ > -INFINITY);
     const size_t first = sorted_.size();
     for (int64_t i = 0; i < vocab_; i++)
-      if (logits_[i] >= floor_ && (first == 0 || logits_[i] < above)) sorted_.push_back({logits_[i], static_cast<int32_t>(i)});
+      if (logits_[i] >= floor_ && (first == 0 || logits_[i] < above))
+        sorted_.push_back({logits_[i], static_cast<int32_t>(i)});
     std::sort(sorted_.begin() + static_cast<std::ptrdiff_t>(first), sorted_.end(), before);
   }
 

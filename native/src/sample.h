@@ -1,5 +1,5 @@
-// Choosing a token from one row of logits. The order of operations and the arithmetic are those of gemkit.engine.sampling,
-// whose NumPy sampler is the oracle.
+// Choosing a token from one row of logits. The order of operations and the arithmetic are those of
+// gemkit.engine.sampling, whose NumPy sampler is the oracle.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,6 @@
-// The forward step. Every thread runs the same functions over its share of tokens (norms, caches), of weight rows (products) or
-// of query tiles (attention); the summed dimension is never divided, so the thread count cannot change a bit.
+// The forward step. Every thread runs the same functions over its share of tokens (norms, caches), of weight rows
+// (products) or of query tiles (attention); the summed dimension is never divided, so the thread count cannot change a
+// bit.
 //
 // T new tokens of all sequences, D width, N query heads, K kv heads, G = N/K, H head width, F ffn width.
 #include <algorithm>
@@ -52,7 +53,8 @@ void Model::add_residual(int32_t norm, const float* y, int64_t ld, Range tokens)
 }
 
 // y[t] = x[t]·w for all tokens and this thread's rows of w, with the adapters of each token's sequence.
-void Model::product(int32_t tensor, const float* x, int64_t ldx, const Activations& a, float* y, int64_t ldy, int rank, int size) {
+void Model::product(int32_t tensor, const float* x, int64_t ldx, const Activations& a, float* y, int64_t ldy, int rank,
+                    int size) {
   const Packed& w = packed_[tensor];
   const Range panels = share(w.panels(), rank, size);
   const Product main{&w, &a, x, ldx, y, ldy};
@@ -67,7 +69,8 @@ void Model::product(int32_t tensor, const float* x, int64_t ldx, const Activatio
       for (int64_t t = input_.starts[s]; t < input_.starts[s + 1]; t++) {
         kernels_.matmul({adapter.a, nullptr, x + t * ldx, ldx, low, low_ld}, 0, 1, 0, adapter.a->panels());
         kernels_.matmul({adapter.b, nullptr, low, low_ld, high, high_ld}, 0, 1, panels.begin, panels.end);
-        for (int64_t i = panels.begin * kPanelRows; i < panels.end * kPanelRows; i++) y[t * ldy + i] += adapter.scale * high[i];
+        for (int64_t i = panels.begin * kPanelRows; i < panels.end * kPanelRows; i++)
+          y[t * ldy + i] += adapter.scale * high[i];
       }
     }
   }
@@ -96,8 +99,8 @@ void Model::rotate_and_cache(const LayerPlan& layer, int64_t layer_in_group, Ran
       if (layer.k_norm >= 0) kernels_.rms_norm(k, vector(layer.k_norm), k, H, plan_.norm_eps);
       kernels_.rope(k, cosine, sine, half);
       const int64_t block = kPagePositions * H * element, keys = (layer_in_group * K + n) * 2 * block;
-      kernels_.write_cache({k, v_ + t * kv_ld + n * H, H, page, keys, keys + block, static_cast<int>(position % kPagePositions),
-                            !options_.float_activations});
+      kernels_.write_cache({k, v_ + t * kv_ld + n * H, H, page, keys, keys + block,
+                            static_cast<int>(position % kPagePositions), !options_.float_activations});
     }
   }
 }
@@ -107,7 +110,8 @@ void Model::attend(const LayerPlan& layer, int64_t layer_in_group, int rank, int
   const int64_t H = plan_.head_dim, N = plan_.heads, K = plan_.kv_heads, G = N / K, q_ld = padded(N * H);
   const int64_t element = options_.float_activations ? 4 : 2, block = kPagePositions * H * element;
   const int64_t even = (input_.tokens * N + 4 * size - 1) / (4 * size);
-  const int64_t tile = input_.tokens == 1 ? std::min<int64_t>(kAttendQueries, (G + size - 1) / size) : std::min<int64_t>(kAttendQueries, even);
+  const int64_t tile = input_.tokens == 1 ? std::min<int64_t>(kAttendQueries, (G + size - 1) / size)
+                                          : std::min<int64_t>(kAttendQueries, even);
   int64_t item = 0;
   for (int64_t s = 0; s < input_.sequences; s++) {
     const int64_t first = input_.starts[s], count = input_.starts[s + 1] - first;
@@ -194,7 +198,8 @@ void Model::head_rows(const std::vector<int64_t>& rows, float* logits_to, int ra
   kernels_.matmul({&w, &normed_int8_, normed_, D, logits_to, ld}, 0, count, panels.begin, panels.end);
   if (plan_.final_softcap > 0)
     for (int64_t r = 0; r < count; r++)
-      kernels_.softcap(logits_to + r * ld + panels.begin * kPanelRows, plan_.final_softcap, (panels.end - panels.begin) * kPanelRows);
+      kernels_.softcap(logits_to + r * ld + panels.begin * kPanelRows, plan_.final_softcap,
+                       (panels.end - panels.begin) * kPanelRows);
   team_.barrier();
 }
 
@@ -214,7 +219,8 @@ void Model::log_normaliser(int64_t count, int rank, int size) {
       row_max_[r] = best;
     }
   team_.barrier();
-  for (int64_t i = mine.begin; i < mine.end; i++) chunk_sums_[i] = kernels_.sum_exp(piece(i), width(i), row_max_[i / chunks]);
+  for (int64_t i = mine.begin; i < mine.end; i++)
+    chunk_sums_[i] = kernels_.sum_exp(piece(i), width(i), row_max_[i / chunks]);
   team_.barrier();
   if (rank == 0)
     for (int64_t r = 0; r < count; r++) {
@@ -250,7 +256,8 @@ std::string Model::with_logits(const StepInput& input, const std::vector<int64_t
   return {};
 }
 
-std::string Model::step(const StepInput& input, const std::vector<SampleRequest>& wanted, std::vector<SampleOutput>& out) {
+std::string Model::step(const StepInput& input, const std::vector<SampleRequest>& wanted,
+                        std::vector<SampleOutput>& out) {
   std::vector<int64_t> rows;
   for (const SampleRequest& w : wanted) {
     if (w.sequence < 0 || w.sequence >= input.sequences || w.top < 0 || w.top > 1024) return "bad sampling request";
@@ -270,8 +277,8 @@ std::string Model::step(const StepInput& input, const std::vector<SampleRequest>
         o.top_ids.resize(static_cast<size_t>(largest_ids(row, V, w.top, o.top_ids.data())));
         for (int32_t id : o.top_ids) o.top_logprobs.push_back(logprob(id));
       }
-      const bool changes = w.params.bias_count > 0 || w.params.repetition_penalty != 1 || w.params.presence_penalty != 0 ||
-                           w.params.frequency_penalty != 0;
+      const bool changes = w.params.bias_count > 0 || w.params.repetition_penalty != 1 ||
+                           w.params.presence_penalty != 0 || w.params.frequency_penalty != 0;
       if (!changes) {
         o.token = choose(row, V, w.params, kernels_);
         if (o.token >= 0) o.logprob = logprob(o.token);
@@ -284,7 +291,8 @@ std::string Model::step(const StepInput& input, const std::vector<SampleRequest>
   });
   if (!e.empty()) return e;
   for (const SampleOutput& o : out)
-    if (o.token < 0 || !std::isfinite(o.logprob)) return "the model produced logits that are not numbers; the weights are damaged or out of range";
+    if (o.token < 0 || !std::isfinite(o.logprob))
+      return "the model produced logits that are not numbers; the weights are damaged or out of range";
   return {};
 }
 
@@ -294,7 +302,8 @@ std::string Model::logits(const StepInput& input, float* to) {
   const int64_t V = plan_.vocab, ld = padded(V);
   return with_logits(input, rows, [&](int64_t first, int64_t count, int rank, int size) {
     const Range mine = share(count, rank, size);
-    for (int64_t r = mine.begin; r < mine.end; r++) std::copy(logits_ + r * ld, logits_ + r * ld + V, to + (first + r) * V);
+    for (int64_t r = mine.begin; r < mine.end; r++)
+      std::copy(logits_ + r * ld, logits_ + r * ld + V, to + (first + r) * V);
   });
 }
 

@@ -41,7 +41,8 @@ std::vector<uint8_t> random_file(GgmlType type, int64_t rows, int64_t cols, Rand
   return bytes;
 }
 
-// Element (r, k) of a file, straight from the published block layouts: code, scale and minimum, w = scale·(code−offset)+minimum.
+// Element (r, k) of a file, straight from the published block layouts: code, scale and minimum, w =
+// scale·(code−offset)+minimum.
 struct Element {
   int code;
   float scale, minimum;
@@ -52,11 +53,21 @@ Element element(GgmlType type, const uint8_t* row, int64_t k) {
   auto nibble = [&](const uint8_t* q) { return i < 16 ? q[i] & 15 : q[i - 16] >> 4; };
   auto fifth = [&](const uint8_t* q) { return (q[i / 8] >> i % 8 & 1) << 4; };
   switch (type) {
-    case kQ4_0: row += k / 32 * 18; return {nibble(row + 2), half(row), 0};
-    case kQ4_1: row += k / 32 * 20; return {nibble(row + 4), half(row), half(row + 2)};
-    case kQ5_0: row += k / 32 * 22; return {nibble(row + 6) | fifth(row + 2), half(row), 0};
-    case kQ5_1: row += k / 32 * 24; return {nibble(row + 8) | fifth(row + 4), half(row), half(row + 2)};
-    case kQ8_0: row += k / 32 * 34; return {static_cast<int8_t>(row[2 + i]) + 128, half(row), 0};
+    case kQ4_0:
+      row += k / 32 * 18;
+      return {nibble(row + 2), half(row), 0};
+    case kQ4_1:
+      row += k / 32 * 20;
+      return {nibble(row + 4), half(row), half(row + 2)};
+    case kQ5_0:
+      row += k / 32 * 22;
+      return {nibble(row + 6) | fifth(row + 2), half(row), 0};
+    case kQ5_1:
+      row += k / 32 * 24;
+      return {nibble(row + 8) | fifth(row + 4), half(row), half(row + 2)};
+    case kQ8_0:
+      row += k / 32 * 34;
+      return {static_cast<int8_t>(row[2 + i]) + 128, half(row), 0};
     case kQ4_K:
     case kQ5_K: {
       row += k / 256 * (type == kQ4_K ? 144 : 176);
@@ -155,13 +166,16 @@ void test_quantise() {
       for (int i = 0; i < 32; i++) {
         const int q = a.q[i] + (i / 4 == a.quad ? a.spare[i % 4] : 0);
         sum += q, first += i < 16 ? q : 0;
-        CHECK(std::fabs(q * a.scale - x[b * 32 + i]) <= 0.5001f * a.scale, "%s block %d element %d", k->name, int(b), i);
+        CHECK(std::fabs(q * a.scale - x[b * 32 + i]) <= 0.5001f * a.scale, "%s block %d element %d", k->name, int(b),
+              i);
       }
-      CHECK(sum == a.sum && first == a.first_sum && a.scaled_sum == a.scale * static_cast<float>(a.sum), "%s sums", k->name);
+      CHECK(sum == a.sum && first == a.first_sum && a.scaled_sum == a.scale * static_cast<float>(a.sum), "%s sums",
+            k->name);
     }
     results.push_back(blocks);
     for (size_t b = 0; b < blocks.size(); b++)
-      CHECK(!std::memcmp(&results[0][b], &blocks[b], sizeof(ActivationBlock)), "%s differs from %s", k->name, paths()[0]->name);
+      CHECK(!std::memcmp(&results[0][b], &blocks[b], sizeof(ActivationBlock)), "%s differs from %s", k->name,
+            paths()[0]->name);
   }
 }
 
@@ -186,7 +200,8 @@ void test_matmul(GgmlType type) {
         float exact = 0;
         double real = 0, size = 0;
         if (!f.quantised()) {
-          for (int64_t c = 0; c < cols; c++) exact = std::fma(file_float(type, row + c * f.file_bytes), x[i * cols + c], exact);
+          for (int64_t c = 0; c < cols; c++)
+            exact = std::fma(file_float(type, row + c * f.file_bytes), x[i * cols + c], exact);
         } else {
           for (int64_t b = 0; b < cols / 32; b++) {
             const ActivationBlock& block = blocks[i * cols / 32 + b];
@@ -207,7 +222,8 @@ void test_matmul(GgmlType type) {
           }
           CHECK(std::fabs(exact - real) < 1e-5 * size, "%s %s: %g against %g in float64", k->name, f.name, exact, real);
         }
-        CHECK(whole[i * rows + r] == exact, "%s %s row %d of %d: %.9g, contract %.9g", k->name, f.name, int(i), int(M), whole[i * rows + r], exact);
+        CHECK(whole[i * rows + r] == exact, "%s %s row %d of %d: %.9g, contract %.9g", k->name, f.name, int(i), int(M),
+              whole[i * rows + r], exact);
       }
     // Any number of rows, any share of the panels: the same bits
     for (int64_t count : {1, 2, 3, 4, 5, 8, 9, 13, 24}) {
@@ -215,17 +231,20 @@ void test_matmul(GgmlType type) {
       const int64_t m0 = M - count;
       k->matmul(again, m0, M, 0, 2);
       k->matmul(again, m0, M, 2, m.packed.panels());
-      CHECK(!std::memcmp(&part[m0 * rows], &whole[m0 * rows], count * rows * 4), "%s %s with %d rows", k->name, f.name, int(count));
+      CHECK(!std::memcmp(&part[m0 * rows], &whole[m0 * rows], count * rows * 4), "%s %s with %d rows", k->name, f.name,
+            int(count));
     }
     if (first.empty()) first = whole;
-    CHECK(!std::memcmp(first.data(), whole.data(), whole.size() * 4), "%s: %s differs from %s", f.name, k->name, paths()[0]->name);
+    CHECK(!std::memcmp(first.data(), whole.data(), whole.size() * 4), "%s: %s differs from %s", f.name, k->name,
+          paths()[0]->name);
   }
 }
 
 void test_floats() {
   Random random(9);
   for (int64_t n : {1, 15, 16, 40, 640}) {
-    std::vector<float> x = random.normals(n), w = random.normals(n), up = random.normals(n), first_norm, first_gelu, first_cap;
+    std::vector<float> x = random.normals(n), w = random.normals(n), up = random.normals(n), first_norm, first_gelu,
+                       first_cap;
     for (float& v : x) v *= 6;
     for (const Kernels* k : paths()) {
       std::vector<float> norm(n), gelu = x, cap = x, rotated = x;
@@ -238,15 +257,18 @@ void test_floats() {
         const double v = x[i], want = v / std::sqrt(squares / n + 1e-6) * w[i];
         CHECK(std::fabs(norm[i] - want) <= 1e-6 * std::fabs(want) + 1e-9, "%s rms_norm", k->name);
         const double u = std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v), g = 0.5 * v * (1 + std::tanh(u)) * up[i];
-        CHECK(std::fabs(gelu[i] - g) <= 2e-6 * std::fabs(v * up[i]) + 1e-9, "%s gelu(%g) = %g, not %g", k->name, v, gelu[i], g);
+        CHECK(std::fabs(gelu[i] - g) <= 2e-6 * std::fabs(v * up[i]) + 1e-9, "%s gelu(%g) = %g, not %g", k->name, v,
+              gelu[i], g);
         const double c = 5 * std::tanh(v / 5);
-        CHECK(std::fabs(cap[i] - c) <= 2e-6 * std::fabs(c) + 1e-9, "%s softcap(%g) = %g, not %g", k->name, v, cap[i], c);
+        CHECK(std::fabs(cap[i] - c) <= 2e-6 * std::fabs(c) + 1e-9, "%s softcap(%g) = %g, not %g", k->name, v, cap[i],
+              c);
       }
       CHECK(std::fabs(k->sum_exp(x.data(), n, 20) - exps) < 2e-6 * exps, "%s sum_exp", k->name);
       const Extent e = k->largest(x.data(), n);
       for (int64_t i = 0; i < n; i++) CHECK(x[i] <= e.max && (i >= e.arg || x[i] < e.max), "%s largest", k->name);
       if (first_norm.empty()) first_norm = norm, first_gelu = gelu, first_cap = cap;
-      CHECK(first_norm == norm && first_gelu == gelu && first_cap == cap, "%s differs in bits from %s", k->name, paths()[0]->name);
+      CHECK(first_norm == norm && first_gelu == gelu && first_cap == cap, "%s differs in bits from %s", k->name,
+            paths()[0]->name);
     }
   }
   for (uint32_t h = 0; h < 65536; h++) {
@@ -262,11 +284,13 @@ void test_attention(bool half) {
   std::vector<float> keys = random.normals(S * H), values = random.normals(S * H), q = random.normals(count * H);
   std::vector<float> first;
   for (const Kernels* k : paths()) {
-    std::vector<std::vector<uint8_t>> memory((S + kPagePositions - 1) / kPagePositions, std::vector<uint8_t>(page_bytes));
+    std::vector<std::vector<uint8_t>> memory((S + kPagePositions - 1) / kPagePositions,
+                                             std::vector<uint8_t>(page_bytes));
     std::vector<const uint8_t*> pages;
     for (auto& page : memory) pages.push_back(page.data());
     for (int64_t s = 0; s < S; s++)
-      k->write_cache({&keys[s * H], &values[s * H], H, memory[s / kPagePositions].data(), 0, page_bytes / 2, int(s % kPagePositions), half});
+      k->write_cache({&keys[s * H], &values[s * H], H, memory[s / kPagePositions].data(), 0, page_bytes / 2,
+                      int(s % kPagePositions), half});
     for (int64_t window : {0, 70}) {
       std::vector<float> out(count * H), scores(count * 512);
       const float* queries[6];
@@ -274,8 +298,10 @@ void test_attention(bool half) {
       int64_t positions[6];
       for (int64_t i = 0; i < count; i++) queries[i] = &q[i * H], to[i] = &out[i * H], positions[i] = S - 1 - 40 * i;
       Attend a;
-      a.head_dim = H, a.queries = queries, a.positions = positions, a.out = to, a.count = 6, a.window = window, a.softcap = 20;
-      a.pages = pages.data(), a.values_offset = page_bytes / 2, a.scores = scores.data(), a.scores_stride = 512, a.half = half;
+      a.head_dim = H, a.queries = queries, a.positions = positions, a.out = to, a.count = 6, a.window = window,
+      a.softcap = 20;
+      a.pages = pages.data(), a.values_offset = page_bytes / 2, a.scores = scores.data(), a.scores_stride = 512,
+      a.half = half;
       k->attend(a);
       std::vector<float> alone(H);
       for (int64_t i = 0; i < count; i++) {

@@ -1,4 +1,5 @@
-// The whole step on a small model: hostile plans and steps are refused, and no split into chunks, batches or threads moves a bit.
+// The whole step on a small model: hostile plans and steps are refused, and no split into chunks, batches or threads
+// moves a bit.
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -28,7 +29,8 @@ struct Toy {
         const uint16_t scale = float_to_half(most / 127);
         bytes.back().push_back(static_cast<uint8_t>(scale)), bytes.back().push_back(static_cast<uint8_t>(scale >> 8));
         for (int i = 0; i < 32; i++)
-          bytes.back().push_back(static_cast<uint8_t>(static_cast<int8_t>(std::lround(floats.back()[b + i] / most * 126))));
+          bytes.back().push_back(
+              static_cast<uint8_t>(static_cast<int8_t>(std::lround(floats.back()[b + i] / most * 126))));
       }
       t = {kQ8_0, rows, cols, bytes.back().data(), static_cast<int64_t>(bytes.back().size())};
     }
@@ -39,7 +41,8 @@ struct Toy {
   explicit Toy(GgmlType type, uint64_t seed = 1) {
     Random random(seed);
     floats.reserve(256), bytes.reserve(256);
-    plan.hidden = 64, plan.ffn = 96, plan.heads = 4, plan.kv_heads = 2, plan.head_dim = 32, plan.vocab = 203, plan.context = 400;
+    plan.hidden = 64, plan.ffn = 96, plan.heads = 4, plan.kv_heads = 2, plan.head_dim = 32, plan.vocab = 203,
+    plan.context = 400;
     plan.embed_scale = 8, plan.query_scale = 0.2f, plan.attention_softcap = 30, plan.final_softcap = 20;
     plan.group_windows = {0, 70}, plan.ropes = {{10000, 1}, {1000000, 8}};
     plan.embed = plan.head = add(plan.vocab, 64, random, type);
@@ -51,7 +54,8 @@ struct Toy {
       l.post_attention_norm = add(1, 64, random), l.post_ffn_norm = add(1, 64, random);
       l.q_norm = add(1, 32, random), l.k_norm = add(1, 32, random);
       l.q_proj = add(128, 64, random, type), l.k_proj = add(64, 64, random, type), l.v_proj = add(64, 64, random, type);
-      l.o_proj = add(64, 128, random, type), l.gate_proj = add(96, 64, random, type), l.up_proj = add(96, 64, random, type);
+      l.o_proj = add(64, 128, random, type), l.gate_proj = add(96, 64, random, type),
+      l.up_proj = add(96, 64, random, type);
       l.down_proj = add(64, 96, random, type);
       plan.layers.push_back(l);
     }
@@ -123,7 +127,8 @@ void test_same_bits(GgmlType type, bool float_activations) {
         got.insert(got.end(), out.begin() + static_cast<std::ptrdiff_t>(m) * V, out.end());
         at_a += n, at_b += m, step++;
       }
-      CHECK(!std::memcmp(got.data(), want.data(), want.size() * 4), "%s, %d threads: chunks and batches change bits", k->name, threads);
+      CHECK(!std::memcmp(got.data(), want.data(), want.size() * 4), "%s, %d threads: chunks and batches change bits",
+            k->name, threads);
     }
   }
 }
@@ -181,7 +186,8 @@ void test_adapter() {
     for (int64_t r = 0; r < rows; r++)
       for (int64_t c = 0; c < cols; c++)
         for (int64_t i = 0; i < rank; i++)
-          merged.floats[target][r * cols + c] += 0.5f * adapted.floats[b][r * rank + i] * adapted.floats[a][i * cols + c];
+          merged.floats[target][r * cols + c] +=
+              0.5f * adapted.floats[b][r * rank + i] * adapted.floats[a][i * cols + c];
   }
   std::vector<int32_t> ids(40);
   for (int32_t& id : ids) id = random.below(203);
@@ -198,7 +204,9 @@ void test_adapter() {
   };
   const std::vector<float> base = run(plain, false), with = run(adapted, true), full = run(merged, false);
   double close = 0, moved = 0;
-  for (int i = 0; i < 40 * 203; i++) close = std::max<double>(close, std::fabs(with[i] - full[i])), moved = std::max<double>(moved, std::fabs(with[i] - base[i]));
+  for (int i = 0; i < 40 * 203; i++)
+    close = std::max<double>(close, std::fabs(with[i] - full[i])),
+    moved = std::max<double>(moved, std::fabs(with[i] - base[i]));
   CHECK(close < 1e-4 && moved > 0.1, "adapter: %g from merged, %g from base", close, moved);
   CHECK(!std::memcmp(&with[40 * 203], &base[40 * 203], 40 * 203 * 4), "a sequence without the adapter must not change");
 }
@@ -259,7 +267,8 @@ void test_refusals() {
   SampleRequest request;
   request.sequence = 1;
   CHECK(!model->step(call.make(), {request}, samples).empty(), "a bad request was accepted");
-  CHECK(!model->reserve(2, 5).empty() && !model->reserve(0, int64_t{1} << 40).empty(), "a bad reservation was accepted");
+  CHECK(!model->reserve(2, 5).empty() && !model->reserve(0, int64_t{1} << 40).empty(),
+        "a bad reservation was accepted");
 }
 
 }  // namespace

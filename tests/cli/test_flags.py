@@ -65,9 +65,10 @@ def test_an_alias_is_the_same_command():
 
 def test_the_defaults_are_those_of_the_python_api():
     generate = cli.get_command(click.Context(cli), "generate")
-    shown = {p.name: p.default for p in generate.params if p.name in ("temperature", "top_k", "top_p")}
+    context = click.Context(generate)
+    defaults = {p.name: p.get_default(context) for p in generate.params if isinstance(p, click.Option)}
     signature = inspect.signature(Model.generate).parameters
-    assert shown == {name: signature[name].default for name in shown} and len(shown) == 3
-    for name in ("threads", "activations", "ctx_size"):
-        default = next(p.default for p in generate.params if p.name == name)
-        assert default in (inspect.signature(load).parameters[name].default, None)
+    assert {name: defaults[name] for name in ("temperature", "top_k", "top_p")} == {
+        name: signature[name].default for name in ("temperature", "top_k", "top_p")
+    }
+    assert defaults["activations"] == inspect.signature(load).parameters["activations"].default

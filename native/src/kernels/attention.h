@@ -1,6 +1,6 @@
-// Attention over pages, written once over f32x16. Every query's scores, maximum, weights and sums are formed in the order of
-// absolute positions, so the result does not depend on which queries share a call, nor on where the visible span begins:
-// positions outside a query's view weigh exactly zero.
+// Attention over pages, written once over f32x16. Every query's scores, maximum, weights and sums are formed in the
+// order of absolute positions, so the result does not depend on which queries share a call, nor on where the visible
+// span begins: positions outside a query's view weigh exactly zero.
 #pragma once
 #include "float_kernels.h"
 
@@ -16,7 +16,9 @@ GEMKIT_INLINE f32x16 load_cache(const Element* p) {
 
 // With few queries, several groups of lanes go together: each sum is one chain of dependent operations.
 template <int M>
-constexpr int kTogether = M == 1 ? 4 : M <= 3 ? 2 : 1;
+constexpr int kTogether = M == 1   ? 4
+                          : M <= 3 ? 2
+                                   : 1;
 
 // acc[u][m] = fma(w_u[k], x[m][k], acc[u][m]) for k in [0, n); load(u, k) gives sixteen lanes.
 template <int U, int M, class Load>
@@ -52,7 +54,8 @@ static void score_page(const Attend& a, int64_t page, int64_t first, const int64
     f32x16 acc[U][M];
     for (int u = 0; u < U; u++)
       for (int m = 0; m < M; m++) acc[u][m] = zero();
-    accumulate_groups<U, M>(acc, a.head_dim, [&](int u, int64_t k) { return load_cache(keys + (u * a.head_dim + k) * 16); }, a.queries);
+    accumulate_groups<U, M>(
+        acc, a.head_dim, [&](int u, int64_t k) { return load_cache(keys + (u * a.head_dim + k) * 16); }, a.queries);
     for (int u = 0; u < U; u++)
       for (int m = 0; m < M; m++) {
         float* row = out + m * a.scores_stride + 16 * u;
@@ -75,7 +78,9 @@ static void weigh_page(const Attend& a, int64_t page, int64_t first) {
     f32x16 acc[U][M];
     for (int u = 0; u < U; u++)
       for (int m = 0; m < M; m++) acc[u][m] = load(a.out[m] + h + 16 * u);
-    accumulate_groups<U, M>(acc, kPagePositions, [&](int u, int64_t k) { return load_cache(values + k * a.head_dim + h + 16 * u); }, weights);
+    accumulate_groups<U, M>(
+        acc, kPagePositions, [&](int u, int64_t k) { return load_cache(values + k * a.head_dim + h + 16 * u); },
+        weights);
     for (int u = 0; u < U; u++)
       for (int m = 0; m < M; m++) store(a.out[m] + h + 16 * u, acc[u][m]);
   }
@@ -117,12 +122,18 @@ static void attend_queries(const Attend& a) {
 template <class Element>
 static void attend_as(const Attend& a) {
   switch (a.count) {
-    case 1: return attend_queries<1, Element>(a);
-    case 2: return attend_queries<2, Element>(a);
-    case 3: return attend_queries<3, Element>(a);
-    case 4: return attend_queries<4, Element>(a);
-    case 5: return attend_queries<5, Element>(a);
-    default: return attend_queries<6, Element>(a);
+    case 1:
+      return attend_queries<1, Element>(a);
+    case 2:
+      return attend_queries<2, Element>(a);
+    case 3:
+      return attend_queries<3, Element>(a);
+    case 4:
+      return attend_queries<4, Element>(a);
+    case 5:
+      return attend_queries<5, Element>(a);
+    default:
+      return attend_queries<6, Element>(a);
   }
 }
 
@@ -132,7 +143,8 @@ static void write_cache(const CacheWrite& w) {
   if (!w.half) {
     float* keys = reinterpret_cast<float*>(w.page + w.keys_offset) + group * w.head_dim * 16 + lane;
     for (int64_t h = 0; h < w.head_dim; h++) keys[h * 16] = w.key[h];
-    std::memcpy(reinterpret_cast<float*>(w.page + w.values_offset) + w.slot * w.head_dim, w.value, w.head_dim * sizeof(float));
+    std::memcpy(reinterpret_cast<float*>(w.page + w.values_offset) + w.slot * w.head_dim, w.value,
+                w.head_dim * sizeof(float));
     return;
   }
   const f32x16 most = set1(65504.0f), least = set1(-65504.0f);

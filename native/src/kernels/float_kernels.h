@@ -51,7 +51,8 @@ static void matmul_float(const Product& product, int64_t m0, int64_t m1, int64_t
   }
 }
 
-// Lanes past the end of a row: the tail is worked through a padded copy, so the order of sums never depends on n % 16 code paths.
+// Lanes past the end of a row: the tail is worked through a padded copy, so the order of sums never depends on n % 16
+// code paths.
 template <class F>
 GEMKIT_INLINE void for_lanes(int64_t n, F f) {
   int64_t i = 0;
@@ -85,7 +86,8 @@ static void rms_norm(const float* x, const float* weight, float* y, int64_t n, f
 }
 
 static void add(float* x, const float* y, int64_t n) {
-  for_lanes(n, [&](int64_t i, int count) { store_some(x + i, load_some(x + i, count) + load_some(y + i, count), count); });
+  for_lanes(n,
+            [&](int64_t i, int count) { store_some(x + i, load_some(x + i, count) + load_some(y + i, count), count); });
 }
 
 static void scale(float* x, float by, int64_t n) {

@@ -1,6 +1,6 @@
-// Shape of the quantised product, shared by all instruction sets: few rows are multiplied straight from the packed records,
-// many rows pass over a panel whose codes were unpacked once into the first-level cache.
-// The including file sets GEMKIT_FUSED_ROWS and GEMKIT_TILE_ROWS, then defines fused_panels, unpack_chunk, tile and peak_int8.
+// Shape of the quantised product, shared by all instruction sets: few rows are multiplied straight from the packed
+// records, many rows pass over a panel whose codes were unpacked once into the first-level cache. The including file
+// sets GEMKIT_FUSED_ROWS and GEMKIT_TILE_ROWS, then defines fused_panels, unpack_chunk, tile and peak_int8.
 #pragma once
 #include <utility>
 
@@ -40,16 +40,18 @@ static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chun
 template <class F, int M>
 static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y, bool first);
 
-constexpr int32_t kMagicBits = 0x4B400000;  // the float 1.5·2^23: an int32 sum that starts here is, as a float, 1.5·2^23 + sum
+constexpr int32_t kMagicBits =
+    0x4B400000;  // the float 1.5·2^23: an int32 sum that starts here is, as a float, 1.5·2^23 + sum
 
 template <class F, int... I>
-static void fused_rows(int rows, const Product& product, int64_t m, int64_t p0, int64_t p1, std::integer_sequence<int, I...>) {
+static void fused_rows(int rows, const Product& product, int64_t m, int64_t p0, int64_t p1,
+                       std::integer_sequence<int, I...>) {
   (void)((rows == I + 1 && (fused_panels<F, I + 1>(product, m, p0, p1), true)) || ...);
 }
 
 template <class F, int... I>
-static void tile_rows(int rows, const Chunk& chunk, int count, const ActivationBlock* const* a, float* const* y, bool first,
-                      std::integer_sequence<int, I...>) {
+static void tile_rows(int rows, const Chunk& chunk, int count, const ActivationBlock* const* a, float* const* y,
+                      bool first, std::integer_sequence<int, I...>) {
   (void)((rows == I + 1 && (tile<F, I + 1>(chunk, count, a, y, first), true)) || ...);
 }
 
@@ -57,7 +59,8 @@ template <class F>
 static void matmul_int8(const Product& product, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   if constexpr (kFusedRows > 0) {
     if (m1 - m0 <= kFusedRows)
-      return fused_rows<F>(static_cast<int>(m1 - m0), product, m0, p0, p1, std::make_integer_sequence<int, kFusedRows>());
+      return fused_rows<F>(static_cast<int>(m1 - m0), product, m0, p0, p1,
+                           std::make_integer_sequence<int, kFusedRows>());
   }
   const Packed& w = *product.w;
   const int64_t blocks = w.blocks();
@@ -88,21 +91,30 @@ static void matmul_int8(const Product& product, int64_t m0, int64_t m1, int64_t 
 static void matmul(const Product& product, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   if (m0 >= m1 || p0 >= p1) return;
   switch (product.w->format->type) {
-    case kQ4_0: return matmul_int8<Format<0, 3, 1, false, false>>(product, m0, m1, p0, p1);
-    case kQ4_1: return matmul_int8<Format<0, -1, 1, false, true>>(product, m0, m1, p0, p1);
-    case kQ5_0: return matmul_int8<Format<1, 4, 1, false, false>>(product, m0, m1, p0, p1);
-    case kQ5_1: return matmul_int8<Format<1, -1, 1, false, true>>(product, m0, m1, p0, p1);
-    case kQ8_0: return matmul_int8<Format<4, 7, 1, false, false>>(product, m0, m1, p0, p1);
-    case kQ4_K: return matmul_int8<Format<0, -1, 1, true, true>>(product, m0, m1, p0, p1);
-    case kQ5_K: return matmul_int8<Format<1, -1, 1, true, true>>(product, m0, m1, p0, p1);
-    case kQ6_K: return matmul_int8<Format<2, 5, 2, true, false>>(product, m0, m1, p0, p1);
-    default: return matmul_float(product, m0, m1, p0, p1);
+    case kQ4_0:
+      return matmul_int8<Format<0, 3, 1, false, false>>(product, m0, m1, p0, p1);
+    case kQ4_1:
+      return matmul_int8<Format<0, -1, 1, false, true>>(product, m0, m1, p0, p1);
+    case kQ5_0:
+      return matmul_int8<Format<1, 4, 1, false, false>>(product, m0, m1, p0, p1);
+    case kQ5_1:
+      return matmul_int8<Format<1, -1, 1, false, true>>(product, m0, m1, p0, p1);
+    case kQ8_0:
+      return matmul_int8<Format<4, 7, 1, false, false>>(product, m0, m1, p0, p1);
+    case kQ4_K:
+      return matmul_int8<Format<0, -1, 1, true, true>>(product, m0, m1, p0, p1);
+    case kQ5_K:
+      return matmul_int8<Format<1, -1, 1, true, true>>(product, m0, m1, p0, p1);
+    case kQ6_K:
+      return matmul_int8<Format<2, 5, 2, true, false>>(product, m0, m1, p0, p1);
+    default:
+      return matmul_float(product, m0, m1, p0, p1);
   }
 }
 
 }  // namespace gemkit::GEMKIT_ISA
 
 // Ends a translation unit: its table, from the functions above and the including file's peak_int8.
-#define GEMKIT_KERNEL_TABLE(path_name)                                                                                   \
+#define GEMKIT_KERNEL_TABLE(path_name)                                                                                \
   static const Kernels kTable = {path_name, quantise,    matmul, rms_norm, add,     gelu_multiply, rope,       scale, \
                                  softcap,   write_cache, attend, largest,  sum_exp, peak_int8,     read_memory};

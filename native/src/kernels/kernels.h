@@ -1,10 +1,11 @@
 // The table of inner loops that every instruction set fills in, and the arguments they share.
 //
-// Contract of the quantised product, the same bits on every path and for every batch size. Activations are int8 with one float
-// scale per 32 columns. Gemma's activations have outliers, so the largest of a block may reach 254 steps: it is carried as the sum
-// of two int8 numbers, its own and a spare one, which keeps the step of the other 31 small. Per output, blocks in ascending order,
-//   dot = exact int32 sum of (code − offset) · q;   t = fl(dot · scale_w);   f = fma(t, scale_x, f)      (Q6_K: per 16 columns)
-//   with minima, then  f = fma(minimum, fl(scale_x · sum q), f)
+// Contract of the quantised product, the same bits on every path and for every batch size. Activations are int8 with
+// one float scale per 32 columns. Gemma's activations have outliers, so the largest of a block may reach 254 steps: it
+// is carried as the sum of two int8 numbers, its own and a spare one, which keeps the step of the other 31 small. Per
+// output, blocks in ascending order,
+//   dot = exact int32 sum of (code − offset) · q;   t = fl(dot · scale_w);   f = fma(t, scale_x, f)      (Q6_K: per 16
+//   columns) with minima, then  f = fma(minimum, fl(scale_x · sum q), f)
 // Contract of float products: f = fma(w[k], x[k], f), k ascending.
 #pragma once
 #include <cstdint>
@@ -21,7 +22,7 @@ struct ActivationBlock {
   int32_t sum;        // of q and spare
   int32_t first_sum;  // of the first 16 columns
   float scale;
-  float scaled_sum;   // fl(scale · sum)
+  float scaled_sum;  // fl(scale · sum)
 };
 
 // Quantised rows: blocks[m * per_row + b].
@@ -40,7 +41,8 @@ struct Product {
   int64_t ldy = 0;
 };
 
-// A page of the key-value cache holds kPagePositions positions of one sequence. For each layer of its group and each kv head:
+// A page of the key-value cache holds kPagePositions positions of one sequence. For each layer of its group and each kv
+// head:
 //   keys   [kPagePositions/16][head_dim][16]   16 positions interleaved: a score is one lane
 //   values [kPagePositions][head_dim]
 constexpr int kPagePositions = 64;
@@ -92,8 +94,8 @@ struct Kernels {
   void (*attend)(const Attend& a);
   Extent (*largest)(const float* x, int64_t n);
   double (*sum_exp)(const float* x, int64_t n, float shift);  // sum of exp(x - shift)
-  int64_t (*peak_int8)(int64_t rounds);                       // runs register-only int8 products; returns operations done
-  uint64_t (*read)(const uint8_t* p, int64_t bytes);          // reads memory in four streams
+  int64_t (*peak_int8)(int64_t rounds);               // runs register-only int8 products; returns operations done
+  uint64_t (*read)(const uint8_t* p, int64_t bytes);  // reads memory in four streams
 };
 
 // Tables by instruction set; nullptr where not built in.
@@ -101,7 +103,8 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 
-// The best table this machine can run. GEMKIT_ISA=portable|avx2|avx512 forces one; nullptr with a message in `error` if it cannot run.
+// The best table this machine can run. GEMKIT_ISA=portable|avx2|avx512 forces one; nullptr with a message in `error` if
+// it cannot run.
 const Kernels* select_kernels(const char* forced, const char** error);
 
 }  // namespace gemkit

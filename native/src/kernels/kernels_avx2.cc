@@ -1,5 +1,5 @@
-// AVX2 + FMA + F16C. Codes stay below 2^6 (or are split into two nibbles), so the products of vpmaddubsw can be summed in
-// int16 without saturating: at most 8 quads of 4-bit codes, 4 of 5-bit, 2 of 6-bit.
+// AVX2 + FMA + F16C. Codes stay below 2^6 (or are split into two nibbles), so the products of vpmaddubsw can be summed
+// in int16 without saturating: at most 8 quads of 4-bit codes, 4 of 5-bit, 2 of 6-bit.
 #define GEMKIT_ISA avx2
 #define GEMKIT_AVX2 1
 #define GEMKIT_FUSED_ROWS 4
@@ -21,7 +21,9 @@ struct RecordCodes {
   const uint8_t* record;
   int half;
 
-  GEMKIT_INLINE __m256i shifted(__m256i v, int by) { return by >= 0 ? _mm256_slli_epi16(v, by) : _mm256_srli_epi16(v, -by); }
+  GEMKIT_INLINE __m256i shifted(__m256i v, int by) {
+    return by >= 0 ? _mm256_slli_epi16(v, by) : _mm256_srli_epi16(v, -by);
+  }
 
   inline __attribute__((always_inline)) void quads(int j, __m256i (&codes)[2], __m256i (&low)[2]) const {
     const __m256i nibble = _mm256_set1_epi8(15);
@@ -54,7 +56,8 @@ GEMKIT_INLINE void one_quad(const RecordCodes<F>& source, int quad, __m256i& cod
   const __m128i by = _mm_cvtsi32_si128(4 * (quad & 1));
   codes = _mm256_and_si256(_mm256_srl_epi16(load256(record + 64 * (quad / 2) + 32 * source.half), by), nibble);
   if constexpr (F::R == 1) {
-    const __m256i bit = _mm256_and_si256(_mm256_srl_epi16(load256(residual), _mm_cvtsi32_si128(quad)), _mm256_set1_epi8(1));
+    const __m256i bit =
+        _mm256_and_si256(_mm256_srl_epi16(load256(residual), _mm_cvtsi32_si128(quad)), _mm256_set1_epi8(1));
     codes = _mm256_or_si256(codes, _mm256_slli_epi16(bit, 4));
   }
   if constexpr (F::R == 2) {
@@ -88,7 +91,8 @@ GEMKIT_INLINE void one_quad(const ChunkCodes<F>& source, int quad, __m256i& code
 
 // Adds to sums[sub-block][half][m] what the spare part of each row's largest value contributes.
 template <class F, int M, int Halves, class Codes>
-GEMKIT_INLINE void spare_sums(const Codes (&source)[Halves], const ActivationBlock* const* a, __m256i (&sums)[F::kSub][Halves][M]) {
+GEMKIT_INLINE void spare_sums(const Codes (&source)[Halves], const ActivationBlock* const* a,
+                              __m256i (&sums)[F::kSub][Halves][M]) {
   const __m256i ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16);
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
@@ -113,7 +117,8 @@ GEMKIT_INLINE void spare_sums(const Codes (&source)[Halves], const ActivationBlo
 
 // Exact int32 sums over a block of code · q, eight rows a half by M activation rows.
 template <class F, int M, int Halves, class Codes>
-GEMKIT_INLINE void block_sums(const Codes (&source)[Halves], const ActivationBlock* const* a, __m256i (&sums)[F::kSub][Halves][M]) {
+GEMKIT_INLINE void block_sums(const Codes (&source)[Halves], const ActivationBlock* const* a,
+                              __m256i (&sums)[F::kSub][Halves][M]) {
   const __m256i ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16);
   constexpr int kPerFlush = F::R == 1 ? 2 : F::R == 2 ? 1 : 4;  // pairs of quads that int16 can hold
   __m256i part[Halves][M], part_low[Halves][M];
@@ -159,14 +164,17 @@ GEMKIT_INLINE void block_sums(const Codes (&source)[Halves], const ActivationBlo
 
 // f += (sum − offset · sum q) · scale · scale_x, with the roundings of the contract.
 template <class F>
-GEMKIT_INLINE __m256 fold(__m256 f, __m256i sum, int32_t activation_sum, __m256 scale, __m256 shifted_scale, float scale_x) {
+GEMKIT_INLINE __m256 fold(__m256 f, __m256i sum, int32_t activation_sum, __m256 scale, __m256 shifted_scale,
+                          float scale_x) {
   __m256i start = _mm256_set1_epi32(kMagicBits);
   if constexpr (F::kOffsetLog2 >= 0) start = _mm256_set1_epi32(kMagicBits - (activation_sum << F::kOffsetLog2));
   const __m256 biased = _mm256_castsi256_ps(_mm256_add_epi32(sum, start));
   return _mm256_fmadd_ps(_mm256_fmadd_ps(biased, scale, shifted_scale), _mm256_set1_ps(scale_x), f);
 }
 
-GEMKIT_INLINE __m256 half8(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+GEMKIT_INLINE __m256 half8(const uint8_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 GEMKIT_INLINE __m256 bytes8(const uint8_t* p, bool is_signed) {
   const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return _mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(b) : _mm256_cvtepu8_epi32(b));
@@ -193,8 +201,8 @@ GEMKIT_INLINE int32_t activation_sum(const ActivationBlock& a, int sub) {
 
 // Folds a block's sums into f[half][m], given its scales and minima.
 template <class F, int M, int Halves, class Scale, class Minimum>
-GEMKIT_INLINE void fold_block(__m256 (&f)[Halves][M], const __m256i (&sums)[F::kSub][Halves][M], const ActivationBlock* const* a,
-                              Scale scale_of, Minimum minimum_of) {
+GEMKIT_INLINE void fold_block(__m256 (&f)[Halves][M], const __m256i (&sums)[F::kSub][Halves][M],
+                              const ActivationBlock* const* a, Scale scale_of, Minimum minimum_of) {
   const __m256 magic = _mm256_set1_ps(-kRoundMagic);
 #pragma GCC unroll 4
   for (int h = 0; h < Halves; h++) {
@@ -253,7 +261,7 @@ GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64
     for (int i = 0; i < M; i++) a[i]++;
   }
   for (int i = 0; i < M; i++)
-    for (int h = 0; h < 2 * Panels; h++) 
+    for (int h = 0; h < 2 * Panels; h++)
       _mm256_storeu_ps(product.y + (m + i) * product.ldy + p * kPanelRows + 8 * h, f[h / kHalves][h % kHalves][i]);
 }
 
@@ -290,7 +298,8 @@ static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chun
 
 // Halves [h0, h0 + Halves) of the panel; the 8-bit form needs two partial sums a row and so takes one half at a time.
 template <class F, int M, int Halves>
-GEMKIT_NOINLINE static void tile_halves(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y, bool first, int h0) {
+GEMKIT_NOINLINE static void tile_halves(const Chunk& chunk, int count, const ActivationBlock* const* rows,
+                                        float* const* y, bool first, int h0) {
   const ActivationBlock* a[M];
   alignas(32) float f[Halves][M][8];
   for (int i = 0; i < M; i++) {
@@ -330,11 +339,12 @@ static void tile(const Chunk& chunk, int count, const ActivationBlock* const* ro
 static int64_t peak_int8(int64_t rounds) {
   __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0, t;
   const __m256i w = _mm256_set1_epi8(3), x = _mm256_set1_epi8(5);
-#define GEMKIT_STEP(sum)                                                      \
+#define GEMKIT_STEP(sum)                                            \
   asm volatile("vpmaddubsw %2, %1, %0" : "=x"(t) : "x"(w), "x"(x)); \
   asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(t));
   for (int64_t r = 0; r < rounds; r++) {
-    GEMKIT_STEP(s0) GEMKIT_STEP(s1) GEMKIT_STEP(s2) GEMKIT_STEP(s3) GEMKIT_STEP(s4) GEMKIT_STEP(s5) GEMKIT_STEP(s6) GEMKIT_STEP(s7)
+    GEMKIT_STEP(s0)
+    GEMKIT_STEP(s1) GEMKIT_STEP(s2) GEMKIT_STEP(s3) GEMKIT_STEP(s4) GEMKIT_STEP(s5) GEMKIT_STEP(s6) GEMKIT_STEP(s7)
   }
 #undef GEMKIT_STEP
   return rounds * 8 * 64;

@@ -35,9 +35,11 @@ GEMKIT_INLINE __m512i quad_codes(const uint8_t* record, int q) {
                  : _mm512_or_si512(shifted(_mm512_and_si512(v, nibble), 4), _mm512_and_si512(w, nibble));
   }
   __m512i codes = _mm512_and_si512(q & 1 ? shifted(v, -4) : v, nibble);
-  if constexpr (F::R == 1) codes = _mm512_or_si512(codes, _mm512_and_si512(shifted(load512(residual), 4 - q), _mm512_set1_epi8(16)));
+  if constexpr (F::R == 1)
+    codes = _mm512_or_si512(codes, _mm512_and_si512(shifted(load512(residual), 4 - q), _mm512_set1_epi8(16)));
   if constexpr (F::R == 2)
-    codes = _mm512_or_si512(codes, _mm512_and_si512(shifted(load512(residual + 64 * (q / 4)), 4 - 2 * (q % 4)), _mm512_set1_epi8(48)));
+    codes = _mm512_or_si512(
+        codes, _mm512_and_si512(shifted(load512(residual + 64 * (q / 4)), 4 - 2 * (q % 4)), _mm512_set1_epi8(48)));
   return codes;
 }
 
@@ -153,7 +155,8 @@ static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chun
 }
 
 template <class F, int M>
-GEMKIT_NOINLINE static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y, bool first) {
+GEMKIT_NOINLINE static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y,
+                                 bool first) {
   const f32x16 magic = set1(-kRoundMagic);
   const ActivationBlock* a[M];
   f32x16 f[M];

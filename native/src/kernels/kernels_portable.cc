@@ -33,9 +33,12 @@ static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chun
         if (!F::kQuant)
           scale = half(scales);
         else
-          scale = half(super) * static_cast<float>(F::kMinimum ? scales[row] : static_cast<int8_t>(scales[16 * h + row]));
+          scale =
+              half(super) * static_cast<float>(F::kMinimum ? scales[row] : static_cast<int8_t>(scales[16 * h + row]));
       }
-      if (F::kMinimum) chunk.minimum[b][row] = F::kQuant ? -(half(super + 32) * static_cast<float>(scales[16 + row])) : half(scales + 32);
+      if (F::kMinimum)
+        chunk.minimum[b][row] =
+            F::kQuant ? -(half(super + 32) * static_cast<float>(scales[16 + row])) : half(scales + 32);
     }
   }
 }
@@ -43,7 +46,8 @@ static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chun
 template <class F, int M>
 static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y, bool first) {
   static_assert(M == 1);
-  constexpr int kOffset = F::kOffsetLog2 < 0 ? 0 : 1 << (F::kOffsetLog2 < 0 ? 0 : F::kOffsetLog2), kWidth = kBlock / F::kSub;
+  constexpr int kOffset = F::kOffsetLog2 < 0 ? 0 : 1 << (F::kOffsetLog2 < 0 ? 0 : F::kOffsetLog2),
+                kWidth = kBlock / F::kSub;
   for (int row = 0; row < kPanelRows; row++) {
     float f = first ? 0.0f : y[0][row];
     for (int b = 0; b < count; b++) {

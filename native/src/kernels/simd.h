@@ -1,7 +1,7 @@
-// Sixteen float lanes, the same on every instruction set: each lane is plain IEEE arithmetic and every reduction has one
-// fixed order, so code written over f32x16 gives the same bits on all of them.
-// Included by the translation unit of one instruction set, which defines GEMKIT_ISA (the namespace) and one of
-// GEMKIT_AVX512, GEMKIT_AVX2 or neither (portable C++).
+// Sixteen float lanes, the same on every instruction set: each lane is plain IEEE arithmetic and every reduction has
+// one fixed order, so code written over f32x16 gives the same bits on all of them. Included by the translation unit of
+// one instruction set, which defines GEMKIT_ISA (the namespace) and one of GEMKIT_AVX512, GEMKIT_AVX2 or neither
+// (portable C++).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 #if defined(GEMKIT_AVX512) && defined(GEMKIT_SIMDE)
 #define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
 #include <immintrin.h>
+#include <simde/x86/avx512.h>
 #elif defined(GEMKIT_AVX512) || defined(GEMKIT_AVX2)
 #include <immintrin.h>
 #endif
@@ -25,7 +25,8 @@
 #define GEMKIT_NOINLINE __attribute__((noinline))
 #endif
 
-// Keeps a running sum where it is written: left alone, GCC delays a block's additions and spills every product meanwhile.
+// Keeps a running sum where it is written: left alone, GCC delays a block's additions and spills every product
+// meanwhile.
 #if defined(__GNUC__) && (defined(GEMKIT_AVX2) || (defined(GEMKIT_AVX512) && !defined(GEMKIT_SIMDE)))
 #if defined(GEMKIT_AVX512)
 #define GEMKIT_PIN(sum) asm volatile("" : "+v"(sum))
@@ -63,7 +64,8 @@ GEMKIT_INLINE f32x16 select_ge(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {
 }
 // a · 2^n; n holds integers as 1.5·2^23 + n
 GEMKIT_INLINE f32x16 scale_pow2(f32x16 a, f32x16 n) {
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_castps_si512(n.v), 23)))};
+  return {
+      _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_castps_si512(n.v), 23)))};
 }
 #if defined(GEMKIT_SIMDE)  // the emulation lacks these conversions
 GEMKIT_INLINE f32x16 load_f16(const uint16_t* p) {
@@ -76,9 +78,9 @@ GEMKIT_INLINE void store_i8(int8_t* p, f32x16 a) {
   store(t, a);
   for (int i = 0; i < 16; i++) p[i] = t[i] >= -128.0f && t[i] <= 127.0f ? static_cast<int8_t>(t[i]) : int8_t{0};
 }
-#define GEMKIT_GATHER(expression)                          \
-  alignas(64) float t[16];                                 \
-  for (int i = 0; i < 16; i++) t[i] = (expression);        \
+#define GEMKIT_GATHER(expression)                   \
+  alignas(64) float t[16];                          \
+  for (int i = 0; i < 16; i++) t[i] = (expression); \
   return load(t)
 GEMKIT_INLINE f32x16 load_bf16(const uint16_t* p) { GEMKIT_GATHER(bf16_to_float(p[i])); }
 GEMKIT_INLINE f32x16 from_i8(const int8_t* p) { GEMKIT_GATHER(static_cast<float>(p[i])); }
@@ -165,7 +167,8 @@ GEMKIT_INLINE void store_f16(uint16_t* p, f32x16 a) {
 GEMKIT_INLINE void store_i8(int8_t* p, f32x16 a) {
   __m256i w = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
   w = _mm256_permute4x64_epi64(w, 0xD8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
 GEMKIT_INLINE f32x16 load_bf16(const uint16_t* p) {
   auto part = [](const uint16_t* q) {
@@ -196,9 +199,9 @@ GEMKIT_INLINE __m256 upper8(f32x16 a) { return a.hi; }
 struct f32x16 {
   float v[16];
 };
-#define GEMKIT_LANES(expression)                            \
-  f32x16 r;                                                 \
-  for (int i = 0; i < 16; i++) r.v[i] = (expression);       \
+#define GEMKIT_LANES(expression)                      \
+  f32x16 r;                                           \
+  for (int i = 0; i < 16; i++) r.v[i] = (expression); \
   return r
 GEMKIT_INLINE f32x16 set1(float x) { GEMKIT_LANES(x); }
 GEMKIT_INLINE f32x16 zero() { return set1(0.0f); }
@@ -212,7 +215,9 @@ GEMKIT_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { GEMKIT_LANES(std::fma(a
 GEMKIT_INLINE f32x16 max(f32x16 a, f32x16 b) { GEMKIT_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 GEMKIT_INLINE f32x16 min(f32x16 a, f32x16 b) { GEMKIT_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 GEMKIT_INLINE f32x16 abs(f32x16 a) { GEMKIT_LANES(std::fabs(a.v[i])); }
-GEMKIT_INLINE f32x16 select_ge(f32x16 a, f32x16 b, f32x16 x, f32x16 y) { GEMKIT_LANES(a.v[i] >= b.v[i] ? x.v[i] : y.v[i]); }
+GEMKIT_INLINE f32x16 select_ge(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {
+  GEMKIT_LANES(a.v[i] >= b.v[i] ? x.v[i] : y.v[i]);
+}
 GEMKIT_INLINE f32x16 scale_pow2(f32x16 a, f32x16 n) {
   f32x16 r;
   for (int i = 0; i < 16; i++) {
@@ -255,12 +260,14 @@ GEMKIT_INLINE float reduce(f32x16 a, Op8 op8, Op4 op4, Op1 op1) {
   return _mm_cvtss_f32(op1(v, _mm_shuffle_ps(v, v, 1)));
 }
 GEMKIT_INLINE float reduce_add(f32x16 a) {
-  return reduce(a, [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); }, [](__m128 x, __m128 y) { return _mm_add_ps(x, y); },
-                [](__m128 x, __m128 y) { return _mm_add_ss(x, y); });
+  return reduce(
+      a, [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); }, [](__m128 x, __m128 y) { return _mm_add_ps(x, y); },
+      [](__m128 x, __m128 y) { return _mm_add_ss(x, y); });
 }
 GEMKIT_INLINE float reduce_max(f32x16 a) {
-  return reduce(a, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); }, [](__m128 x, __m128 y) { return _mm_max_ps(x, y); },
-                [](__m128 x, __m128 y) { return _mm_max_ss(x, y); });
+  return reduce(
+      a, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); }, [](__m128 x, __m128 y) { return _mm_max_ps(x, y); },
+      [](__m128 x, __m128 y) { return _mm_max_ss(x, y); });
 }
 #else
 template <class Op>
@@ -282,7 +289,8 @@ GEMKIT_INLINE uint32_t equal_mask(f32x16 a, f32x16 b) {
 }
 #endif
 
-constexpr float kRoundMagic = 12582912.0f;  // 1.5·2^23: adding it rounds to the nearest integer, ties to even, for |x| < 2^22
+constexpr float kRoundMagic =
+    12582912.0f;  // 1.5·2^23: adding it rounds to the nearest integer, ties to even, for |x| < 2^22
 
 // Within 2 units in the last place; 0 below -87.33, where float32 leaves its normal range.
 GEMKIT_INLINE f32x16 exp(f32x16 x) {

@@ -75,8 +75,11 @@ def _layers(config: "ModelConfig") -> list[dict]:
 
 def _tensors(checkpoint: "Checkpoint") -> list[dict]:
     """One row for each tensor name with the layer's number left out, in the order of the model."""
+    from gemkit.arch.tensors import manifest
+
     groups: dict[tuple[str, tuple[int, ...]], list] = {}
-    for name, tensor in checkpoint.tensors.items():
+    for name in manifest(checkpoint.config):
+        tensor = checkpoint.tensors[name]
         groups.setdefault((re.sub(r"\.\d+\.", ".*.", name), tuple(tensor.shape)), []).append(tensor)
     return [
         {

@@ -1,0 +1,180 @@
+"""Text to ids and back, with the sentencepiece library.
+
+Its model is written from a vocabulary, whichever file that came in, and kept in the cache folder under a checksum: a
+second start reads one file and never builds the list of pieces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from gemkit.cache import cache_dir, try_atomic_write
+from gemkit.errors import GemkitError
+from gemkit.text.special import SPACE, find_special
+from gemkit.text.spm_proto import read_model, write_model
+from gemkit.text.tokenizer_json import read_tokenizer_json
+from gemkit.text.vocabulary import Vocabulary
+
+# To be changed whenever the model written from the same vocabulary changes.
+_CACHE_FORMAT = b"gemkit tokenizer 1\n"
+
+
+class Tokenizer:
+    """Splits text into the pieces of one vocabulary.
+
+    special: ids of the control tokens. stop_ids: those that end an answer. vocab_size: number of pieces, V.
+    Its methods may be called from several threads.
+
+    >>> tokenizer = Tokenizer.from_file("tokenizer.model")  # doctest: +SKIP
+    >>> tokenizer.decode(tokenizer.encode("Hello")) == "Hello"  # doctest: +SKIP
+    True
+    """
+
+    def __init__(self, model: bytes) -> None:
+        """Takes a model that `spm_proto.write_model` wrote; the classmethods are the usual way in."""
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise GemkitError(f"sentencepiece refuses the vocabulary, get the file again: {reason}") from None
+        self.vocab_size: int = self._model.get_piece_size()
+        self.special = find_special(self._find)
+        self.stop_ids = self.special.stop_ids
+        self.pad_id, self.eos_id = self.special.pad, self.special.eos
+        self.bos_id, self.unk_id = self.special.bos, self.special.unk
+        self.start_of_turn_id = self.special.start_of_turn
+        self.end_of_turn_id = self.special.end_of_turn
+        self._bytes = {self._model.piece_to_id(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Vocabulary) -> Tokenizer:
+        """Raises GemkitError if the vocabulary is broken or no Gemma's."""
+        digest = hashlib.sha256()
+        for part in (
+            np.fromiter(map(len, vocabulary.pieces), np.int64, len(vocabulary.pieces)),
+            np.asarray(vocabulary.scores, np.float32),
+            np.asarray(vocabulary.types, np.int32),
+        ):
+            digest.update(len(part).to_bytes(8, "little") + part.tobytes())
+        digest.update(b"".join(vocabulary.pieces))
+        return cls.from_cached(f"vocabulary {digest.hexdigest()}", lambda: vocabulary)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Reads a ``tokenizer.model`` or a ``tokenizer.json``. Raises GemkitError if it cannot."""
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise GemkitError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from None
+        # A model starts with the key of its first piece, 0x0A, which JSON may have as white space.
+        read = read_tokenizer_json if data[:64].lstrip()[:1] == b"{" else read_model
+        try:
+            return cls.from_cached(f"file {hashlib.sha256(data).hexdigest()}", lambda: read(data))
+        except GemkitError as error:
+            raise GemkitError(f"{os.fspath(path)}: {error}") from None
+
+    @classmethod
+    def from_cached(cls, key: str, make: Callable[[], Vocabulary]) -> Tokenizer:
+        """Loads the tokenizer kept under ``key``; if there is none, asks ``make`` for the vocabulary and keeps it.
+
+        key: anything that changes whenever the vocabulary does, such as the checksum of the bytes it is read from.
+        A cache that cannot be read or written costs time, nothing else.
+        Raises GemkitError if the vocabulary is broken or no Gemma's.
+        """
+        name = hashlib.sha256(_CACHE_FORMAT + key.encode()).hexdigest()
+        try:
+            path = cache_dir() / "tokenizers" / f"{name}.bin"
+        except GemkitError:
+            path = None
+        if path is not None and (model := _read_cached(path)) is not None:
+            return cls(model)
+        model = write_model(make())
+        tokenizer = cls(model)
+        if path is not None:
+            try_atomic_write(path, _CACHE_FORMAT + hashlib.sha256(model).digest() + model)
+        return tokenizer
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Returns the ids of plain text, after one BOS.
+
+        Text never gives a control token: "<bos>" or "<start_of_turn>" in it are split like any other word. U+2581
+        counts as a space, as it does in Gemma's own tokenizer. Raises GemkitError for what is not valid Unicode.
+        """
+        if not isinstance(text, str):
+            raise GemkitError(f"cannot encode {type(text).__name__}: give a string")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise GemkitError(
+                f"character {error.start} of the text is half a surrogate pair (U+{code:04X}): read it again as UTF-8"
+            ) from None
+        ids = self._model.encode(text)
+        return [self.bos_id, *ids] if bos else ids
+
+    def with_bos(self, ids: Iterable[int]) -> list[int]:
+        """Returns the ids after exactly one BOS, however many they had in front."""
+        ids = [int(token) for token in ids]
+        start = next((at for at, token in enumerate(ids) if token != self.bos_id), len(ids))
+        return [self.bos_id, *ids[start:]]
+
+    def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
+        """Returns the text of the ids, without control tokens unless told otherwise.
+
+        Bytes that are no UTF-8 become U+FFFD. Raises GemkitError for an id outside the vocabulary.
+        """
+        return b"".join([self.token_bytes(token, skip_control) for token in ids]).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int, skip_control: bool = True) -> bytes:
+        """Returns what one token adds to the text, in UTF-8: a part of a character for a byte token."""
+        token = int(token)
+        if (byte := self._bytes.get(token)) is not None:
+            return byte
+        piece = self.id_to_piece(token)
+        if self.is_control(token):
+            return b"" if skip_control else piece.encode()
+        return piece.replace(SPACE, " ").encode()
+
+    def id_to_piece(self, token: int) -> str:
+        """Returns a piece as the vocabulary has it, U+2581 for a space. Raises GemkitError for an id outside it."""
+        try:
+            return self._model.id_to_piece(int(token))
+        except (IndexError, OverflowError, TypeError):
+            raise GemkitError(f"id {token} is not in the vocabulary of {self.vocab_size} pieces") from None
+
+    def piece_to_id(self, piece: str) -> int:
+        """Returns the id of a whole piece, control tokens included. Raises GemkitError if there is none."""
+        found = self._find(piece)
+        if found is None:
+            raise GemkitError(f"the vocabulary has no piece {piece!r}")
+        return found
+
+    def is_control(self, token: int) -> bool:
+        """Says whether a token, <unk> among them, stands for no text. Raises GemkitError for an id outside."""
+        try:
+            return self._model.is_control(int(token)) or int(token) == self.unk_id
+        except (IndexError, OverflowError, TypeError):
+            raise GemkitError(f"id {token} is not in the vocabulary of {self.vocab_size} pieces") from None
+
+    def _find(self, piece: str) -> int | None:
+        found = self._model.piece_to_id(piece)
+        return found if self._model.id_to_piece(found) == piece else None
+
+
+def _read_cached(path: Path) -> bytes | None:
+    """The model kept at ``path``, or None if there is none or it is damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    start = len(_CACHE_FORMAT) + 32
+    model = data[start:]
+    intact = data[:start] == _CACHE_FORMAT + hashlib.sha256(model).digest()
+    return model if intact else None
