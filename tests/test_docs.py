@@ -70,16 +70,24 @@ def test_every_line_of_the_numerics_contract_names_its_test():
     assert not [row for row in promises if not re.search(r"`(tests|native/tests)/[\w/.:]+` \|$", row)]
 
 
-def test_the_readme_example_runs():
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-    assert len([line for line in code.splitlines() if line.strip()]) == 6
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, timeout=120, env={**os.environ, "PYTHONUTF8": "1"}
-    )
+def run_example(page: Path) -> tuple[str, str]:
+    code = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, env=environment)
     assert run.returncode == 0, run.stderr.decode()
-    output = run.stdout.decode()
+    return code, run.stdout.decode()
+
+
+def test_the_readme_example_runs():
+    code, output = run_example(ROOT / "README.md")
+    assert len([line for line in code.splitlines() if line.strip()]) == 6
     assert "Mercury, Venus, Earth, Mars" in output
     assert 1 < float(re.fullmatch(r"perplexity ([\d.]+)", output.splitlines()[-1])[1]) < 1000
+
+
+def test_the_example_of_the_first_steps_runs():
+    output = run_example(ROOT / "docs" / "first-steps.md")[1]
+    assert "four, five" in output and "length" in output
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:

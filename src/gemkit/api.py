@@ -362,12 +362,12 @@ def load(
     path = _find(path_or_name)
 
     from gemkit.models.native import NativeRunner
-    from gemkit.weights.gguf import read_gguf
+    from gemkit.weights.checkpoint import read_gguf
 
     checkpoint = read_gguf(path)
-    if checkpoint.vocabulary is None:
+    if checkpoint.vocabulary_key is None:
         raise GemkitError(f"{path} has no vocabulary: get the file again, or another conversion of the model")
-    tokenizer = Tokenizer.from_vocabulary(checkpoint.vocabulary)
+    tokenizer = Tokenizer.from_cached(checkpoint.vocabulary_key, checkpoint.read_vocabulary)
     runner = NativeRunner(checkpoint.config, checkpoint.tensors, threads=threads, activations=activations)
     return Model(checkpoint, runner, tokenizer, threads, ctx_size)
 

@@ -15,6 +15,12 @@ ROPE_FREQUENCIES = 5e-7
 
 # The native core with float32 activations against the reference.
 NATIVE_FLOAT32 = 1e-4
+# Its default mode: float matrices with a 16-bit cache, and quantised matrices with int8 activations. The tiny models are
+# loud (their sublayers outweigh the embedding) and amplify what real weights hide.
+NATIVE_INT8_CACHE = 5e-3
+NATIVE_INT8_MATRICES = 5e-2
+# Log-probabilities of the core against float64 ones of the same logits, in nats.
+NATIVE_LOGPROB = 2e-5
 
 # Switching a case's trait off must move the logits by this many times the widest tolerance above.
 TRAIT_MARGIN = 100

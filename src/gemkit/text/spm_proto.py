@@ -29,19 +29,10 @@ def write_model(vocabulary: Vocabulary) -> bytes:
     """Returns a sentencepiece model that splits text as Gemma does: byte-pair merges by score, then bytes.
 
     Nothing is normalised but " " to U+2581, in pieces too. Every control token becomes CONTROL, so that text never
-    makes one. Raises GemkitError for pieces that are empty or not UTF-8.
+    makes one. Raises GemkitError for a vocabulary that no file should have.
     """
     pieces = vocabulary.pieces
-    if not len(pieces) == len(vocabulary.scores) == len(vocabulary.types):
-        raise GemkitError("the vocabulary's pieces, scores and types differ in number: the file is broken")
-    text = b"\0".join(pieces)
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        number = text.count(b"\0", 0, error.start)
-        raise GemkitError(f"a piece near id {number} of the vocabulary is not UTF-8: the file is broken") from None
-    if b"" in pieces:
-        raise GemkitError(f"piece {pieces.index(b'')} of the vocabulary is empty: the file is broken")
+    _check(vocabulary)
     space = SPACE.encode()
     pieces = [piece.replace(b" ", space) if b" " in piece else piece for piece in pieces]
     types = np.array(vocabulary.types, np.uint8)
@@ -66,6 +57,29 @@ def write_model(vocabulary: Vocabulary) -> bytes:
     ]
     parts += [_bytes(_TRAINER, _trainer(len(pieces))), _bytes(_NORMALIZER, _normalizer())]
     return b"".join(parts)
+
+
+def _check(vocabulary: Vocabulary) -> None:
+    pieces, scores, types = vocabulary.pieces, vocabulary.scores, vocabulary.types
+    joined = b"\0".join(pieces)
+    problem = None
+    if not len(pieces) == len(scores) == len(types):
+        problem = f"has {len(pieces)} pieces, {len(scores)} scores and {len(types)} types"
+    elif b"" in pieces:
+        problem = f"has an empty piece at {pieces.index(b'')}"
+    elif joined.count(b"\0") >= max(1, len(pieces)):
+        problem = "has a piece with a zero byte"  # sentencepiece would cut it there
+    elif not np.isfinite(scores).all():
+        problem = f"has no number for a score at {int(np.argmin(np.isfinite(scores)))}"
+    elif not np.isin(types, list(PieceType)).all():
+        problem = f"has an unknown type at {int(np.argmin(np.isin(types, list(PieceType))))}"
+    else:
+        try:
+            joined.decode("utf-8")
+        except UnicodeDecodeError as error:
+            problem = f"has a piece at {joined.count(0, 0, error.start)} that is not UTF-8"
+    if problem:
+        raise GemkitError(f"the vocabulary {problem}: get the file again")
 
 
 def _trainer(vocab_size: int) -> bytes:
@@ -101,7 +115,7 @@ def read_model(data: bytes) -> Vocabulary:
                 trainer |= _message(data, value)
             elif number == _NORMALIZER:
                 normalizer |= _message(data, value)
-        plain = not normalizer.get(_CHARSMAP, (0, 0))[1] - normalizer.get(_CHARSMAP, (0, 0))[0]
+        start, end = normalizer.get(_CHARSMAP, (0, 0))
         vocabulary = Vocabulary(pieces, np.array(scores, np.float32), np.array(types, np.int32))
     except (IndexError, KeyError, TypeError, OverflowError, ValueError, struct.error):
         raise GemkitError("the tokenizer model is broken: get the file again") from None
@@ -111,7 +125,7 @@ def read_model(data: bytes) -> Vocabulary:
         "spaces before words": not trainer.get(_SUFFIX, 0),
         "no space put in front": normalizer.get(_DUMMY_PREFIX, 1) == 0,
         "spaces kept": normalizer.get(_REMOVE_SPACES, 1) == 0 and normalizer.get(_ESCAPE_SPACES, 1) == 1,
-        "no normalisation": plain,
+        "no normalisation": start == end,
     }
     if missing := [name for name, holds in wanted.items() if not holds]:
         raise GemkitError(f"the tokenizer model lacks {', '.join(missing)}: this is no Gemma tokenizer")

@@ -105,7 +105,7 @@ class Tokenizer:
         """Returns the ids of plain text, after one BOS.
 
         Text never gives a control token: "<bos>" or "<start_of_turn>" in it are split like any other word. U+2581
-        counts as a space, as it does in Gemma's own tokenizer. Raises GemkitError for what is not valid Unicode.
+        counts as a space, as sentencepiece has it, and is decoded as one. Raises GemkitError for what is no Unicode.
         """
         if not isinstance(text, str):
             raise GemkitError(f"cannot encode {type(text).__name__}: give a string")
@@ -164,8 +164,12 @@ class Tokenizer:
             raise GemkitError(f"id {token} is not in the vocabulary of {self.vocab_size} pieces") from None
 
     def _find(self, piece: str) -> int | None:
-        found = self._model.piece_to_id(piece)
-        return found if self._model.id_to_piece(found) == piece else None
+        try:
+            found = self._model.piece_to_id(piece)
+        except (RuntimeError, TypeError):  # not Unicode
+            return None
+        # It answers with the id of <unk>, or −1, where there is none.
+        return found if found >= 0 and self._model.id_to_piece(found) == piece else None
 
 
 def _read_cached(path: Path) -> bytes | None:

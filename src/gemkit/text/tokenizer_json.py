@@ -44,9 +44,6 @@ def read_tokenizer_json(data: bytes) -> Vocabulary:
 
 def _vocabulary(vocab: dict[str, int], merges: list, added: list[tuple[int, str, bool]]) -> Vocabulary:
     vocab |= {content: number for number, content, _ in added}
-    # transformers writes the byte piece of the tab as the tab itself for Gemma 1 and 2.
-    if "<0x09>" not in vocab and "\t" in vocab:
-        vocab["<0x09>"] = vocab.pop("\t")
     pieces: list[str | None] = [None] * len(vocab)
     for piece, number in vocab.items():
         if not 0 <= number < len(pieces) or pieces[number] is not None:

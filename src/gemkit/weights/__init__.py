@@ -1,0 +1,1 @@
+"""Files to canonical tensors: the only readers and writers of model files."""
