@@ -39,7 +39,7 @@ std::unique_ptr<Model> Model::create(const ModelPlan& plan, const Options& optio
 std::string Model::load() {
   const FormatInfo* f32 = find_format(kF32);
   packed_.resize(plan_.tensors.size());
-  arenas_.resize(plan_.tensors.size());
+  std::vector<int64_t> offsets(plan_.tensors.size());
   vectors_.resize(plan_.tensors.size());
   for (size_t i = 0; i < plan_.tensors.size(); i++) {
     const TensorView& t = plan_.tensors[i];
@@ -52,10 +52,11 @@ std::string Model::load() {
     p.format = find_format(t.type);
     if (options_.float_activations && p.format->quantised()) p.format = f32;
     p.rows = t.rows, p.cols = t.cols;
-    if (!arenas_[i].allocate(p.bytes())) return out_of_memory("the weights", static_cast<int64_t>(p.bytes()));
-    p.data = arenas_[i].data;
-    weight_bytes_ += static_cast<int64_t>(p.bytes());
+    offsets[i] = weight_bytes_;
+    weight_bytes_ += (static_cast<int64_t>(p.bytes()) + 63) / 64 * 64;
   }
+  if (!weights_.allocate(static_cast<size_t>(weight_bytes_))) return out_of_memory("the weights", weight_bytes_);
+  for (size_t i = 0; i < packed_.size(); i++) packed_[i].data = weights_.data + offsets[i];
   // Threads take panels as they come free; which one packs a panel changes nothing.
   constexpr int64_t kStride = 64;
   std::vector<std::atomic<int64_t>> next(packed_.size());
@@ -64,7 +65,7 @@ std::string Model::load() {
       if (!packed_[i].format) continue;
       const FormatInfo& source = *find_format(plan_.tensors[i].type);
       for (int64_t p; (p = next[i].fetch_add(kStride)) < packed_[i].panels();)
-        pack_panels(source, plan_.tensors[i].data, packed_[i], arenas_[i].data, p,
+        pack_panels(source, plan_.tensors[i].data, packed_[i], weights_.data + offsets[i], p,
                     std::min(p + kStride, packed_[i].panels()));
     }
   };

@@ -110,7 +110,7 @@ class Model {
   const Kernels& kernels_;
   Team team_;
   std::vector<Packed> packed_;
-  std::vector<Arena> arenas_;
+  Arena weights_;
   std::vector<std::vector<float>> vectors_;
   std::vector<Adapter> adapters_;
   std::vector<Group> groups_;

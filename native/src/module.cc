@@ -39,10 +39,29 @@ const Kernels& kernels() {
   return *k;
 }
 
+// Never converts: a converted array would be a copy that is gone before the core reads it.
+template <class T>
+T as(nb::handle h, const char* what) {
+  try {
+    return nb::cast<T>(h, false);
+  } catch (const nb::cast_error&) {
+    throw nb::type_error((std::string(what) + " has the wrong type").c_str());
+  }
+}
+
 template <class T>
 T field(const nb::dict& d, const char* key) {
   if (!d.contains(key)) throw nb::value_error((std::string("the plan lacks ") + key).c_str());
-  return nb::cast<T>(d[key]);
+  return as<T>(d[key], key);
+}
+// Numbers may come as any number type.
+double real(const nb::dict& d, const char* key) {
+  if (!d.contains(key)) throw nb::value_error((std::string("the plan lacks ") + key).c_str());
+  try {
+    return nb::cast<double>(d[key]);
+  } catch (const nb::cast_error&) {
+    throw nb::type_error((std::string(key) + " has the wrong type").c_str());
+  }
 }
 
 gemkit::ModelPlan read_plan(const nb::dict& d) {
@@ -50,18 +69,20 @@ gemkit::ModelPlan read_plan(const nb::dict& d) {
   p.hidden = field<int64_t>(d, "hidden"), p.ffn = field<int64_t>(d, "ffn"), p.heads = field<int64_t>(d, "heads");
   p.kv_heads = field<int64_t>(d, "kv_heads"), p.head_dim = field<int64_t>(d, "head_dim"),
   p.vocab = field<int64_t>(d, "vocab");
-  p.context = field<int64_t>(d, "context"), p.norm_eps = field<float>(d, "norm_eps");
-  p.embed_scale = field<float>(d, "embed_scale"), p.query_scale = field<float>(d, "query_scale");
-  p.attention_softcap = field<float>(d, "attention_softcap"), p.final_softcap = field<float>(d, "final_softcap");
+  p.context = field<int64_t>(d, "context"), p.norm_eps = static_cast<float>(real(d, "norm_eps"));
+  p.embed_scale = static_cast<float>(real(d, "embed_scale")),
+  p.query_scale = static_cast<float>(real(d, "query_scale"));
+  p.attention_softcap = static_cast<float>(real(d, "attention_softcap")),
+  p.final_softcap = static_cast<float>(real(d, "final_softcap"));
   p.embed = field<int32_t>(d, "embed"), p.head = field<int32_t>(d, "head"),
   p.final_norm = field<int32_t>(d, "final_norm");
   p.group_windows = field<std::vector<int64_t>>(d, "group_windows");
   for (nb::handle h : field<nb::list>(d, "ropes")) {
-    nb::dict r = nb::cast<nb::dict>(h);
-    p.ropes.push_back({field<double>(r, "base"), field<double>(r, "factor")});
+    nb::dict r = as<nb::dict>(h, "an entry of the plan");
+    p.ropes.push_back({real(r, "base"), real(r, "factor")});
   }
   for (nb::handle h : field<nb::list>(d, "layers")) {
-    nb::dict l = nb::cast<nb::dict>(h);
+    nb::dict l = as<nb::dict>(h, "an entry of the plan");
     gemkit::LayerPlan layer;
     layer.group = field<int32_t>(l, "group"), layer.rope = field<int32_t>(l, "rope");
     layer.input_norm = field<int32_t>(l, "input_norm"),
@@ -75,16 +96,16 @@ gemkit::ModelPlan read_plan(const nb::dict& d) {
     p.layers.push_back(layer);
   }
   for (nb::handle h : field<nb::list>(d, "adapters")) {
-    nb::dict a = nb::cast<nb::dict>(h);
+    nb::dict a = as<nb::dict>(h, "an entry of the plan");
     p.adapters.push_back({field<int32_t>(a, "adapter"), field<int32_t>(a, "target"), field<int32_t>(a, "a"),
-                          field<int32_t>(a, "b"), field<float>(a, "scale")});
+                          field<int32_t>(a, "b"), static_cast<float>(real(a, "scale"))});
   }
   for (nb::handle h : field<nb::list>(d, "tensors")) {
-    nb::tuple t = nb::cast<nb::tuple>(h);
+    nb::tuple t = as<nb::tuple>(h, "a tensor");
     require(t.size() == 4, "a tensor is (type, rows, cols, bytes)");
-    auto data = nb::cast<Vector<uint8_t>>(t[3]);
-    p.tensors.push_back({nb::cast<int32_t>(t[0]), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]), data.data(),
-                         static_cast<int64_t>(data.shape(0))});
+    auto data = as<Vector<uint8_t>>(t[3], "a tensor's bytes");
+    p.tensors.push_back({as<int32_t>(t[0], "a tensor's type"), as<int64_t>(t[1], "a tensor's rows"),
+                         as<int64_t>(t[2], "a tensor's columns"), data.data(), static_cast<int64_t>(data.shape(0))});
   }
   return p;
 }
@@ -106,7 +127,7 @@ Batch read_batch(Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> po
     require(starts.data()[i] >= (i ? starts.data()[i - 1] : 0) && starts.data()[i] <= b.input.tokens,
             "starts must rise within the tokens");
   for (nb::handle h : tables) {
-    auto table = nb::cast<Matrix<int32_t>>(h);
+    auto table = as<Matrix<int32_t>>(h, "a page table");
     require(static_cast<int64_t>(table.shape(0)) == b.input.sequences, "a page table needs one row per sequence");
     b.input.tables.push_back({table.data(), static_cast<int64_t>(table.shape(1))});
     b.tables.push_back(table);
@@ -277,25 +298,36 @@ NB_MODULE(_native, m) {
       .def_prop_ro("weight_bytes", &Model::weight_bytes)
       .def_prop_ro("scratch_bytes", &Model::scratch_bytes)
       .def_prop_ro("path", [](Model& model) { return model.path(); })
-      .def("step", &step)
-      .def("logits",
-           [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
-              Vector<int32_t> adapters) {
-             Batch b = read_batch(ids, starts, positions, tables, adapters);
-             return per_token(model, b, static_cast<size_t>(model.plan().vocab),
-                              [&](Model& m, float* to) { return m.logits(b.input, to); });
-           })
-      .def("score",
-           [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
-              Vector<int32_t> adapters, Vector<int32_t> targets) {
-             Batch b = read_batch(ids, starts, positions, tables, adapters);
-             require(targets.shape(0) == ids.shape(0), "targets needs one element per token");
-             return per_token(model, b, 0, [&](Model& m, float* to) { return m.score(b.input, targets.data(), to); });
-           })
-      .def("hidden", [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions,
-                        nb::sequence tables, Vector<int32_t> adapters) {
-        Batch b = read_batch(ids, starts, positions, tables, adapters);
-        return per_token(model, b, static_cast<size_t>(model.plan().hidden),
-                         [&](Model& m, float* to) { return m.hidden(b.input, to); });
-      });
+      .def("step", &step, "ids"_a.noconvert(), "starts"_a.noconvert(), "positions"_a.noconvert(), "tables"_a,
+           "adapters"_a.noconvert(), "wanted"_a.noconvert(), "integers"_a.noconvert(), "reals"_a.noconvert(),
+           "seeds"_a.noconvert(), "bias_starts"_a.noconvert(), "bias_ids"_a.noconvert(), "bias_values"_a.noconvert(),
+           "history_starts"_a.noconvert(), "history"_a.noconvert())
+      .def(
+          "logits",
+          [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
+             Vector<int32_t> adapters) {
+            Batch b = read_batch(ids, starts, positions, tables, adapters);
+            return per_token(model, b, static_cast<size_t>(model.plan().vocab),
+                             [&](Model& m, float* to) { return m.logits(b.input, to); });
+          },
+          "ids"_a.noconvert(), "starts"_a.noconvert(), "positions"_a.noconvert(), "tables"_a, "adapters"_a.noconvert())
+      .def(
+          "score",
+          [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
+             Vector<int32_t> adapters, Vector<int32_t> targets) {
+            Batch b = read_batch(ids, starts, positions, tables, adapters);
+            require(targets.shape(0) == ids.shape(0), "targets needs one element per token");
+            return per_token(model, b, 0, [&](Model& m, float* to) { return m.score(b.input, targets.data(), to); });
+          },
+          "ids"_a.noconvert(), "starts"_a.noconvert(), "positions"_a.noconvert(), "tables"_a, "adapters"_a.noconvert(),
+          "targets"_a.noconvert())
+      .def(
+          "hidden",
+          [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
+             Vector<int32_t> adapters) {
+            Batch b = read_batch(ids, starts, positions, tables, adapters);
+            return per_token(model, b, static_cast<size_t>(model.plan().hidden),
+                             [&](Model& m, float* to) { return m.hidden(b.input, to); });
+          },
+          "ids"_a.noconvert(), "starts"_a.noconvert(), "positions"_a.noconvert(), "tables"_a, "adapters"_a.noconvert());
 }

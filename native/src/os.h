@@ -56,12 +56,19 @@ struct Arena {
     data = static_cast<uint8_t*>(VirtualAlloc(nullptr, want, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE));
     if (!data) return false;
 #else
-    void* p = mmap(nullptr, want, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    const size_t extra = want >= kHugePage ? kHugePage : 0;  // huge pages need an aligned start
+    void* p = mmap(nullptr, want + extra, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) return false;
     data = static_cast<uint8_t*>(p);
+    if (extra) {
+      uint8_t* aligned = data + (kHugePage - reinterpret_cast<uintptr_t>(data) % kHugePage) % kHugePage;
+      if (aligned > data) munmap(data, static_cast<size_t>(aligned - data));
+      if (aligned < data + extra) munmap(aligned + want, static_cast<size_t>(data + extra - aligned));
+      data = aligned;
 #if defined(MADV_HUGEPAGE)
-    if (want >= kHugePage) madvise(p, want, MADV_HUGEPAGE);
+      madvise(data, want, MADV_HUGEPAGE);
 #endif
+    }
 #endif
     size = want;
     return true;

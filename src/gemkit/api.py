@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -362,14 +363,22 @@ def load(
     path = _find(path_or_name)
 
     from gemkit.models.native import NativeRunner
-    from gemkit.weights.checkpoint import read_gguf
+    from gemkit.weights.gguf import read_gguf
 
-    checkpoint = read_gguf(path)
-    if checkpoint.vocabulary_key is None:
-        raise GemkitError(f"{path} has no vocabulary: get the file again, or another conversion of the model")
-    tokenizer = Tokenizer.from_cached(checkpoint.vocabulary_key, checkpoint.read_vocabulary)
-    runner = NativeRunner(checkpoint.config, checkpoint.tensors, threads=threads, activations=activations)
-    return Model(checkpoint, runner, tokenizer, threads, ctx_size)
+    with read_gguf(path) as checkpoint, ThreadPoolExecutor(1) as beside:
+        # The vocabulary is read while the core packs the weights: each takes a tenth of a second or more.
+        tokenizer = beside.submit(_tokenizer, checkpoint)
+        runner = NativeRunner(checkpoint.config, checkpoint.tensors, threads=threads, activations=activations)
+        return Model(checkpoint, runner, tokenizer.result(), threads, ctx_size)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    key = checkpoint.vocabulary_key
+    if key is None:
+        raise GemkitError(
+            f"{checkpoint.source} has no vocabulary: get the file again, or another conversion of the model"
+        )
+    return Tokenizer.from_cached(key, lambda: checkpoint.vocabulary)
 
 
 def default_threads() -> int:

@@ -11,8 +11,15 @@ import pytest
 import gemkit
 from gemkit.cli import main
 from gemkit.errors import GemkitError, UsageError
+from gemkit.weights.demo import demo_path
 
 GENERATE = [sys.executable, "-m", "gemkit", "generate", "demo", "--prompt", "One, two,", "--max-tokens", "2000"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def terms_were_shown():
+    """The notice of the model's terms, once per machine, is over before a test looks at standard error."""
+    demo_path()
 
 
 def run(capsys: pytest.CaptureFixture, *args: str) -> tuple[int, str, str]:

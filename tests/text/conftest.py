@@ -3,12 +3,11 @@
 import functools
 import gzip
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+from testdata import data_file
 
 from gemkit.text.tokenizer import Tokenizer
 from gemkit.text.tokenizer_json import read_tokenizer_json
@@ -45,7 +44,7 @@ def oracle(text: str, listed: dict[int, bool], vocabulary, with_control: bool) -
 
 @functools.cache
 def _made(name: str) -> Gemma:
-    path = Path(os.environ["GEMKIT_TEST_DATA"]) / "tokenizers" / f"{name}.tokenizer.json.gz"
+    path = data_file("tokenizers", f"{name}.tokenizer.json.gz")
     data = gzip.decompress(path.read_bytes())
     vocabulary = read_tokenizer_json(data)
     text = data.decode()

@@ -1,13 +1,12 @@
 """The chat template against the published one and the `tokenizers` library. Budget: 15 s."""
 
 import json
-import os
 import random
 import re
-from pathlib import Path
 
 import jinja2
 import pytest
+from testdata import data_file
 from text.fuzz import CONTROL_LITERALS, strings
 
 from gemkit.errors import GemkitError
@@ -17,7 +16,7 @@ from gemkit.text.chat import render, turns
 @pytest.fixture(scope="module")
 def published():
     """Google's template as transformers runs it: (messages, add_generation_prompt) to text."""
-    path = Path(os.environ["GEMKIT_TEST_DATA"]) / "tokenizers" / "gemma3.tokenizer_config.json"
+    path = data_file("tokenizers", "gemma3.tokenizer_config.json")
     text = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(text)
     return lambda messages, add: template.render(messages=messages, bos_token="<bos>", add_generation_prompt=add)

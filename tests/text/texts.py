@@ -3,11 +3,11 @@
 import gzip
 import itertools
 import json
-import os
 import random
-from pathlib import Path
 
-DATA = Path(os.environ["GEMKIT_TEST_DATA"])
+from testdata import data_file
+
+DATA = data_file()
 CONTROL = (
     "<bos> <eos> <pad> <unk> <mask> <2mass> [@BOS@] [multimodal] <unused0> <unused98> <unused99> <start_of_turn> "
     "<end_of_turn> <start_of_image> <end_of_image> <image_soft_token> <|fim_prefix|> <|fim_middle|> <|file_separator|>"

@@ -37,7 +37,7 @@ def _record(model: "Model") -> dict:
     tensors = _tensors(checkpoint)
     types: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
-        types[tensor.type.name] = types.get(tensor.type.name, 0) + tensor.data.nbytes
+        types[tensor.type.name] = types.get(tensor.type.name, 0) + tensor.nbytes
     return {
         "name": checkpoint.name,
         "file": str(checkpoint.source),
@@ -87,7 +87,7 @@ def _tensors(checkpoint: "Checkpoint") -> list[dict]:
             "shape": list(shape),
             "count": len(members),
             "types": _counted(tensor.type.name for tensor in members),
-            "bytes": sum(tensor.data.nbytes for tensor in members),
+            "bytes": sum(tensor.nbytes for tensor in members),
         }
         for (name, shape), members in groups.items()
     ]

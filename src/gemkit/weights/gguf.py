@@ -1,269 +1,265 @@
-"""Reads GGUF files, version 2 and 3, over mmap.
+"""GGUF files of Gemma models: `read_gguf`. The container itself is in `gguf_file`.
 
-The format is llama.cpp's (ggml/docs/gguf.md): header, key-values, tensor infos, padding, tensor data. A file is
-untrusted: every count, length, offset, type and shape is checked against the file's size before it is used, and nothing
-is allocated by a number that the file merely claims.
+Where a file leaves a fact out, the value is the one that llama.cpp assumes (``src/llama-model.cpp``).
 """
 
 from __future__ import annotations
 
-import hashlib
-import mmap
 import os
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
+from gemkit.arch.config import STOP_TOKEN_IDS, LayerSpec, ModelConfig, layer_pattern
 from gemkit.errors import GemkitError
-from gemkit.weights.quant import BLOCKS, GGML_NAMES, GGMLType
+from gemkit.text.vocabulary import Vocabulary
+from gemkit.weights import names
+from gemkit.weights.checkpoint import Checkpoint, Tensor, check
+from gemkit.weights.gguf_file import STRING, GGUFArray, GGUFFile, GGUFTensor, shown
+from gemkit.weights.quant import GGMLType
 
-MAGIC = b"GGUF"
-_ALIGNMENT = 32
-_MAX_KEY = 65535
-_MAX_ENTRIES = 1 << 20  # key-values or tensors; the largest Gemma has about a thousand
+__all__ = ["ARCHITECTURES", "GGMLType", "GGUFFile", "GGUFTensor", "config_from_metadata", "read_gguf"]
 
-_U32 = struct.Struct("<I")
-_U64 = struct.Struct("<Q")
-# value type → struct format of one element
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
+# general.architecture: model_type
+ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+# llama.cpp knows the two 27B models by their number of layers; they alone scale queries by hidden size / heads.
+_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
+_BOS = 2
+_UNTUNED = {"base", "pt", "pretrained"}
+_TUNED = {"it", "instruct", "chat"}
 
+_REQUIRED = object()
 
-@dataclass(frozen=True)
-class GGUFArray:
-    """An array value that is read only when asked for: `GGUFFile.numbers` or `GGUFFile.strings`."""
-
-    element: int
-    count: int
-    offset: int
-    nbytes: int
+T = TypeVar("T", int, float, str)
 
 
-@dataclass(frozen=True)
-class GGUFTensor:
-    """One tensor; `shape` is row-major ([rows, cols], the reverse of ggml's order), `data` a uint8 view of the file."""
+def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a Gemma 1, 2 or 3 model. Tensors are views of the mapped file; the vocabulary is read when asked for.
 
-    name: str
-    type: GGMLType
-    shape: tuple[int, ...]
-    data: np.ndarray
-
-
-class GGUFFile:
-    """An open GGUF file; a context manager.
-
-    metadata: str → bool, int, float, str or `GGUFArray`. tensors: name → `GGUFTensor`, in the order of the file.
-    Raises GemkitError with one line that says what is wrong with the file and what to do.
+    Raises GemkitError if the file is broken, is no Gemma model, or does not hold exactly the model's tensors.
     """
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-        try:
-            with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size == 0:
-                    raise GemkitError(f"{self.path} is empty: download it again")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise GemkitError(f"cannot read {self.path}: {error.strerror or error}") from None
-        self._size = len(self._map)
-        self._at = 0
-        self._key_value_spans: dict[str, tuple[int, int]] = {}
-        self.metadata: dict[str, object] = {}
-        self.tensors: dict[str, GGUFTensor] = {}
-        try:
-            self._read()
-        except BaseException:
-            self.close()
+    file = GGUFFile.open(path)
+    try:
+        return _checkpoint(file)
+    except GemkitError as error:
+        file.close()
+        text = str(error)
+        if text.startswith(str(file.path)):
             raise
+        raise GemkitError(f"{file.path}: {text}") from None
+    except BaseException:
+        file.close()
+        raise
 
-    def __enter__(self) -> GGUFFile:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+def _checkpoint(file: GGUFFile) -> Checkpoint:
+    facts = file.metadata
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    config = config_from_metadata(facts, shapes)
+    tensors: dict[str, Tensor] = {}
+    labels: dict[str, str] = {}
+    for name, tensor in file.tensors.items():
+        if name in names.IGNORED:
+            continue
+        row = names.from_gguf(name, config.post_norms)
+        key = row.canonical if row else name
+        labels[key] = name
+        tensors[key] = Tensor(tensor.type, tensor.shape, tensor.data, bool(row and row.add_one))
 
-    def close(self) -> None:
-        """Unmaps the file as soon as no tensor's data is in use any more."""
-        self.tensors = {}
-        try:
-            self._map.close()
-        except BufferError:
-            pass  # somebody still holds a view; the map goes when the last one does
+    def label(key: str) -> str:
+        row = names.from_canonical(key, config.post_norms)
+        return labels.get(key) or (row.gguf if row else key)
 
-    # -- values on demand
+    check(config, {key: tensor.shape for key, tensor in tensors.items()}, label=lambda key: _plain(label(key)))
+    tokens = facts.get("tokenizer.ggml.tokens")
+    if tokens is not None:
+        _check_vocabulary(facts, config)
+    template = _get(facts, "tokenizer.chat_template", str, None)
+    return Checkpoint(
+        config,
+        tensors,
+        vocabulary=None if tokens is None else lambda: _vocabulary(file),
+        vocabulary_key=None if tokens is None else lambda: _vocabulary_key(file),
+        chat_template=template,
+        name=_get(facts, "general.name", str, "") or file.path.stem,
+        instruction_tuned=_instruction_tuned(facts, template),
+        source=file.path,
+        metadata={key: value for key, value in facts.items() if not isinstance(value, GGUFArray)},
+        close=file.close,
+    )
 
-    def numbers(self, key: str) -> np.ndarray:
-        """An array of numbers as a NumPy array of its own type."""
-        array = self._array(key)
-        if array.element not in _SCALARS or array.element == 7:
-            raise self._error(f"{key} should be an array of numbers")
-        dtype = np.dtype(_SCALARS[array.element])
-        return np.frombuffer(self._map, dtype, array.count, array.offset).copy()
 
-    def strings(self, key: str) -> list[bytes]:
-        """An array of strings as raw bytes."""
-        array = self._array(key)
-        if array.element != _STRING:
-            raise self._error(f"{key} should be an array of strings")
-        data = self._map[array.offset : array.offset + array.nbytes]
-        result, at, length = [], 0, _U64.unpack_from
-        for _ in range(array.count):
-            end = at + 8 + length(data, at)[0]
-            result.append(data[at + 8 : end])
-            at = end
-        return result
+def config_from_metadata(facts: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+    """The configuration that a GGUF file's key-values state.
 
-    def digest(self, keys: Iterator[str]) -> str:
-        """SHA-256 over the raw bytes of the named key-values, in their order in the file."""
-        wanted = set(keys)
-        sha = hashlib.sha256()
-        for key, (start, end) in self._key_value_spans.items():
-            if key in wanted:
-                sha.update(self._map[start:end])
-        return sha.hexdigest()
+    shapes: of the tensors by GGUF name; the rows of token_embd.weight are the vocabulary. Raises GemkitError.
+    """
+    architecture = _get(facts, "general.architecture", str)
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise GemkitError(f"its architecture is {shown(architecture)}; gemkit reads {known}: get a Gemma model")
 
-    def _array(self, key: str) -> GGUFArray:
-        value = self.metadata.get(key)
-        if not isinstance(value, GGUFArray):
-            raise self._error(f"{key} is missing or is not an array")
+    def integer(key: str, default: object = _REQUIRED) -> int:
+        value = _get(facts, f"{architecture}.{key}", int, default)
+        if not 0 < value < 2**31:
+            raise GemkitError(f"{architecture}.{key} is {value}, not from 1 to 2^31 - 1; get another conversion")
         return value
 
-    # -- reading
+    def number(key: str, default: object = _REQUIRED) -> float:
+        return _get(facts, f"{architecture}.{key}", float, default)
 
-    def _error(self, what: str) -> GemkitError:
-        return GemkitError(f"{self.path} is not a usable GGUF file: {what}; download it again or convert the model anew")
+    embedding = shapes.get("token_embd.weight")
+    if embedding is None or len(embedding) != 2:
+        raise GemkitError("the matrix token_embd.weight is missing; get a whole conversion")
+    layers = integer("block_count")
+    if layers > len(shapes):
+        raise GemkitError(f"it announces {layers} layers but has {len(shapes)} tensors; get a whole conversion")
+    hidden, heads = integer("embedding_length"), integer("attention.head_count")
+    head_dim = integer("attention.key_length", hidden // heads)
+    if (value_dim := integer("attention.value_length", head_dim)) != head_dim:
+        raise GemkitError(
+            f"keys are {head_dim} wide and values {value_dim}; gemkit needs them equal: get a Gemma model"
+        )
+    gemma2, gemma3 = architecture == "gemma2", architecture == "gemma3"
+    big = layers == _27B_LAYERS.get(architecture)
+    return ModelConfig(
+        model_type=ARCHITECTURES[architecture],
+        vocab_size=embedding[0],
+        hidden_size=hidden,
+        intermediate_size=integer("feed_forward_length"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=integer("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=integer("context_length"),
+        rms_norm_eps=number("attention.layer_norm_rms_epsilon"),
+        query_pre_attn_scalar=hidden // heads if big else head_dim,
+        attn_logit_softcapping=(number("attn_logit_softcapping", 50.0) or None) if gemma2 else None,
+        final_logit_softcapping=number("final_logit_softcapping", 30.0 if gemma2 else 0.0) or None,
+        qk_norm=gemma3,
+        post_norms=gemma2 or gemma3,
+        tie_word_embeddings="output.weight" not in shapes,
+        bos_token_id=_get(facts, "tokenizer.ggml.bos_token_id", int, _BOS),
+        stop_token_ids=_stop_ids(facts, ARCHITECTURES[architecture], embedding[0]),
+        layers=_layers(facts, architecture, layers, integer, number),
+    )
 
-    def _need(self, count: int, what: str) -> int:
-        """Advances by `count` bytes that must exist and returns where they begin."""
-        start = self._at
-        if count > self._size - start:
-            raise self._error(f"it is cut short in {what} ({self._size} bytes, {start + count} needed)")
-        self._at = start + count
-        return start
 
-    def _u32(self, what: str) -> int:
-        return _U32.unpack_from(self._map, self._need(4, what))[0]
+def _layers(
+    facts: Mapping[str, object],
+    architecture: str,
+    count: int,
+    integer: Callable[..., int],
+    number: Callable[..., float],
+) -> tuple[LayerSpec, ...]:
+    """One record per layer; every sixth (Gemma 3) or second (Gemma 2) layer is full unless the file says otherwise."""
+    theta = number("rope.freq_base", 10_000.0)
+    factor = _rope_factor(facts, architecture)
+    if architecture == "gemma":
+        return layer_pattern(count, rope_theta=theta, rope_factor=factor)
+    # Gemma 3's local layers have a base of their own and are never scaled
+    local = number("rope.freq_base_swa", 10_000.0) if architecture == "gemma3" else None
+    key = f"{architecture}.attention.sliding_window"
+    if architecture == "gemma3" and facts.get(key, 0) == 0:
+        return layer_pattern(count, rope_theta=theta, rope_factor=factor)
+    window = integer("attention.sliding_window", 4096)
+    pattern = facts.get(f"{key}_pattern")
+    if not isinstance(pattern, GGUFArray):
+        period = integer("attention.sliding_window_pattern", 6 if architecture == "gemma3" else 2)
+        return layer_pattern(
+            count, rope_theta=theta, rope_factor=factor, period=period, sliding_window=window, local_rope_theta=local
+        )
+    slides = pattern.numbers()
+    if len(slides) != count:
+        raise GemkitError(f"{key}_pattern has {len(slides)} entries for {count} layers; get another conversion")
+    full, slider = layer_pattern(
+        2, rope_theta=theta, rope_factor=factor, period=2, sliding_window=window, local_rope_theta=local
+    )[::-1]
+    return tuple(slider if slide else full for slide in slides)
 
-    def _u64(self, what: str) -> int:
-        return _U64.unpack_from(self._map, self._need(8, what))[0]
 
-    def _text(self, what: str, limit: int | None = None) -> str:
-        length = self._u64(what)
-        if limit is not None and length > limit:
-            raise self._error(f"{what} is {length} bytes long")
-        start = self._need(length, what)
-        try:
-            return self._map[start : start + length].decode()
-        except UnicodeDecodeError:
-            raise self._error(f"{what} is not UTF-8") from None
+def _rope_factor(facts: Mapping[str, object], architecture: str) -> float:
+    kind = _get(facts, f"{architecture}.rope.scaling.type", str, "linear")
+    if kind not in ("linear", "none"):
+        raise GemkitError(f"its positions are scaled by {shown(kind)}; gemkit knows linear: get another conversion")
+    old = _get(facts, f"{architecture}.rope.scale_linear", float, 0.0)
+    factor = _get(facts, f"{architecture}.rope.scaling.factor", float, old)
+    return (factor or 1.0) if kind == "linear" else 1.0
 
-    def _read(self) -> None:
-        if self._size < 24 or self._map[:4] != MAGIC:
-            raise GemkitError(f"{self.path} is not a GGUF file: give the path of a .gguf file")
-        self._at = 4
-        version = self._u32("the header")
-        if version not in (2, 3):
-            if version in (1 << 25, 3 << 24, 2 << 24):
-                raise GemkitError(f"{self.path} is a big-endian GGUF file, which gemkit does not read: get the usual one")
-            raise GemkitError(f"{self.path} has GGUF version {version}; gemkit reads 2 and 3: get a newer conversion")
-        tensor_count, pair_count = self._u64("the header"), self._u64("the header")
-        if tensor_count > _MAX_ENTRIES or pair_count > _MAX_ENTRIES:
-            raise self._error(f"it claims {tensor_count} tensors and {pair_count} metadata entries")
-        for _ in range(pair_count):
-            start = self._at
-            key = self._text("a metadata key", _MAX_KEY)
-            if key in self.metadata:
-                raise self._error(f"metadata {key!r} stands twice")
-            self.metadata[key] = self._value(self._u32(key), key)
-            self._key_value_spans[key] = (start, self._at)
-        if self.metadata.get("split.count", 0) not in (0, 1):
-            raise GemkitError(f"{self.path} is one part of a split model: join the parts with gguf-split --merge")
-        self._read_tensors(tensor_count)
 
-    def _value(self, kind: int, key: str) -> object:
-        if kind in _SCALARS:
-            scalar = struct.Struct(_SCALARS[kind])
-            return scalar.unpack_from(self._map, self._need(scalar.size, key))[0]
-        if kind == _STRING:
-            return self._text(f"the value of {key!r}")
-        if kind != _ARRAY:
-            raise self._error(f"{key!r} has the unknown value type {kind}")
-        element, count = self._u32(key), self._u64(key)
-        start = self._at
-        if element in _SCALARS:
-            self._need(count * struct.calcsize(_SCALARS[element]), key)
-        elif element == _STRING:
-            if count * 8 > self._size - start:
-                raise self._error(f"{key!r} claims {count} strings")
-            length, at = _U64.unpack_from, start
-            try:
-                for _ in range(count):
-                    at += 8 + length(self._map, at)[0]
-            except struct.error:
-                at = self._size + 1
-            self._need(at - start, key)
-        else:
-            raise self._error(f"{key!r} is an array of the unsupported type {element}")
-        return GGUFArray(element, count, start, self._at - start)
+def _stop_ids(facts: Mapping[str, object], model_type: str, rows: int) -> tuple[int, ...]:
+    """Gemma's two, and those that the file names besides."""
+    ids = [token for token in STOP_TOKEN_IDS[model_type] if token < rows]
+    for key in ("eos_token_id", "eot_token_id"):
+        token = _get(facts, f"tokenizer.ggml.{key}", int, None)
+        if token is not None and token not in ids:
+            ids.append(token)
+    if not ids:
+        raise GemkitError(f"its vocabulary of {rows} has no stop token; get another conversion")
+    return tuple(ids)
 
-    def _read_tensors(self, count: int) -> None:
-        alignment = self.metadata.get("general.alignment", _ALIGNMENT)
-        if not isinstance(alignment, int) or isinstance(alignment, bool) or not 8 <= alignment <= 1 << 20 or alignment % 8:
-            raise self._error(f"general.alignment is {alignment!r}")
-        infos = []
-        seen = set()
-        for _ in range(count):
-            name = self._text("a tensor name", _MAX_KEY)
-            if name in seen:
-                raise self._error(f"tensor {name!r} stands twice")
-            seen.add(name)
-            axes = self._u32(name)
-            if not 1 <= axes <= 4:
-                raise self._error(f"tensor {name!r} has {axes} dimensions")
-            shape = tuple(self._u64(name) for _ in range(axes))[::-1]
-            infos.append((name, shape, self._u32(name), self._u64(name)))
-        base = -(-self._at // alignment) * alignment
-        spans = []
-        for name, shape, number, offset in infos:
-            kind = self._type(name, number)
-            nbytes = self._nbytes(name, shape, kind)
-            start = base + offset
-            if offset % alignment:
-                raise self._error(f"tensor {name!r} is not aligned to {alignment} bytes")
-            if start + nbytes > self._size:
-                raise self._error(f"it is cut short in tensor {name!r} ({self._size} bytes, {start + nbytes} needed)")
-            spans.append((start, start + nbytes, name))
-            data = np.frombuffer(self._map, np.uint8, nbytes, start)
-            self.tensors[name] = GGUFTensor(name, kind, shape, data)
-        spans.sort()
-        for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
-            if start < end:
-                raise self._error(f"tensors {name!r} and {other!r} overlap")
 
-    def _type(self, name: str, number: int) -> GGMLType:
-        try:
-            return GGMLType(number)
-        except ValueError:
-            known = ", ".join(kind.name for kind in GGMLType)
-            found = GGML_NAMES.get(number, f"number {number}")
+def _instruction_tuned(facts: Mapping[str, object], template: str | None) -> bool | None:
+    """A chat template says yes; else the name does, with words such as "it" or "pt"; a name without them says no."""
+    if template:
+        return True
+    said = [_get(facts, f"general.{key}", str, "") for key in ("name", "finetune")]
+    if not any(said):
+        return None
+    words = set(re.findall(r"[a-z]+", " ".join(said).lower()))
+    return bool(words & _TUNED) and not words & _UNTUNED
+
+
+def _get(facts: Mapping[str, object], key: str, kind: type[T], default: object = _REQUIRED) -> T:
+    """A key-value of that type. If it is missing: `default`, or GemkitError without one."""
+    value = facts.get(key)
+    if value is None:
+        if default is _REQUIRED:
+            raise GemkitError(f"the key {key} is missing; get a whole conversion")
+        return default
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise GemkitError(f"the key {key} is {shown(value)}, not of type {kind.__name__}; get another conversion")
+    # Stored as float32, 1e-6 comes back as 9.999999974752427e-07; the shortest decimal is what was meant
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value))) if kind is float else value
+
+
+def _plain(name: str) -> str:
+    return name if name.isascii() and name.isprintable() and len(name) <= 200 else shown(name)
+
+
+# --- vocabulary ------------------------------------------------------------------------------------------------------
+
+_VOCABULARY_KEYS = re.compile(r"tokenizer\.ggml\.(model|tokens|scores|token_type|\w+_token_id)")
+
+
+def _check_vocabulary(facts: Mapping[str, object], config: ModelConfig) -> None:
+    """The arrays are there, of the right kinds, one entry for each row of the embedding."""
+    model = _get(facts, "tokenizer.ggml.model", str, "llama")
+    if model != "llama":
+        raise GemkitError(f"its tokenizer is {shown(model)}, not sentencepiece (llama); get another conversion")
+    for key in ("tokens", "scores", "token_type"):
+        array = facts.get(f"tokenizer.ggml.{key}")
+        if not isinstance(array, GGUFArray) or (array.type == STRING) != (key == "tokens"):
             raise GemkitError(
-                f"{self.path}: tensor {name!r} has the type {found}, which gemkit does not read ({known}): "
-                "get the model in one of these"
-            ) from None
+                f"tokenizer.ggml.{key} is missing or not a list of the right type; get another conversion"
+            )
+        if len(array) != config.vocab_size:
+            raise GemkitError(
+                f"tokenizer.ggml.{key} has {len(array)} entries and token_embd.weight {config.vocab_size} rows; "
+                "get another conversion"
+            )
 
-    def _nbytes(self, name: str, shape: tuple[int, ...], kind: GGMLType) -> int:
-        block = BLOCKS[kind]
-        elements = 1
-        for extent in shape:
-            if extent == 0:
-                raise self._error(f"tensor {name!r} has the shape {list(shape)}")
-            elements *= extent
-            if elements > 8 * self._size:  # no format stores an element in less than a bit
-                raise self._error(f"tensor {name!r} of shape {list(shape)} is larger than the file")
-        if shape[-1] % block.elements:
-            raise self._error(f"rows of tensor {name!r} ({shape[-1]}) are not whole {kind.name} blocks of {block.elements}")
-        return elements // block.elements * block.bytes
+
+def _vocabulary(file: GGUFFile) -> Vocabulary:
+    tokens, scores, types = (file.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
+    with np.errstate(all="ignore"):
+        return Vocabulary(tokens.strings(), scores.numbers().astype(np.float32), types.numbers().astype(np.int32))
+
+
+def _vocabulary_key(file: GGUFFile) -> str:
+    return file.digest(sorted(key for key in file.metadata if _VOCABULARY_KEYS.fullmatch(key)))

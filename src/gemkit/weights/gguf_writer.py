@@ -1,128 +1,180 @@
-"""Writes GGUF version 3 files that llama.cpp reads: complete metadata, aligned tensors, in one atomic step."""
+"""Writes a `Checkpoint` as a GGUF file (version 3) that gemkit and llama.cpp read."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
 from gemkit.arch.config import ModelConfig
+from gemkit.arch.tensors import manifest
 from gemkit.errors import GemkitError
-from gemkit.text.vocabulary import Vocabulary
-from gemkit.weights.checkpoint import ARCHITECTURES, Checkpoint
-from gemkit.weights.names import gguf_rows
-from gemkit.weights.quant import GGMLType, quantise
+from gemkit.weights import names
+from gemkit.weights.checkpoint import Checkpoint, Tensor
+from gemkit.weights.gguf import ARCHITECTURES, config_from_metadata
+from gemkit.weights.gguf_file import ALIGNMENT, ARRAY, BOOL, MAGIC, SCALARS, STRING, UINT32
+from gemkit.weights.quant import GGMLType
 
-_ALIGNMENT = 32
-
-
-def _string(text: str | bytes) -> bytes:
-    data = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(data)) + data
-
-
-def _value(value: object) -> bytes:
-    """A typed metadata value: bool, int (uint32), float (float32), str, or an array."""
-    if isinstance(value, bool):
-        return struct.pack("<I?", 7, value)
-    if isinstance(value, int):
-        return struct.pack("<II", 4, value)
-    if isinstance(value, float):
-        return struct.pack("<If", 6, value)
-    if isinstance(value, str):
-        return struct.pack("<I", 8) + _string(value)
-    if isinstance(value, np.ndarray):
-        kind = {"f": 6, "i": 5, "u": 4}[value.dtype.kind]
-        return struct.pack("<IIQ", 9, kind, len(value)) + value.astype({6: "<f4", 5: "<i4", 4: "<u4"}[kind]).tobytes()
-    assert isinstance(value, list)
-    return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_string, value))
+_FLOAT32, _INT32 = 6, 5
+# general.file_type of files whose matrices are mostly of one type; llama.cpp only displays it
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
+_FILE_TYPES |= {"Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "BF16": 32}
+_GUESSED = 1024
 
 
-def gguf_metadata(config: ModelConfig, name: str, vocabulary: Vocabulary | None = None) -> dict[str, object]:
-    """The key-values that describe a model and its vocabulary, as llama.cpp names them."""
-    arch = {v: k for k, v in ARCHITECTURES.items()}[config.model_type]
-    windows = {layer.sliding_window for layer in config.layers} - {None}
-    full = [layer for layer in config.layers if layer.sliding_window is None] or config.layers
-    values: dict[str, object] = {
-        "general.architecture": arch,
-        "general.name": name,
-        f"{arch}.context_length": config.max_position_embeddings,
-        f"{arch}.embedding_length": config.hidden_size,
-        f"{arch}.block_count": config.num_hidden_layers,
-        f"{arch}.feed_forward_length": config.intermediate_size,
-        f"{arch}.attention.head_count": config.num_attention_heads,
-        f"{arch}.attention.head_count_kv": config.num_key_value_heads,
-        f"{arch}.attention.key_length": config.head_dim,
-        f"{arch}.attention.value_length": config.head_dim,
-        f"{arch}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        f"{arch}.rope.freq_base": float(full[0].rope_theta),
-    }
-    if windows:
-        values[f"{arch}.attention.sliding_window"] = windows.pop()
-    if full[0].rope_factor != 1:
-        values[f"{arch}.rope.scaling.type"] = "linear"
-        values[f"{arch}.rope.scaling.factor"] = float(full[0].rope_factor)
-    if config.attn_logit_softcapping:
-        values[f"{arch}.attn_logit_softcapping"] = float(config.attn_logit_softcapping)
-    if config.final_logit_softcapping:
-        values[f"{arch}.final_logit_softcapping"] = float(config.final_logit_softcapping)
-    if vocabulary:
-        values |= {
-            "tokenizer.ggml.model": "llama",
-            "tokenizer.ggml.pre": "default",
-            "tokenizer.ggml.tokens": list(vocabulary.pieces),
-            "tokenizer.ggml.scores": vocabulary.scores.astype(np.float32),
-            "tokenizer.ggml.token_type": vocabulary.types.astype(np.int32),
-            "tokenizer.ggml.bos_token_id": config.bos_token_id,
-            "tokenizer.ggml.eos_token_id": config.stop_token_ids[0],
-            "tokenizer.ggml.unknown_token_id": 3,
-            "tokenizer.ggml.padding_token_id": 0,
-            "tokenizer.ggml.add_bos_token": True,
-            "tokenizer.ggml.add_eos_token": False,
-            "tokenizer.ggml.add_space_prefix": False,
-        }
-    return values
+def write_gguf(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
+    """Writes the file under a temporary name and renames it: there is a whole file, the old one, or none.
 
-
-def write_gguf(
-    path: str | os.PathLike[str],
-    checkpoint: Checkpoint,
-    name: str = "gemma",
-    vocabulary: Vocabulary | None = None,
-    extra: Mapping[str, object] | None = None,
-) -> None:
-    """Writes a checkpoint; its tensors keep their encoding, norms become 1 + w in float32.
-
-    The file appears under its name when it is complete. Raises GemkitError if it cannot be written.
+    Raises GemkitError if GGUF cannot state the configuration or the file cannot be written.
     """
     path = Path(path)
-    metadata = gguf_metadata(checkpoint.config, name, vocabulary) | dict(extra or {})
-    tensors = []
-    for row in gguf_rows(checkpoint.config):
-        tensor = checkpoint.tensors[row.canonical]
-        kind, data = tensor.type, tensor.data
-        if row.add_one and not tensor.add_one:
-            kind, data = GGMLType.F32, quantise(GGMLType.F32, tensor.to_float32() + np.float32(1))
-        tensors.append((row.gguf, tensor.shape, kind, data.reshape(-1).view(np.uint8)))
-    head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))
-    head += b"".join(_string(key) + _value(value) for key, value in metadata.items())
-    offset = 0
-    for tensor_name, shape, kind, data in tensors:
-        head += _string(tensor_name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-        head += struct.pack("<IQ", kind, offset)
-        offset += -(-data.nbytes // _ALIGNMENT) * _ALIGNMENT
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    config = checkpoint.config
+    tensors = [_stored(name, checkpoint.tensors[name], config.post_norms) for name in manifest(config)]
+    header = _header(checkpoint, tensors)
+    temporary = None
     try:
-        with open(temporary, "wb") as file:
-            file.write(head + bytes(-len(head) % _ALIGNMENT))
-            for *_, data in tensors:
-                file.write(data.data)
-                file.write(bytes(-data.nbytes % _ALIGNMENT))
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(header)
+            for _, tensor in tensors:
+                file.write(tensor.data.data)
+                file.write(bytes(-tensor.nbytes % ALIGNMENT))
         os.replace(temporary, path)
-    except OSError as error:
-        raise GemkitError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise GemkitError(f"{path} cannot be written ({error.strerror or error}): check folder and space") from None
+        raise
+    return path
+
+
+def _stored(name: str, tensor: Tensor, post_norms: bool) -> tuple[str, Tensor]:
+    """A tensor with its GGUF name, and a norm as 1 + w in float32."""
+    row = names.from_canonical(name, post_norms)
+    assert row is not None
+    if row.add_one and not tensor.add_one:
+        values = (1 + tensor.to_float32().astype(np.float64)).astype("<f4")
+        tensor = Tensor(GGMLType.F32, tensor.shape, values.reshape(-1).view(np.uint8), add_one=True)
+    return row.gguf, tensor
+
+
+def _header(checkpoint: Checkpoint, tensors: list[tuple[str, Tensor]]) -> bytes:
+    """Everything before the tensors' data, padded."""
+    pairs = _model_pairs(checkpoint.config)
+    _check_expressible(checkpoint.config, pairs, tensors)
+    sizes: dict[str, int] = {}
+    for _, tensor in tensors:
+        sizes[tensor.type.name] = sizes.get(tensor.type.name, 0) + tensor.nbytes
+    pairs |= {
+        "general.type": (STRING, "model"),
+        "general.name": (STRING, checkpoint.name or checkpoint.config.model_type),
+        "general.quantization_version": (UINT32, 2),
+        "general.file_type": (UINT32, _FILE_TYPES.get(max(sizes, key=sizes.__getitem__), _GUESSED)),
+    }
+    if checkpoint.chat_template:
+        pairs["tokenizer.chat_template"] = STRING, checkpoint.chat_template
+    parts = [_pair(key, *pair) for key, pair in pairs.items()]
+    vocabulary = checkpoint.vocabulary
+    if vocabulary is not None:
+        parts += [
+            _array("tokenizer.ggml.tokens", STRING, len(vocabulary), map(_string, vocabulary.pieces)),
+            _array("tokenizer.ggml.scores", _FLOAT32, len(vocabulary), [vocabulary.scores.astype("<f4").tobytes()]),
+            _array("tokenizer.ggml.token_type", _INT32, len(vocabulary), [vocabulary.types.astype("<i4").tobytes()]),
+        ]
+    infos, offset = [], 0
+    for name, tensor in tensors:
+        shape = tensor.shape[::-1]
+        infos.append(_string(name.encode()) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape))
+        infos.append(struct.pack("<IQ", tensor.type, offset))
+        offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    header = MAGIC + struct.pack("<IQQ", 3, len(tensors), len(parts)) + b"".join(parts + infos)
+    return header + bytes(-len(header) % ALIGNMENT)
+
+
+def _model_pairs(config: ModelConfig) -> dict[str, tuple[int, object]]:
+    """The configuration as key: (value type, value)."""
+    architecture = {model_type: name for name, model_type in ARCHITECTURES.items()}[config.model_type]
+    full = next((layer for layer in config.layers if layer.sliding_window is None), config.layers[-1])
+    slider = next((layer for layer in config.layers if layer.sliding_window is not None), None)
+    facts: dict[str, tuple[int, object]] = {
+        "context_length": (UINT32, config.max_position_embeddings),
+        "embedding_length": (UINT32, config.hidden_size),
+        "block_count": (UINT32, config.num_hidden_layers),
+        "feed_forward_length": (UINT32, config.intermediate_size),
+        "attention.head_count": (UINT32, config.num_attention_heads),
+        "attention.head_count_kv": (UINT32, config.num_key_value_heads),
+        "attention.key_length": (UINT32, config.head_dim),
+        "attention.value_length": (UINT32, config.head_dim),
+        "attention.layer_norm_rms_epsilon": (_FLOAT32, config.rms_norm_eps),
+        "rope.freq_base": (_FLOAT32, full.rope_theta),
+    }
+    if full.rope_factor != 1:
+        facts |= {"rope.scaling.type": (STRING, "linear"), "rope.scaling.factor": (_FLOAT32, full.rope_factor)}
+    if architecture == "gemma2":
+        facts["attn_logit_softcapping"] = _FLOAT32, config.attn_logit_softcapping or 0.0
+    if architecture == "gemma2" or config.final_logit_softcapping:
+        facts["final_logit_softcapping"] = _FLOAT32, config.final_logit_softcapping or 0.0
+    if slider is not None:
+        facts["attention.sliding_window"] = UINT32, slider.sliding_window
+        if architecture == "gemma3":
+            facts["rope.freq_base_swa"] = _FLOAT32, slider.rope_theta
+        kinds = [layer.sliding_window is not None for layer in config.layers]
+        period = kinds.index(False) + 1 if False in kinds else len(kinds) + 1
+        if period != (6 if architecture == "gemma3" else 2):
+            facts["attention.sliding_window_pattern"] = UINT32, period
+    pairs: dict[str, tuple[int, object]] = {"general.architecture": (STRING, architecture)}
+    pairs |= {f"{architecture}.{key}": pair for key, pair in facts.items()}
+    pairs |= {
+        "tokenizer.ggml.model": (STRING, "llama"),
+        "tokenizer.ggml.pre": (STRING, "default"),
+        "tokenizer.ggml.bos_token_id": (UINT32, config.bos_token_id),
+        "tokenizer.ggml.eos_token_id": (UINT32, config.stop_token_ids[0]),
+        "tokenizer.ggml.add_bos_token": (BOOL, True),
+        "tokenizer.ggml.add_eos_token": (BOOL, False),
+        "tokenizer.ggml.add_space_prefix": (BOOL, False),
+    }
+    for key, token in (("padding", 0), ("unknown", 3)):
+        if token < config.vocab_size:
+            pairs[f"tokenizer.ggml.{key}_token_id"] = UINT32, token
+    if len(config.stop_token_ids) > 1:
+        pairs["tokenizer.ggml.eot_token_id"] = UINT32, config.stop_token_ids[1]
+    return pairs
+
+
+def _check_expressible(
+    config: ModelConfig, pairs: dict[str, tuple[int, object]], tensors: list[tuple[str, Tensor]]
+) -> None:
+    """Raises GemkitError unless reading the key-values gives the same configuration."""
+    shapes = {name: tensor.shape for name, tensor in tensors}
+    back = config_from_metadata({key: value for key, (_, value) in pairs.items()}, shapes)
+    wrong = [
+        field.name
+        for field in fields(ModelConfig)
+        if getattr(back, field.name) != getattr(config, field.name)
+        and not (field.name == "stop_token_ids" and set(back.stop_token_ids) == set(config.stop_token_ids))
+    ]
+    if wrong:
+        raise GemkitError(
+            f"a GGUF file of a {config.model_type} model cannot state this {', '.join(wrong)}: use another format"
+        )
+
+
+def _string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def _pair(key: str, kind: int, value: object) -> bytes:
+    head = _string(key.encode()) + struct.pack("<I", kind)
+    return head + (_string(str(value).encode()) if kind == STRING else struct.pack(SCALARS[kind], value))
+
+
+def _array(key: str, kind: int, count: int, parts: Iterable[bytes]) -> bytes:
+    return _string(key.encode()) + struct.pack("<IIQ", ARRAY, kind, count) + b"".join(parts)

@@ -1,58 +1,77 @@
-"""Foreign tensor names: one row per GGUF tensor, read both ways.
+"""Tensor names: the ones in a GGUF file and the canonical ones (Hugging Face), one row for each kind.
 
-GGUF norms hold 1 + w, the multiplier; the canonical (Hugging Face) tensor is w. Query and key rows are not permuted.
+GGUF stores a norm as the multiplier 1 + w; the canonical parameter is w (`add_one`).
+Source: ``gguf-py/gguf/tensor_mapping.py`` of llama.cpp and the state dictionaries of transformers.
 """
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
-from gemkit.arch.config import ModelConfig
+# Some conversions add the rotary frequencies as a tensor; they follow from the metadata.
+IGNORED = frozenset({"rope_freqs.weight"})
 
 
-class Row(NamedTuple):
-    """gguf: its name, "{i}" for the layer. canonical: Hugging Face's. add_one: the file holds 1 + the canonical value."""
+class Name(NamedTuple):
+    """One kind of tensor. `{}` stands for the layer's number. add_one: the file holds 1 + w."""
 
     gguf: str
     canonical: str
     add_one: bool = False
 
 
-_MODEL = (
-    Row("token_embd.weight", "model.embed_tokens.weight"),
-    Row("output_norm.weight", "model.norm.weight", True),
-    Row("output.weight", "lm_head.weight"),
+_COMMON = (
+    Name("token_embd.weight", "model.embed_tokens.weight"),
+    Name("output_norm.weight", "model.norm.weight", True),
+    Name("output.weight", "lm_head.weight"),
+    Name("blk.{}.attn_norm.weight", "model.layers.{}.input_layernorm.weight", True),
+    Name("blk.{}.attn_q.weight", "model.layers.{}.self_attn.q_proj.weight"),
+    Name("blk.{}.attn_k.weight", "model.layers.{}.self_attn.k_proj.weight"),
+    Name("blk.{}.attn_v.weight", "model.layers.{}.self_attn.v_proj.weight"),
+    Name("blk.{}.attn_output.weight", "model.layers.{}.self_attn.o_proj.weight"),
+    Name("blk.{}.attn_q_norm.weight", "model.layers.{}.self_attn.q_norm.weight", True),
+    Name("blk.{}.attn_k_norm.weight", "model.layers.{}.self_attn.k_norm.weight", True),
+    Name("blk.{}.ffn_gate.weight", "model.layers.{}.mlp.gate_proj.weight"),
+    Name("blk.{}.ffn_up.weight", "model.layers.{}.mlp.up_proj.weight"),
+    Name("blk.{}.ffn_down.weight", "model.layers.{}.mlp.down_proj.weight"),
 )
-_LAYER = (
-    Row("blk.{i}.attn_norm.weight", "model.layers.{i}.input_layernorm.weight", True),
-    Row("blk.{i}.attn_q.weight", "model.layers.{i}.self_attn.q_proj.weight"),
-    Row("blk.{i}.attn_k.weight", "model.layers.{i}.self_attn.k_proj.weight"),
-    Row("blk.{i}.attn_v.weight", "model.layers.{i}.self_attn.v_proj.weight"),
-    Row("blk.{i}.attn_output.weight", "model.layers.{i}.self_attn.o_proj.weight"),
-    Row("blk.{i}.ffn_gate.weight", "model.layers.{i}.mlp.gate_proj.weight"),
-    Row("blk.{i}.ffn_up.weight", "model.layers.{i}.mlp.up_proj.weight"),
-    Row("blk.{i}.ffn_down.weight", "model.layers.{i}.mlp.down_proj.weight"),
-)
-# Hugging Face's post_attention_layernorm comes before the feed-forward block in Gemma 1 and before the residual in 2 and 3.
-_TWO_NORMS = (Row("blk.{i}.ffn_norm.weight", "model.layers.{i}.post_attention_layernorm.weight", True),)
+# Without norms behind the blocks (Gemma 1), Hugging Face calls the norm before the feed-forward "post attention".
+_TWO_NORMS = (Name("blk.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight", True),)
 _FOUR_NORMS = (
-    Row("blk.{i}.post_attention_norm.weight", "model.layers.{i}.post_attention_layernorm.weight", True),
-    Row("blk.{i}.ffn_norm.weight", "model.layers.{i}.pre_feedforward_layernorm.weight", True),
-    Row("blk.{i}.post_ffw_norm.weight", "model.layers.{i}.post_feedforward_layernorm.weight", True),
-)
-_QK_NORMS = (
-    Row("blk.{i}.attn_q_norm.weight", "model.layers.{i}.self_attn.q_norm.weight", True),
-    Row("blk.{i}.attn_k_norm.weight", "model.layers.{i}.self_attn.k_norm.weight", True),
+    Name("blk.{}.post_attention_norm.weight", "model.layers.{}.post_attention_layernorm.weight", True),
+    Name("blk.{}.ffn_norm.weight", "model.layers.{}.pre_feedforward_layernorm.weight", True),
+    Name("blk.{}.post_ffw_norm.weight", "model.layers.{}.post_feedforward_layernorm.weight", True),
 )
 
-# Precomputed by some converters and not needed: the angles follow from the configuration.
-IGNORED = frozenset({"rope_freqs.weight"})
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 
 
-def gguf_rows(config: ModelConfig) -> list[Row]:
-    """Every tensor a GGUF file of this model can hold, layers filled in; "output.weight" only if the head is untied."""
-    layer = _LAYER + (_FOUR_NORMS if config.post_norms else _TWO_NORMS) + (_QK_NORMS if config.qk_norm else ())
-    rows = [row for row in _MODEL if not (config.tie_word_embeddings and row.canonical == "lm_head.weight")]
-    for i in range(config.num_hidden_layers):
-        rows += [Row(row.gguf.format(i=i), row.canonical.format(i=i), row.add_one) for row in layer]
-    return rows
+def rows(post_norms: bool) -> tuple[Name, ...]:
+    """The table for models with (Gemma 2, 3) or without (Gemma 1) norms behind attention and feed-forward."""
+    return _COMMON + (_FOUR_NORMS if post_norms else _TWO_NORMS)
+
+
+_BY_GGUF = {flag: {row.gguf: row for row in rows(flag)} for flag in (False, True)}
+_BY_CANONICAL = {flag: {row.canonical: row for row in rows(flag)} for flag in (False, True)}
+
+
+def from_gguf(name: str, post_norms: bool) -> Name | None:
+    """The row of a GGUF name with the layer filled in, or None if it is unknown.
+
+    Example: ``from_gguf("blk.3.attn_q.weight", True).canonical`` is "model.layers.3.self_attn.q_proj.weight".
+    """
+    return _find(name, _BY_GGUF[post_norms])
+
+
+def from_canonical(name: str, post_norms: bool) -> Name | None:
+    """The row of a canonical name with the layer filled in, or None if it is unknown."""
+    return _find(name, _BY_CANONICAL[post_norms])
+
+
+def _find(name: str, table: dict[str, Name]) -> Name | None:
+    number = _NUMBER.search(name)
+    if number is None:
+        return table.get(name) if "{" not in name else None
+    row = table.get(name[: number.start()] + "{}" + name[number.end() :])
+    return row and Name(row.gguf.format(number[0]), row.canonical.format(number[0]), row.add_one)

@@ -1,11 +1,13 @@
-"""ggml's tensor types: block sizes, and their values as float32.
+"""The block formats of ggml: their sizes, and conversion from and to float32 in NumPy.
 
-Layouts and rounding follow ggml (ggml-quants.c); `dequantise` is exact, `quantise` gives the same bytes as ggml's own
-Python package for the types that have one right answer.
+A row of numbers is stored as whole blocks, each with its own scale. Layouts: ``ggml-common.h`` of the ggml library.
+All numbers are little-endian. Letters: B blocks.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ from gemkit.errors import GemkitError
 
 
 class GGMLType(IntEnum):
-    """The types in which Gemma is published, with ggml's numbers."""
+    """The element types that gemkit reads, with their numbers in ggml."""
 
     F32 = 0
     F16 = 1
@@ -30,22 +32,14 @@ class GGMLType(IntEnum):
     BF16 = 30
 
 
-# The other types' names, to refuse them by name.
-GGML_NAMES = {
-    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
-    21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
-    34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
-}  # fmt: skip
-
-
 class Block(NamedTuple):
-    """elements: weights in a block. bytes: its size."""
+    """One block: how many numbers it holds, and in how many bytes."""
 
     elements: int
     bytes: int
 
 
-BLOCKS = {
+BLOCKS: dict[GGMLType, Block] = {
     GGMLType.F32: Block(1, 4),
     GGMLType.F16: Block(1, 2),
     GGMLType.BF16: Block(1, 2),
@@ -59,239 +53,328 @@ BLOCKS = {
     GGMLType.Q6_K: Block(256, 210),
 }
 
+# What ggml calls the types that gemkit does not read, for the refusal.
+OTHER_TYPES = {
+    4: "Q4_2",
+    5: "Q4_3",
+    9: "Q8_1",
+    10: "Q2_K",
+    11: "Q3_K",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+    39: "MXFP4",
+    40: "NVFP4",
+}
 
-def dequantise(kind: GGMLType, data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Values of a tensor as float32 of `shape`; `data` is uint8 with whole blocks, rows contiguous."""
-    flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    if kind == GGMLType.F32:
-        return flat.view("<f4").reshape(shape).copy()
-    if kind == GGMLType.F16:
-        return flat.view("<f2").astype(np.float32).reshape(shape)
-    if kind == GGMLType.BF16:
-        return (flat.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    return _DEQUANTISE[kind](flat.reshape(-1, BLOCKS[kind].bytes)).reshape(shape)
+# Blocks converted at a time: bounds the temporary memory to a few tens of megabytes.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+def nbytes(type: GGMLType, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor; raises GemkitError if its rows are not whole blocks. Example: Q8_0 (2, 64) takes 136."""
+    block = BLOCKS[type]
+    if shape[-1] % block.elements:
+        raise GemkitError(
+            f"rows of {shape[-1]} numbers cannot be stored as {type.name}, whose blocks hold {block.elements}: "
+            "choose another type"
+        )
+    return math.prod(shape) // block.elements * block.bytes
+
+
+def dequantise(type: GGMLType, data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 numbers [*shape] in the bytes of a tensor (uint8, any shape). Raises GemkitError if sizes differ."""
+    type = GGMLType(type)
+    raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    if raw.size != nbytes(type, shape):
+        raise GemkitError(f"{raw.size} bytes are not a {type.name} tensor of shape {shape}: get the file again")
+    if type == GGMLType.F32:
+        return raw.view("<f4").astype(np.float32).reshape(shape)
+    if type == GGMLType.F16:
+        return raw.view("<f2").astype(np.float32).reshape(shape)
+    if type == GGMLType.BF16:
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    block = BLOCKS[type]
+    blocks = raw.reshape(-1, block.bytes)
+    out = np.empty((len(blocks), block.elements), np.float32)
+    step = _CHUNK_ELEMENTS // block.elements
+    # Random bytes may hold infinities and their differences; that is for the model's checks, not for a warning
+    with np.errstate(invalid="ignore", over="ignore"):
+        for i in range(0, len(blocks), step):
+            out[i : i + step] = _DEQUANTISE[type](blocks[i : i + step])
+    return out.reshape(shape)
+
+
+def quantise(type: GGMLType, values: np.ndarray) -> np.ndarray:
+    """The bytes (uint8, flat) of finite numbers [..., columns] in a block format, rounded as ggml's reference does.
+
+    Q4_K, Q5_K and Q6_K are plain roundings without ggml's search for the best scales. Raises GemkitError if the rows
+    are not whole blocks or a number is not finite.
+    """
+    type = GGMLType(type)
+    values = np.ascontiguousarray(values, np.float32)
+    size = nbytes(type, values.shape)
+    if type == GGMLType.F32:
+        return values.astype("<f4").reshape(-1).view(np.uint8)
+    if type == GGMLType.F16:
+        with np.errstate(over="ignore"):
+            return values.astype("<f2").reshape(-1).view(np.uint8)
+    if type == GGMLType.BF16:
+        return _to_bf16(values).reshape(-1).view(np.uint8)
+    if not np.isfinite(values).all():
+        raise GemkitError(f"numbers that are not finite cannot be stored as {type.name}: store them as F32")
+    block = BLOCKS[type]
+    blocks = values.reshape(-1, block.elements)
+    out = np.empty((len(blocks), block.bytes), np.uint8)
+    step = _CHUNK_ELEMENTS // block.elements
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        for i in range(0, len(blocks), step):
+            out[i : i + step] = _QUANTISE[type](blocks[i : i + step])
+    assert out.size == size
+    return out.reshape(-1)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
 
 
 def _half(blocks: np.ndarray, at: int) -> np.ndarray:
-    """The float16 at byte `at` of each block, as float32 [blocks, 1]."""
-    return blocks[:, at : at + 2].copy().view("<f2").astype(np.float32)
+    """The float16 at byte `at` of each block, as float32 [B, 1]."""
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
-def _nibbles(q: np.ndarray) -> np.ndarray:
-    return np.concatenate([q & 15, q >> 4], axis=1)
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    """uint8 [B, n] to [B, 2n]: all low halves, then all high halves."""
+    return np.concatenate([packed & 15, packed >> 4], axis=1)
 
 
-def _fifth_bits(q: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(q).view("<u4")
-    return ((bits >> np.arange(32, dtype=np.uint32)) & 1).astype(np.uint8) << 4
+def _bits(packed: np.ndarray) -> np.ndarray:
+    """uint8 [B, n] to its bits [B, 8n], lowest first."""
+    return np.unpackbits(np.ascontiguousarray(packed), axis=1, bitorder="little")
 
 
-def _q4_0(b: np.ndarray) -> np.ndarray:
-    return _half(b, 0) * (_nibbles(b[:, 2:]).astype(np.float32) - 8)
+def _from_q4_0(blocks: np.ndarray) -> np.ndarray:
+    return _half(blocks, 0) * (_nibbles(blocks[:, 2:]).astype(np.float32) - 8)
 
 
-def _q4_1(b: np.ndarray) -> np.ndarray:
-    return _half(b, 0) * _nibbles(b[:, 4:]).astype(np.float32) + _half(b, 2)
+def _from_q4_1(blocks: np.ndarray) -> np.ndarray:
+    return _half(blocks, 0) * _nibbles(blocks[:, 4:]).astype(np.float32) + _half(blocks, 2)
 
 
-def _q5_0(b: np.ndarray) -> np.ndarray:
-    return _half(b, 0) * ((_nibbles(b[:, 6:]) | _fifth_bits(b[:, 2:6])).astype(np.float32) - 16)
+def _from_q5_0(blocks: np.ndarray) -> np.ndarray:
+    q = _nibbles(blocks[:, 6:]) | _bits(blocks[:, 2:6]) << 4
+    return _half(blocks, 0) * (q.astype(np.float32) - 16)
 
 
-def _q5_1(b: np.ndarray) -> np.ndarray:
-    return _half(b, 0) * (_nibbles(b[:, 8:]) | _fifth_bits(b[:, 4:8])).astype(np.float32) + _half(b, 2)
+def _from_q5_1(blocks: np.ndarray) -> np.ndarray:
+    q = _nibbles(blocks[:, 8:]) | _bits(blocks[:, 4:8]) << 4
+    return _half(blocks, 0) * q.astype(np.float32) + _half(blocks, 2)
 
 
-def _q8_0(b: np.ndarray) -> np.ndarray:
-    return _half(b, 0) * b[:, 2:].view(np.int8).astype(np.float32)
+def _from_q8_0(blocks: np.ndarray) -> np.ndarray:
+    return _half(blocks, 0) * blocks[:, 2:].view(np.int8).astype(np.float32)
 
 
-def _k_scales(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eight 6-bit scales and minima from 12 bytes."""
-    first, second, third = s[:, 0:4], s[:, 4:8], s[:, 8:12]
-    scale = np.concatenate([first & 63, (third & 15) | (first >> 6 << 4)], axis=1)
-    minimum = np.concatenate([second & 63, (third >> 4) | (second >> 6 << 4)], axis=1)
-    return scale, minimum
+def _unpack_scales(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 8 scales and 8 minima of 6 bits each in 12 bytes: uint8 [B, 12] to two of [B, 8]."""
+    low, minimum, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([low & 63, (high & 15) | (low >> 6) << 4], axis=1)
+    minima = np.concatenate([minimum & 63, (high >> 4) | (minimum >> 6) << 4], axis=1)
+    return scales, minima
 
 
-def _with_minima(b: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    scale, minimum = _k_scales(b[:, 4:16])
-    d = (_half(b, 0) * scale.astype(np.float32))[:, :, None]
-    m = (_half(b, 2) * minimum.astype(np.float32))[:, :, None]
-    return d * codes.astype(np.float32) - m
+def _from_scaled(blocks: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Q4_K and Q5_K: uint8 [B, 8, 32] times its group's scale minus its group's minimum, float32 [B, 256]."""
+    scales, minima = _unpack_scales(blocks[:, 4:16])
+    scale = (_half(blocks, 0) * scales.astype(np.float32))[:, :, None]
+    minimum = (_half(blocks, 2) * minima.astype(np.float32))[:, :, None]
+    return (scale * q.astype(np.float32) - minimum).reshape(len(blocks), 256)
 
 
-def _pairs_of_32(q: np.ndarray) -> np.ndarray:
-    """[blocks, 128] nibble bytes → [blocks, 8, 32]: each 32 bytes hold two sub-blocks, low nibbles first."""
-    q = q.reshape(len(q), 4, 1, 32) >> np.array([0, 4], np.uint8).reshape(1, 1, 2, 1)
-    return (q & 15).reshape(len(q), 8, 32)
+def _pairs(packed: np.ndarray) -> np.ndarray:
+    """Q4_K and Q5_K: uint8 [B, 128] to [B, 8, 32]: 32 bytes hold one group low and the next one high."""
+    packed = packed.reshape(len(packed), 4, 1, 32)
+    return np.concatenate([packed & 15, packed >> 4], axis=2).reshape(len(packed), 8, 32)
 
 
-def _q4_k(b: np.ndarray) -> np.ndarray:
-    return _with_minima(b, _pairs_of_32(b[:, 16:]))
+def _from_q4_k(blocks: np.ndarray) -> np.ndarray:
+    return _from_scaled(blocks, _pairs(blocks[:, 16:]))
 
 
-def _q5_k(b: np.ndarray) -> np.ndarray:
-    high = (b[:, None, 16:48] >> np.arange(8, dtype=np.uint8).reshape(1, 8, 1)) & 1
-    return _with_minima(b, _pairs_of_32(b[:, 48:]) | high << 4)
+def _from_q5_k(blocks: np.ndarray) -> np.ndarray:
+    high = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    return _from_scaled(blocks, _pairs(blocks[:, 48:]) | high << 4)
 
 
-def _q6_k(b: np.ndarray) -> np.ndarray:
-    n = len(b)
-    low = b[:, :128].reshape(n, 2, 1, 2, 32) >> np.array([0, 4], np.uint8).reshape(1, 1, 2, 1, 1)
-    high = b[:, 128:192].reshape(n, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
-    codes = (low & 15).reshape(n, 2, 4, 32) | (high & 3) << 4
-    scale = _half(b, 208) * b[:, 192:208].view(np.int8).astype(np.float32)
-    return scale[:, :, None] * (codes.reshape(n, 16, 16).astype(np.float32) - 32)
+def _from_q6_k(blocks: np.ndarray) -> np.ndarray:
+    count = len(blocks)
+    low = blocks[:, :128].reshape(count, 2, 1, 64)
+    low = np.concatenate([low & 15, low >> 4], axis=2).reshape(count, 2, 4, 32)
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    high = blocks[:, 128:192].reshape(count, 2, 1, 32) >> shifts & 3
+    q = (low | high << 4).astype(np.float32).reshape(count, 16, 16) - 32
+    scale = _half(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
+    return (scale[:, :, None] * q).reshape(count, 256)
 
 
-_DEQUANTISE = {
-    GGMLType.Q4_0: _q4_0,
-    GGMLType.Q4_1: _q4_1,
-    GGMLType.Q5_0: _q5_0,
-    GGMLType.Q5_1: _q5_1,
-    GGMLType.Q8_0: _q8_0,
-    GGMLType.Q4_K: _q4_k,
-    GGMLType.Q5_K: _q5_k,
-    GGMLType.Q6_K: _q6_k,
+_DEQUANTISE: dict[GGMLType, Callable[[np.ndarray], np.ndarray]] = {
+    GGMLType.Q4_0: _from_q4_0,
+    GGMLType.Q4_1: _from_q4_1,
+    GGMLType.Q5_0: _from_q5_0,
+    GGMLType.Q5_1: _from_q5_1,
+    GGMLType.Q8_0: _from_q8_0,
+    GGMLType.Q4_K: _from_q4_k,
+    GGMLType.Q5_K: _from_q5_k,
+    GGMLType.Q6_K: _from_q6_k,
 }
 
 
-def quantise(kind: GGMLType, values: np.ndarray) -> np.ndarray:
-    """Bytes of `values` (float32, rows of whole blocks) in a type, uint8.
-
-    The K types take one scale and minimum per sub-block from its extremes: valid, but without ggml's search for the
-    least error. Raises GemkitError if the rows are not whole blocks.
-    """
-    values = np.ascontiguousarray(values, np.float32)
-    if kind == GGMLType.F32:
-        return values.reshape(-1).view(np.uint8)
-    if kind == GGMLType.F16:
-        return values.astype("<f2").reshape(-1).view(np.uint8)
-    if kind == GGMLType.BF16:
-        bits = values.reshape(-1).view(np.uint32)
-        rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
-        quiet = (bits >> 16) | 64
-        return np.where(np.isnan(values.reshape(-1)), quiet, rounded).astype("<u2").view(np.uint8)
-    block = BLOCKS[kind]
-    if values.shape[-1] % block.elements:
-        raise GemkitError(f"rows of {values.shape[-1]} are not whole {kind.name} blocks of {block.elements}")
-    return _QUANTISE[kind](values.reshape(-1, block.elements)).reshape(-1)
+# --- writing -------------------------------------------------------------------------------------------------------
 
 
-def _f16(x: np.ndarray) -> np.ndarray:
-    return x.astype("<f2").view(np.uint8)
+def _to_bf16(values: np.ndarray) -> np.ndarray:
+    """The upper 16 bits of float32, rounded to nearest even; a NaN stays one."""
+    bits = values.view(np.uint32)
+    rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return np.where(nan, bits >> 16 | 64, rounded).astype("<u2")
 
 
 def _inverse(d: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        return np.where(d == 0, np.float32(0), np.float32(1) / d)
+    """1 / d, and 0 where d is 0."""
+    return np.where(d == 0, np.float32(0), 1 / d)
 
 
-def _away_from_zero(x: np.ndarray) -> np.ndarray:
-    return np.trunc(x + np.copysign(np.float32(0.5), x))
+def _bytes(d: np.ndarray) -> np.ndarray:
+    """Scales [B, 1] as the two bytes of their float16."""
+    return d.astype("<f2").view(np.uint8)
 
 
-def _packed_nibbles(codes: np.ndarray) -> np.ndarray:
-    return codes[:, :16] & 15 | codes[:, 16:] << 4
+def _pack(q: np.ndarray) -> np.ndarray:
+    """The inverse of `_nibbles`."""
+    half = q.shape[1] // 2
+    return (q[:, :half] & 15) | q[:, half:] << 4
 
 
-def _packed_fifth(codes: np.ndarray) -> np.ndarray:
-    return np.packbits(codes >> 4 & 1, axis=1, bitorder="little")
+def _levels(scaled: np.ndarray, top: int) -> np.ndarray:
+    return np.trunc(scaled).astype(np.uint8).clip(0, top)
 
 
-def _signed_blocks(x: np.ndarray, offset: int) -> tuple[np.ndarray, np.ndarray]:
-    largest = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1)
-    d = largest / -offset
-    codes = np.trunc(x * _inverse(d) + np.float32(offset + 0.5)).clip(0, 2 * offset - 1).astype(np.uint8)
-    return d, codes
+def _symmetric(blocks: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray]:
+    """Q4_0 and Q5_0: the number farthest from 0 becomes -half exactly; returns the scales and levels."""
+    far = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
+    d = far / np.float32(-half)
+    return d, _levels(blocks * _inverse(d) + np.float32(half + 0.5), 2 * half - 1)
 
 
-def _affine_blocks(x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
-    d = (high - low) / np.float32(most)
-    codes = np.trunc((x - low) * _inverse(d) + np.float32(0.5)).clip(0, most).astype(np.uint8)
-    return d, low, codes
+def _asymmetric(blocks: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Q4_1 and Q5_1: the smallest number becomes level 0, the largest `top`; returns scales, minima, levels."""
+    low = blocks.min(axis=1, keepdims=True)
+    d = (blocks.max(axis=1, keepdims=True) - low) / np.float32(top)
+    return d, low, _levels((blocks - low) * _inverse(d) + np.float32(0.5), top)
 
 
-def _to_q4_0(x: np.ndarray) -> np.ndarray:
-    d, codes = _signed_blocks(x, 8)
-    return np.concatenate([_f16(d), _packed_nibbles(codes)], axis=1)
+def _fifth_bits(q: np.ndarray) -> np.ndarray:
+    return np.packbits(q >> 4, axis=1, bitorder="little")
 
 
-def _to_q4_1(x: np.ndarray) -> np.ndarray:
-    d, low, codes = _affine_blocks(x, 15)
-    return np.concatenate([_f16(d), _f16(low), _packed_nibbles(codes)], axis=1)
+def _to_q4_0(blocks: np.ndarray) -> np.ndarray:
+    d, q = _symmetric(blocks, 8)
+    return np.concatenate([_bytes(d), _pack(q)], axis=1)
 
 
-def _to_q5_0(x: np.ndarray) -> np.ndarray:
-    d, codes = _signed_blocks(x, 16)
-    return np.concatenate([_f16(d), _packed_fifth(codes), _packed_nibbles(codes)], axis=1)
+def _to_q4_1(blocks: np.ndarray) -> np.ndarray:
+    d, low, q = _asymmetric(blocks, 15)
+    return np.concatenate([_bytes(d), _bytes(low), _pack(q)], axis=1)
 
 
-def _to_q5_1(x: np.ndarray) -> np.ndarray:
-    d, low, codes = _affine_blocks(x, 31)
-    return np.concatenate([_f16(d), _f16(low), _packed_fifth(codes), _packed_nibbles(codes)], axis=1)
+def _to_q5_0(blocks: np.ndarray) -> np.ndarray:
+    d, q = _symmetric(blocks, 16)
+    return np.concatenate([_bytes(d), _fifth_bits(q), _pack(q)], axis=1)
 
 
-def _to_q8_0(x: np.ndarray) -> np.ndarray:
-    d = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
-    codes = _away_from_zero(x * _inverse(d)).astype(np.int8).view(np.uint8)
-    return np.concatenate([_f16(d), codes], axis=1)
+def _to_q5_1(blocks: np.ndarray) -> np.ndarray:
+    d, low, q = _asymmetric(blocks, 31)
+    return np.concatenate([_bytes(d), _bytes(low), _fifth_bits(q), _pack(q)], axis=1)
 
 
-def _to_k(x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Header (super-scales and the 12 bytes of sub-scales) and codes [blocks, 8, 32]."""
-    x = x.reshape(-1, 8, 32)
-    minimum, step = np.maximum(0, -x.min(axis=2)), None
-    step = (x.max(axis=2) + minimum).clip(0) / most
-    d = (step.max(axis=1, keepdims=True) / 63).astype("<f2")
-    m = (minimum.max(axis=1, keepdims=True) / 63).astype("<f2")
-    sc = np.rint(step * _inverse(d.astype(np.float32))).clip(0, 63).astype(np.uint8)
-    mn = np.rint(minimum * _inverse(m.astype(np.float32))).clip(0, 63).astype(np.uint8)
-    used, low = d.astype(np.float32) * sc, m.astype(np.float32) * mn
-    codes = np.rint((x + low[:, :, None]) * _inverse(used)[:, :, None]).clip(0, most).astype(np.uint8)
-    scales = np.concatenate(
-        [
-            sc[:, :4] | sc[:, 4:] >> 4 << 6,
-            mn[:, :4] | mn[:, 4:] >> 4 << 6,
-            sc[:, 4:] & 15 | (mn[:, 4:] & 15) << 4,
-        ],
-        axis=1,
-    )
-    return np.concatenate([d.view(np.uint8), m.view(np.uint8), scales], axis=1), codes
+def _to_q8_0(blocks: np.ndarray) -> np.ndarray:
+    d = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    scaled = blocks * _inverse(d)
+    size = np.abs(scaled)
+    # Half away from zero; the sum is exact, unlike floor(size + 0.5)
+    q = np.sign(scaled) * (np.floor(size) + np.floor(2 * (size - np.floor(size))))
+    return np.concatenate([_bytes(d), q.astype(np.int8).view(np.uint8)], axis=1)
 
 
-def _packed_pairs(codes: np.ndarray) -> np.ndarray:
-    pairs = (codes & 15).reshape(-1, 4, 2, 32)
-    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(-1, 128)
+def _to_scaled(blocks: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """Q4_K and Q5_K: the 16 bytes of scales and the levels uint8 [B, 8, 32]."""
+    groups = blocks.reshape(-1, 8, 32)
+    low = np.maximum(-groups.min(axis=2), 0)  # the minimum is subtracted, so it is stored negated
+    scale = (groups.max(axis=2) + low) / np.float32(top)
+    d, dmin = (x.max(axis=1, keepdims=True) / np.float32(63) for x in (scale, low))
+    scales = np.rint(scale * _inverse(d)).clip(0, 63).astype(np.uint8)
+    minima = np.rint(low * _inverse(dmin)).clip(0, 63).astype(np.uint8)
+    head = [_bytes(d), _bytes(dmin)]
+    step = (head[0].view("<f2").astype(np.float32) * scales)[:, :, None]
+    offset = (head[1].view("<f2").astype(np.float32) * minima)[:, :, None]
+    levels = np.rint((groups + offset) * _inverse(step)).clip(0, top).astype(np.uint8)
+    high_s, high_m = scales[:, 4:], minima[:, 4:]
+    packed = [scales[:, :4] | high_s >> 4 << 6, minima[:, :4] | high_m >> 4 << 6, (high_s & 15) | high_m << 4]
+    return np.concatenate(head + packed, axis=1), levels
 
 
-def _to_q4_k(x: np.ndarray) -> np.ndarray:
-    header, codes = _to_k(x, 15)
-    return np.concatenate([header, _packed_pairs(codes)], axis=1)
+def _pack_pairs(levels: np.ndarray) -> np.ndarray:
+    """The inverse of `_pairs`."""
+    return ((levels[:, ::2] & 15) | levels[:, 1::2] << 4).reshape(len(levels), 128)
 
 
-def _to_q5_k(x: np.ndarray) -> np.ndarray:
-    header, codes = _to_k(x, 31)
-    high = np.bitwise_or.reduce((codes >> 4) << np.arange(8, dtype=np.uint8).reshape(1, 8, 1), axis=1)
-    return np.concatenate([header, high, _packed_pairs(codes)], axis=1)
+def _to_q4_k(blocks: np.ndarray) -> np.ndarray:
+    head, levels = _to_scaled(blocks, 15)
+    return np.concatenate([head, _pack_pairs(levels)], axis=1)
 
 
-def _to_q6_k(x: np.ndarray) -> np.ndarray:
-    x = x.reshape(-1, 16, 16)
-    step = np.abs(x).max(axis=2) / 31
-    d = (step.max(axis=1, keepdims=True) / 127).astype("<f2")
-    scale = np.rint(step * _inverse(d.astype(np.float32))).clip(0, 127).astype(np.int8)
-    inverse = _inverse(d.astype(np.float32) * scale)[:, :, None]
-    codes = (np.rint(x * inverse).clip(-32, 31) + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
-    low = codes[:, :, :2] & 15 | (codes[:, :, 2:] & 15) << 4
-    high = np.bitwise_or.reduce((codes >> 4) << np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1), axis=2)
-    parts = [low.reshape(-1, 128), high.reshape(-1, 64), scale.view(np.uint8), d.view(np.uint8)]
+def _to_q5_k(blocks: np.ndarray) -> np.ndarray:
+    head, levels = _to_scaled(blocks, 31)
+    high = np.bitwise_or.reduce(levels >> 4 << np.arange(8, dtype=np.uint8)[:, None], axis=1)
+    return np.concatenate([head, high, _pack_pairs(levels)], axis=1)
+
+
+def _to_q6_k(blocks: np.ndarray) -> np.ndarray:
+    count = len(blocks)
+    groups = blocks.reshape(count, 16, 16)
+    scale = np.take_along_axis(groups, np.abs(groups).argmax(axis=2)[:, :, None], axis=2)[:, :, 0] / np.float32(-32)
+    d = np.abs(scale).max(axis=1, keepdims=True) / np.float32(127)
+    scales = np.rint(scale * _inverse(d)).clip(-127, 127).astype(np.int8)
+    tail = _bytes(d)
+    step = (tail.view("<f2").astype(np.float32) * scales)[:, :, None]
+    levels = (np.rint(groups * _inverse(step)).clip(-32, 31) + 32).astype(np.uint8).reshape(count, 2, 4, 32)
+    low = (levels[:, :, :2] & 15) | levels[:, :, 2:] << 4
+    high = np.bitwise_or.reduce(levels >> 4 << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=2)
+    parts = [low.reshape(count, 128), high.reshape(count, 64), scales.view(np.uint8), tail]
     return np.concatenate(parts, axis=1)
 
 
-_QUANTISE = {
+_QUANTISE: dict[GGMLType, Callable[[np.ndarray], np.ndarray]] = {
     GGMLType.Q4_0: _to_q4_0,
     GGMLType.Q4_1: _to_q4_1,
     GGMLType.Q5_0: _to_q5_0,

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemkit.arch.config import ModelConfig
+from gemkit.arch.tensors import manifest
 from gemkit.engine.runner import PageGroup
+from gemkit.errors import GemkitError
 
 GGML_F32 = 0
 
@@ -50,14 +52,24 @@ class Weight(Protocol):
 def page_groups(config: ModelConfig) -> tuple[PageGroup, ...]:
     """Layers by window, full attention first."""
     windows = sorted({layer.sliding_window or 0 for layer in config.layers})
-    return tuple(
-        PageGroup(window or None, tuple(i for i, layer in enumerate(config.layers) if (layer.sliding_window or 0) == window))
-        for window in windows
-    )
+    members = {window: [] for window in windows}
+    for i, layer in enumerate(config.layers):
+        members[layer.sliding_window or 0].append(i)
+    return tuple(PageGroup(window or None, tuple(layers)) for window, layers in members.items())
 
 
 def build_plan(config: ModelConfig, weights: Mapping[str, Weight]) -> dict[str, Any]:
-    """The dictionary that ``_native.Model.create`` takes. `weights` holds every tensor of the manifest by canonical name."""
+    """The dictionary that ``_native.Model.create`` takes. `weights` holds the manifest's tensors by canonical name.
+
+    Raises GemkitError that names the first tensor that is missing or has another shape.
+    """
+    for name, spec in manifest(config).items():
+        if name not in weights:
+            raise GemkitError(f"the tensor {name} is missing: load the whole model")
+        if tuple(weights[name].shape) != spec.shape:
+            raise GemkitError(
+                f"{name} has shape {list(weights[name].shape)}, not {list(spec.shape)}: load the right model"
+            )
     tensors: list[tuple[int, int, int, np.ndarray]] = []
 
     def matrix(name: str) -> int:
