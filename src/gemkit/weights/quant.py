@@ -85,6 +85,7 @@ OTHER_TYPES = {
     38: "IQ4_NL_8_8",
     39: "MXFP4",
     40: "NVFP4",
+    41: "Q1_0",
 }
 
 # Blocks converted at a time: bounds the temporary memory to a few tens of megabytes.

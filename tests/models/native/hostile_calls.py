@@ -69,7 +69,7 @@ strange = [
     {},
     object(),
     np.zeros(0),
-    np.zeros((2, 2, 2), i32),
+    np.zeros((2, 2, 2, 2), i32),
     np.array(5, i32),
     np.zeros(3, bool),
     np.zeros(3, complex),
