@@ -221,12 +221,13 @@ GEMKIT_INLINE void fold_block(__m256 (&f)[Halves][M], const __m256i (&sums)[F::k
   }
 }
 
-// Panels p … p + Panels − 1, side by side: they share the broadcasts of the activations and keep more reads in flight.
+// Panels p, p + apart, … together: they share the broadcasts of the activations and keep more reads in flight. Far
+// apart, so that each is a stream of its own to the prefetchers.
 template <class F, int M, int Panels>
-GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64_t p) {
+GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64_t p, int64_t apart) {
   constexpr int kAhead = 2048;  // bytes prefetched ahead of the record being read
   // Halves of panels worked on together, as many as the registers hold
-  constexpr int kHalves = F::R == 4 && M > 2 ? 1 : 2 * Panels;
+  constexpr int kHalves = F::R == 4 && M > 2 ? 1 : 2;
   const Packed& w = *product.w;
   const int64_t blocks = w.blocks();
   const ActivationBlock* a[M];
@@ -236,7 +237,7 @@ GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64
     for (int h = 0; h < 2 * Panels; h++) f[h / kHalves][h % kHalves][i] = _mm256_setzero_ps();
   }
   const uint8_t *record[Panels], *super[Panels];
-  for (int n = 0; n < Panels; n++) record[n] = super[n] = w.panel(p + n);
+  for (int n = 0; n < Panels; n++) record[n] = super[n] = w.panel(p + n * apart);
   for (int64_t b = 0; b < blocks; b++) {
 #pragma GCC unroll 2
     for (int n = 0; n < Panels; n++) {
@@ -262,15 +263,19 @@ GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64
   }
   for (int i = 0; i < M; i++)
     for (int h = 0; h < 2 * Panels; h++)
-      _mm256_storeu_ps(product.y + (m + i) * product.ldy + p * kPanelRows + 8 * h, f[h / kHalves][h % kHalves][i]);
+      _mm256_storeu_ps(product.y + (m + i) * product.ldy + (p + h / 2 * apart) * kPanelRows + 8 * (h % 2),
+                       f[h / kHalves][h % kHalves][i]);
 }
 
 template <class F, int M>
 static void fused_panels(const Product& product, int64_t m, int64_t p0, int64_t p1) {
   int64_t p = p0;
-  if constexpr (M == 1)
-    for (; p + 2 <= p1; p += 2) fused_panel<F, M, 2>(product, m, p);
-  for (; p < p1; p++) fused_panel<F, M, 1>(product, m, p);
+  if constexpr (M == 1) {
+    const int64_t half = (p1 - p0) / 2;
+    for (; p < p0 + half; p++) fused_panel<F, M, 2>(product, m, p, half);
+    p += half;
+  }
+  for (; p < p1; p++) fused_panel<F, M, 1>(product, m, p, 0);
 }
 
 template <class F>
