@@ -129,7 +129,7 @@ class Model {
   std::vector<float> inverse_frequencies_;  // [ropes][head_dim / 2]
   std::vector<double> chunk_sums_;
   std::vector<Extent> chunk_extents_;
-  std::vector<float> row_max_;
+  std::vector<Extent> row_largest_;
   std::vector<double> row_log_sum_;
 
   // The step being run.

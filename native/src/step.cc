@@ -213,20 +213,22 @@ void Model::log_normaliser(int64_t count, int rank, int size) {
   team_.barrier();
   if (rank == 0)
     for (int64_t r = 0; r < count; r++) {
-      float best = -INFINITY;
-      for (int64_t c = 0; c < chunks; c++)
-        if (chunk_extents_[r * chunks + c].arg >= 0) best = std::max(best, chunk_extents_[r * chunks + c].max);
-      row_max_[r] = best;
+      Extent best{-INFINITY, -1};
+      for (int64_t c = 0; c < chunks; c++) {
+        const Extent& e = chunk_extents_[r * chunks + c];
+        if (e.arg >= 0 && (best.arg < 0 || e.max > best.max)) best = {e.max, c * kVocabChunk + e.arg};
+      }
+      row_largest_[r] = best;
     }
   team_.barrier();
   for (int64_t i = mine.begin; i < mine.end; i++)
-    chunk_sums_[i] = kernels_.sum_exp(piece(i), width(i), row_max_[i / chunks]);
+    chunk_sums_[i] = kernels_.sum_exp(piece(i), width(i), row_largest_[i / chunks].max);
   team_.barrier();
   if (rank == 0)
     for (int64_t r = 0; r < count; r++) {
       double sum = 0;
       for (int64_t c = 0; c < chunks; c++) sum += chunk_sums_[r * chunks + c];
-      row_log_sum_[r] = static_cast<double>(row_max_[r]) + std::log(sum);
+      row_log_sum_[r] = static_cast<double>(row_largest_[r].max) + std::log(sum);
     }
   team_.barrier();
 }
@@ -237,7 +239,7 @@ std::string Model::with_logits(const StepInput& input, const std::vector<int64_t
   const int64_t chunks = (plan_.vocab + kVocabChunk - 1) / kVocabChunk;
   chunk_sums_.resize(static_cast<size_t>(kHeadRows * chunks));
   chunk_extents_.resize(static_cast<size_t>(kHeadRows * chunks));
-  row_max_.resize(kHeadRows), row_log_sum_.resize(kHeadRows);
+  row_largest_.resize(kHeadRows), row_log_sum_.resize(kHeadRows);
   std::vector<std::vector<int64_t>> groups;
   for (size_t i = 0; i < rows.size(); i += kHeadRows)
     groups.emplace_back(rows.begin() + static_cast<std::ptrdiff_t>(i),
@@ -280,7 +282,8 @@ std::string Model::step(const StepInput& input, const std::vector<SampleRequest>
       const bool changes = w.params.bias_count > 0 || w.params.repetition_penalty != 1 ||
                            w.params.presence_penalty != 0 || w.params.frequency_penalty != 0;
       if (!changes) {
-        o.token = choose(row, V, w.params, kernels_);
+        const bool greedy = w.params.temperature <= 0 || w.params.top_k == 1;
+        o.token = greedy ? static_cast<int32_t>(row_largest_[r].arg) : choose(row, V, w.params, kernels_);
         if (o.token >= 0) o.logprob = logprob(o.token);
       } else {
         std::vector<float> changed(row, row + V);

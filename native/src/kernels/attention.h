@@ -54,8 +54,15 @@ static void score_page(const Attend& a, int64_t page, int64_t first, const int64
     f32x16 acc[U][M];
     for (int u = 0; u < U; u++)
       for (int m = 0; m < M; m++) acc[u][m] = zero();
+    // The values of these positions are needed next, in strides that no hardware prefetcher follows
+    const uint8_t* next = a.pages[page] + a.values_offset + g * 16 * a.head_dim * static_cast<int64_t>(sizeof(Element));
     accumulate_groups<U, M>(
-        acc, a.head_dim, [&](int u, int64_t k) { return load_cache(keys + (u * a.head_dim + k) * 16); }, a.queries);
+        acc, a.head_dim,
+        [&](int u, int64_t k) {
+          if (u == 0) prefetch(next + k * 16 * U * static_cast<int64_t>(sizeof(Element)));
+          return load_cache(keys + (u * a.head_dim + k) * 16);
+        },
+        a.queries);
     for (int u = 0; u < U; u++)
       for (int m = 0; m < M; m++) {
         float* row = out + m * a.scores_stride + 16 * u;

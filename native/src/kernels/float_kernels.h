@@ -159,7 +159,10 @@ static Extent largest(const float* x, int64_t n) {
     for (int k = 0; count < 16 && k < count; k++) best = max(set1(x[i + k]), best);
   });
   const float value = reduce_max(best);
-  for (int64_t i = 0; i < n; i++)
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    if (const uint32_t mask = equal_mask(load(x + i), set1(value))) return {value, i + lowest_bit(mask)};
+  for (; i < n; i++)
     if (x[i] == value) return {value, i};
   return {value, -1};
 }

@@ -244,6 +244,14 @@ GEMKIT_INLINE void store_f16(uint16_t* p, f32x16 a) {
 
 #endif
 
+GEMKIT_INLINE void prefetch(const uint8_t* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p);
+#else
+  (void)p;
+#endif
+}
+
 GEMKIT_INLINE int lowest_bit(uint32_t mask) {
   int i = 0;
   for (; !(mask & 1); i++) mask >>= 1;
