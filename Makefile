@@ -84,7 +84,7 @@ constraints: $(VENV)/.venv
 	done
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-bench build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.venv:
@@ -110,8 +110,9 @@ $(VENV)/.test: $(VENV)/.tools pyproject.toml $(CONSTRAINTS) $(NATIVE)
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.bench: $(VENV)/.run
-	@echo "installing the engines to compare with; llama.cpp is compiled for this machine"
-	@export CMAKE_ARGS="-DGGML_NATIVE=ON"; $(INSTALL) --no-build-isolation -e '.[demo,bench]'
+	@echo "installing the engine to compare with; llama.cpp is compiled for this machine"
+	$(PYTHON) -m venv .venv-bench
+	CMAKE_ARGS="-DGGML_NATIVE=ON" .venv-bench/bin/python -m pip install -q --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv $(CONSTRAINTS)
