@@ -71,7 +71,6 @@ def measure(
         low, high = about["vocabulary"] // 4, about["vocabulary"] * 3 // 4
         return [about["bos"], *(draw.randrange(low, high) for _ in range(length - 1))]
 
-    limits = [mine.ask(do="limits")]
     flags = sweep(peer, model, threads, prompt(-1), options.quick)
     way = best_first(peer, model, threads, about["prompt"], options.quick)
     theirs = {"prefill": Worker(peer, model, threads, flags["prefill"])}
@@ -114,7 +113,8 @@ def measure(
 
     peaks = [worker.ask(do="memory")["megabytes"] for worker in (mine, *theirs.values())]
     pairs["memory", "peak memory"] = [(peaks[0], min(peaks[1:]))]
-    limits.append(mine.ask(do="limits"))
+    # Measured last: they take memory of their own
+    limits = [mine.ask(do="limits") for _ in range(2)]
     bandwidth, int8 = (max(limit[name] for limit in limits) for name in ("bandwidth", "int8"))
     bounds = {
         "decode": (bandwidth * 1e9 / about["weight_bytes"], f"{bandwidth:.1f} GB/s"),
