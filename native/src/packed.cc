@@ -206,7 +206,6 @@ void pack_panels(const FormatInfo& source, const uint8_t* file, const Packed& ou
   const size_t panel_bytes = out.panel_bytes();
   for (int64_t p = p0; p < p1; p++) {
     uint8_t* panel = to + panel_bytes * p;
-    std::memset(panel, 0, panel_bytes);
     const int rows = static_cast<int>(out.rows - p * kPanelRows < kPanelRows ? out.rows - p * kPanelRows : kPanelRows);
     const uint8_t* first = file + row_bytes * p * kPanelRows;
     if (!source.quantised()) {

@@ -86,8 +86,8 @@ struct Packed {
 // Rows rounded up to whole panels: the row length of every product's output.
 static inline int64_t padded(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows * kPanelRows; }
 
-// Packs the panels [p0, p1) from a matrix as it stands in a GGUF file, rows contiguous. `out` has the shape and format
-// set and points at out.bytes() bytes; with `out.format` float32 and a quantised source the values are dequantised.
+// Packs the panels [p0, p1) from a matrix as it stands in a GGUF file, rows contiguous, into `to`, out.bytes() zeroed
+// bytes. `out` has the shape and format; with the format float32 and a quantised source the values are dequantised.
 void pack_panels(const FormatInfo& source, const uint8_t* file, const Packed& out, uint8_t* to, int64_t p0, int64_t p1);
 
 // Row r as float32[cols].
