@@ -116,7 +116,7 @@ $(VENV)/.test: $(VENV)/.tools pyproject.toml $(CONSTRAINTS) $(NATIVE)
 $(VENV)/.bench: $(VENV)/.run
 	@echo "installing the engine to compare with; llama.cpp is compiled for this machine"
 	$(PYTHON) -m venv .venv-bench
-	CMAKE_ARGS="-DGGML_NATIVE=ON" .venv-bench/bin/python -m pip install -q --no-binary llama-cpp-python llama-cpp-python
+	CMAKE_ARGS="-DGGML_NATIVE=ON" .venv-bench/bin/python -m pip install -q --no-binary llama-cpp-python llama-cpp-python==0.3.36
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv $(CONSTRAINTS)
