@@ -24,12 +24,15 @@ INSTALL = if [ -x $(BIN)/uv ]; then set -- uv pip install -q --python $(BIN)/pyt
 NATIVE := $(wildcard native/CMakeLists.txt native/src/*.* native/src/*/*.*)
 CONFIGURE = $(BIN)/cmake -S native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DGEMKIT_BUILD_TESTS=ON \
 	-DCMAKE_COMPILE_WARNING_AS_ERROR=ON
+ZIG_TARGETS := x86_64-windows-gnu x86_64-macos aarch64-macos
+export ZIG_GLOBAL_CACHE_DIR ?= $(CURDIR)/build/zig
 CTEST = $(BIN)/ctest --output-on-failure --no-tests=error --test-dir
 
-.PHONY: help run test test-native lint format bench constraints docs clean
+.PHONY: help run test test-native test-cross lint format bench constraints docs clean
 help:
 	@echo "make run          install gemkit with the demo model and generate text: PROMPT='...'"
-	@echo "make test         native tests (plain, sanitizers, emulated AVX-512), then pytest: PYTEST_ARGS='...'"
+	@echo "make test         native tests (plain, sanitizers, emulated AVX-512), test-cross, then pytest: PYTEST_ARGS='...'"
+	@echo "make test-cross   native tests on emulated ARM; whether the code compiles for Windows and macOS"
 	@echo "make lint         ruff and clang-format, check only; make format applies them"
 	@echo "make bench        speed against other engines (compiles llama.cpp: about a quarter of an hour)"
 	@echo "make docs         write the generated pages of docs/ anew"
@@ -40,7 +43,7 @@ help:
 run: $(VENV)/.run
 	$(BIN)/gemkit generate demo --prompt "$(PROMPT)" --max-tokens 64 --temp 0 --verbose
 
-test: $(VENV)/.test test-native
+test: $(VENV)/.test test-native test-cross
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The last configuration runs the AVX-512 kernels through SIMDe, where its headers are: Debian's libsimde-dev.
@@ -61,6 +64,23 @@ ifneq ($(wildcard /usr/include/simde/x86/avx512.h),)
 else
 	@echo "not run: the emulated AVX-512 kernels, which need SIMDe's headers (Debian: libsimde-dev)"
 endif
+
+# The NEON kernels in an emulator, also as a processor without dot products. Then the compiler and the headers of other
+# systems, which link nothing: before its first link zig compiles their libraries for minutes.
+test-cross: $(VENV)/.test
+ifneq ($(and $(shell command -v aarch64-linux-gnu-g++ 2>&1),$(shell command -v qemu-aarch64 2>&1)),)
+	$(CONFIGURE) -B build/aarch64 -DCMAKE_BUILD_TYPE=Release -DGEMKIT_OPTIMISE=-O2 \
+	  -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/native/cmake/aarch64-linux.cmake
+	$(BIN)/cmake --build build/aarch64 -j $(JOBS)
+	$(CTEST) build/aarch64 -j $(JOBS)
+else
+	@echo "not run: the NEON kernels, which need a cross compiler and an emulator (Debian: g++-aarch64-linux-gnu qemu-user)"
+endif
+	for target in $(ZIG_TARGETS); do \
+	  $(CONFIGURE) -B build/$$target -DGEMKIT_COMPILE_ONLY=ON -DGEMKIT_OPTIMISE=-O0 -DGEMKIT_ZIG_TARGET=$$target \
+	    -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/native/cmake/zig.cmake -DPython_EXECUTABLE=$(abspath $(BIN)/python) || exit 1; \
+	  $(BIN)/cmake --build build/$$target -j $(JOBS) || exit 1; \
+	done
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -12,12 +12,13 @@ from gemkit.cli.common import peak_memory
 def main() -> None:
     setup = json.loads(sys.stdin.readline())
     model = gemkit.load(setup["model"], threads=setup["threads"])
+    model.settle()  # the packed copy of the weights is complete
     runner = model.engine.runner
     about = {
         "version": f"gemkit {gemkit.__version__}, {runner.path} kernels",
         "vocabulary": model.config.vocab_size,
         "bos": model.config.bos_token_id,
-        "weight_bytes": runner.weight_bytes,
+        "token_bytes": runner.token_bytes,
         "body": model.config.parameter_counts().non_embedding,
         "prompt": model.tokenizer.encode(setup["text"]),
     }

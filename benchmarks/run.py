@@ -117,7 +117,7 @@ def measure(
     limits = [mine.ask(do="limits") for _ in range(2)]
     bandwidth, int8 = (max(limit[name] for limit in limits) for name in ("bandwidth", "int8"))
     bounds = {
-        "decode": (bandwidth * 1e9 / about["weight_bytes"], f"{bandwidth:.1f} GB/s"),
+        "decode": (bandwidth * 1e9 / about["token_bytes"], f"{bandwidth:.1f} GB/s"),
         "prefill": (int8 * 1e9 / (2 * about["body"]), f"{int8:.0f} GOPS int8"),
     }
     rows = [

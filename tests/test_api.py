@@ -17,11 +17,11 @@ from engine.vocabulary import STOP, tokenizer
 from parity.cases import CASES
 
 import gemkit
-from gemkit import api
 from gemkit.api import Completion, Model
 from gemkit.arch import reference
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError, GemkitWarning, UsageError
+from gemkit.loading import default_threads
 from gemkit.text import chat as chat_template
 
 WINDOWS = (None, 10)
@@ -77,8 +77,10 @@ def test_a_list_gives_a_list_and_the_same_as_one_by_one():
 
 def test_a_stream_is_the_completion_in_pieces_and_greedy_by_default():
     m = fake()
-    pieces = list(m.stream("abc", max_tokens=12, ignore_eos=True))
-    answer = m.generate("abc", max_tokens=12, temperature=0, ignore_eos=True)
+    assert all(p.logprob is None and p.top_logprobs == () for p in m.stream("abc", max_tokens=3))
+    assert m.generate("abc", max_tokens=3).logprobs is None, "they were not asked for"
+    pieces = list(m.stream("abc", max_tokens=12, ignore_eos=True, logprobs=0))
+    answer = m.generate("abc", max_tokens=12, temperature=0, ignore_eos=True, logprobs=0)
     assert "".join(pieces) == answer and [p.id for p in pieces] == answer.ids
     assert [p.logprob for p in pieces] == answer.logprobs and len(pieces) == 12
     drawn = list(m.stream([5, 6], max_tokens=12, temperature=1.0, seed=3, stop="e"))
@@ -203,7 +205,7 @@ def test_a_closed_model_says_so():
 
 
 def test_load_refuses_what_is_not_there(tmp_path):
-    with pytest.raises(GemkitError, match=r"no model 'gemma-9z'.*GGUF file, or demo"):
+    with pytest.raises(GemkitError, match=r"no model 'gemma-9z'.*gemma-2-9b"):
         gemkit.load("gemma-9z")
     with pytest.raises(GemkitError, match="holds no GGUF files"):
         gemkit.load(tmp_path)
@@ -217,7 +219,7 @@ def test_load_refuses_what_is_not_there(tmp_path):
 
 
 def test_default_threads_are_usable():
-    assert 1 <= api.default_threads() <= 1024
+    assert 1 <= default_threads() <= 1024
 
 
 def test_import_is_fast_and_exports_are_there():

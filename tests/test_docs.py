@@ -31,9 +31,14 @@ def cli_page() -> str:
     for verb in VERBS:
         command = cli.get_command(click.Context(cli), verb)
         names = " or ".join(f"`gemkit {name}`" for name in [verb, *(a for a, v in ALIASES.items() if v == verb)])
-        lines += [f"## gemkit {verb}", "", f"{names} `MODEL [OPTIONS]`", "", inspect.cleandoc(command.help), ""]
+        lines += [f"## gemkit {verb}", "", f"{names} `{_usage(command)}`", "", inspect.cleandoc(command.help), ""]
         lines += _options(command, f"gemkit {verb}")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _usage(command: click.Command) -> str:
+    arguments = [p.make_metavar(click.Context(command)) for p in command.params if isinstance(p, click.Argument)]
+    return " ".join([*arguments, "[OPTIONS]"])
 
 
 def _options(command: click.Command, name: str) -> list[str]:

@@ -2,63 +2,91 @@
 #include <cstring>
 
 #include "kernels/kernels.h"
+#include "os.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define GEMKIT_X86 1
-#if defined(_MSC_VER)
-#include <intrin.h>
-#endif
+#include <cpuid.h>
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#define GEMKIT_ARM64 1
 #endif
 
 namespace gemkit {
 namespace {
 
 #if defined(GEMKIT_X86)
-#if defined(_MSC_VER)
-bool bit(int leaf, int sub, int reg, int position) {
-  int r[4];
-  __cpuidex(r, leaf, sub);
+// Not __builtin_cpu_supports: some compilers' run-time libraries lack what it needs.
+bool bit(unsigned leaf, int reg, int position) {
+  unsigned r[4];
+  if (!__get_cpuid_count(leaf, 0, r, r + 1, r + 2, r + 3)) return false;
   return r[reg] >> position & 1;
 }
-bool saved_by_system(uint64_t mask) { return bit(1, 0, 2, 27) && (_xgetbv(0) & mask) == mask; }
-bool has_avx2() { return saved_by_system(6) && bit(7, 0, 1, 5) && bit(1, 0, 2, 12) && bit(1, 0, 2, 29); }
-bool has_avx512() {
-  return has_avx2() && saved_by_system(0xe6) && bit(7, 0, 1, 16) && bit(7, 0, 1, 17) && bit(7, 0, 1, 30) &&
-         bit(7, 0, 1, 31) && bit(7, 0, 2, 11);
+// Whether the operating system saves these registers.
+bool saved(uint32_t mask) {
+  if (!bit(1, 2, 27)) return false;
+  uint32_t on, high;
+  asm volatile("xgetbv" : "=a"(on), "=d"(high) : "c"(0));
+  return (on & mask) == mask;
 }
-#else
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
+// AVX2, FMA, F16C
+bool has_avx2() { return saved(6) && bit(7, 1, 5) && bit(1, 2, 12) && bit(1, 2, 29); }
 bool has_avx512() {
 #if defined(GEMKIT_SIMDE)
   return has_avx2();
-#else
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni");
+#else  // F, DQ, BW, VL, VNNI
+  return has_avx2() && saved(0xe6) && bit(7, 1, 16) && bit(7, 1, 17) && bit(7, 1, 30) && bit(7, 1, 31) && bit(7, 2, 11);
 #endif
 }
 #endif
+
+bool always() { return true; }
+
+struct Path {
+  const char* name;
+  bool (*runs)();
+  const Kernels* (*table)();
+};
+
+// Of this architecture, best first.
+constexpr Path kPaths[] = {
+#if defined(GEMKIT_X86)
+    {"avx512", has_avx512, avx512_kernels},
+    {"avx2", has_avx2, avx2_kernels},
+#elif defined(GEMKIT_ARM64)
+    {"neon", has_dot_product, neon_kernels},
+#endif
+    {"portable", always, portable_kernels},
+};
+
+#if defined(GEMKIT_X86)
+#define GEMKIT_PATHS "portable, avx2, avx512"
+#elif defined(GEMKIT_ARM64)
+#define GEMKIT_PATHS "portable, neon"
+#else
+#define GEMKIT_PATHS "portable"
+#endif
+
+#if defined(GEMKIT_SIMDE)  // emulated: only on demand
+constexpr int kFirstAutomatic = 1;
+#else
+constexpr int kFirstAutomatic = 0;
 #endif
 
 }  // namespace
 
 const Kernels* select_kernels(const char* forced, const char** error) {
   *error = nullptr;
-  const bool any = !forced || !*forced;
-#if defined(GEMKIT_X86)
-#if defined(GEMKIT_SIMDE)  // emulated: only on demand
-  if (!any && !std::strcmp(forced, "avx512") && has_avx512()) return avx512_kernels();
-#else
-  if ((any || !std::strcmp(forced, "avx512")) && has_avx512()) return avx512_kernels();
-#endif
-  if ((any || !std::strcmp(forced, "avx2")) && has_avx2()) return avx2_kernels();
-#endif
-  if (any || !std::strcmp(forced, "portable")) return portable_kernels();
-  *error = std::strcmp(forced, "avx512") && std::strcmp(forced, "avx2")
-               ? "GEMKIT_ISA must be one of portable, avx2, avx512"
-               : "GEMKIT_ISA names an instruction set that this processor lacks; unset it or use portable";
+  if (!forced || !*forced) {
+    const Path* path = kPaths + kFirstAutomatic;
+    while (!path->runs()) path++;
+    return path->table();
+  }
+  *error = "GEMKIT_ISA must be one of " GEMKIT_PATHS;
+  for (const Path& path : kPaths) {
+    if (std::strcmp(forced, path.name)) continue;
+    if (path.runs()) return *error = nullptr, path.table();
+    *error = "GEMKIT_ISA names an instruction set that this processor lacks; unset it or use portable";
+  }
   return nullptr;
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 
 #include "model.h"
@@ -24,13 +25,14 @@ Model::Model(const ModelPlan& plan, const Options& options, const Kernels& kerne
 
 std::unique_ptr<Model> Model::create(const ModelPlan& plan, const Options& options, const Kernels& kernels,
                                      std::string& error) {
-  error = validate(plan);
+  error = validate(plan, options.image != nullptr);
   if (error.empty() && (options.threads < 1 || options.threads > 1024)) error = "threads must be between 1 and 1024";
   if (error.empty() && (options.max_tokens < 1 || options.max_tokens > 65536))
     error = "max_tokens must be between 1 and 65536";
   if (!error.empty()) return nullptr;
   std::unique_ptr<Model> model(new Model(plan, options, kernels));
   error = model->load();
+  if (error.empty() && options.screen) error = model->attach_screen(options.screen, options.screen_bytes);
   if (error.empty()) error = model->allocate_scratch();
   if (!error.empty()) return nullptr;
   return model;
@@ -41,9 +43,11 @@ std::string Model::load() {
   packed_.resize(plan_.tensors.size());
   std::vector<int64_t> offsets(plan_.tensors.size());
   vectors_.resize(plan_.tensors.size());
+  const std::vector<bool> of_adapter = adapter_tensors(plan_);
+  int64_t sizes[2] = {0, 0};  // of the model's matrices, of the adapters'
   for (size_t i = 0; i < plan_.tensors.size(); i++) {
     const TensorView& t = plan_.tensors[i];
-    if (t.rows == 1) {
+    if (t.rows == 1 && !of_adapter[i]) {
       vectors_[i].resize(static_cast<size_t>(t.cols));
       std::memcpy(vectors_[i].data(), t.data, static_cast<size_t>(t.bytes));
       continue;
@@ -52,21 +56,40 @@ std::string Model::load() {
     p.format = find_format(t.type);
     if (options_.float_activations && p.format->quantised()) p.format = f32;
     p.rows = t.rows, p.cols = t.cols;
-    offsets[i] = weight_bytes_;
-    weight_bytes_ += (static_cast<int64_t>(p.bytes()) + 63) / 64 * 64;
+    int64_t& size = sizes[of_adapter[i]];
+    offsets[i] = size;
+    size += (static_cast<int64_t>(p.bytes()) + 63) / 64 * 64;
   }
-  if (!weights_.allocate(static_cast<size_t>(weight_bytes_))) return out_of_memory("the weights", weight_bytes_);
-  for (size_t i = 0; i < packed_.size(); i++) packed_[i].data = weights_.data + offsets[i];
+  weight_bytes_ = sizes[0] + sizes[1];
+  image_bytes_ = sizes[0] + static_cast<int64_t>(kArenaSlack);
+  if (options_.image) {
+    if (options_.image_bytes != image_bytes_ || reinterpret_cast<uintptr_t>(options_.image) % 64)
+      return "the packed weights are not those of this model";
+    image_ = options_.image;
+  } else {
+    if (!weights_.allocate(static_cast<size_t>(sizes[0]))) return out_of_memory("the weights", sizes[0]);
+    image_ = weights_.data;
+  }
+  if (sizes[1] && !adapter_weights_.allocate(static_cast<size_t>(sizes[1])))
+    return out_of_memory("the adapters", sizes[1]);
+  for (size_t i = 0; i < packed_.size(); i++)
+    packed_[i].data = (of_adapter[i] ? adapter_weights_.data : image_) + offsets[i];
+  // A screened head is read here and there only: its pages come as they are needed
+  if (options_.image)
+    for (size_t i = 0; i < packed_.size(); i++)
+      if (packed_[i].format && !of_adapter[i] && !(options_.screen && static_cast<int32_t>(i) == plan_.head))
+        populate(packed_[i].data, packed_[i].bytes());
+  if (options_.screen) populate(options_.screen, static_cast<size_t>(options_.screen_bytes));
   // Threads take panels as they come free; which one packs a panel changes nothing.
   constexpr int64_t kStride = 64;
   std::vector<std::atomic<int64_t>> next(packed_.size());
   auto pack = [&](int, int) {
     for (size_t i = 0; i < packed_.size(); i++) {
-      if (!packed_[i].format) continue;
+      if (!packed_[i].format || (options_.image && !of_adapter[i])) continue;
+      uint8_t* to = (of_adapter[i] ? adapter_weights_.data : weights_.data) + offsets[i];
       const FormatInfo& source = *find_format(plan_.tensors[i].type);
       for (int64_t p; (p = next[i].fetch_add(kStride)) < packed_[i].panels();)
-        pack_panels(source, plan_.tensors[i].data, packed_[i], weights_.data + offsets[i], p,
-                    std::min(p + kStride, packed_[i].panels()));
+        pack_panels(source, plan_.tensors[i].data, packed_[i], to, p, std::min(p + kStride, packed_[i].panels()));
     }
   };
   team_.run(pack);
@@ -131,6 +154,7 @@ std::string Model::allocate_scratch() {
 
 std::string Model::reserve(int64_t group, int64_t pages) {
   if (group < 0 || group >= static_cast<int64_t>(groups_.size())) return "no such cache group";
+  const std::lock_guard<std::mutex> lock(step_mutex_);
   Group& g = groups_[group];
   const int64_t more = pages - static_cast<int64_t>(g.pages.size());
   if (more <= 0) return {};

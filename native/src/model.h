@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -9,16 +10,26 @@
 #include "os.h"
 #include "plan.h"
 #include "sample.h"
+#include "screen.h"
 #include "threads.h"
 
 namespace gemkit {
 
-constexpr int64_t kHeadRows = 32;  // rows of logits held at a time
+constexpr int64_t kHeadRows = 32;    // rows of logits held at a time
+constexpr size_t kScreenRows = 4;    // most sequences of a step whose head is screened
+constexpr int64_t kScreenTop = 128;  // largest top-k that is
+constexpr int kImageVersion = 2;     // to be raised whenever the packed layout changes
 
 struct Options {
   int threads = 1;
   bool float_activations = false;  // weights dequantised to float32, float activations and cache: for parity, slow
   int64_t max_tokens = 512;        // new tokens in one step, all sequences together
+  // The matrices already packed, as Model::image() gave them; must outlive the model. Their plan entries need no data.
+  const uint8_t* image = nullptr;
+  int64_t image_bytes = 0;
+  // The head's screen as make_screen() gave it, or nothing; must outlive the model.
+  const uint8_t* screen = nullptr;
+  int64_t screen_bytes = 0;
 };
 
 // New tokens of several sequences in one step.
@@ -42,10 +53,17 @@ struct SampleOutput {
   std::vector<float> top_logprobs;
 };
 
+// A panel of the head and the largest of its approximate logits.
+struct Seed {
+  float value;
+  int32_t panel;
+};
+
 // Wanted of a sequence's last new token.
 struct SampleRequest {
   int64_t sequence = 0;
-  int64_t top = 0;  // how many of the most probable tokens to report
+  int64_t top = 0;      // how many of the most probable tokens to report
+  bool logprob = true;  // whether the token's log-probability is wanted, which takes the whole vocabulary
   SamplingParams params;
 };
 
@@ -59,10 +77,25 @@ class Model {
   std::string reserve(int64_t group, int64_t pages);
   int64_t page_bytes(int64_t group) const { return groups_[group].page_bytes; }
   int64_t weight_bytes() const { return weight_bytes_; }
+  // The packed matrices without adapters. Their layout follows from the plan's tensors and kImageVersion alone.
+  const uint8_t* image() const { return image_; }
+  int64_t image_bytes() const { return image_bytes_; }
   int64_t scratch_bytes() const { return scratch_bytes_; }
   int64_t max_tokens() const { return options_.max_tokens; }
   const ModelPlan& plan() const { return plan_; }
   const char* path() const { return kernels_.name; }
+
+  // The head's screen: bytes that it takes (0: not worth it), its making (slow, beside steps if need be, into zeroed
+  // memory), and its use from then on; the bytes must outlive the model.
+  int64_t screen_bytes() const;
+  std::string make_screen(uint8_t* data);
+  std::string attach_screen(const uint8_t* data, int64_t bytes);
+  // Bytes of weights that one greedy token of one sequence reads, rows that the screen leaves over not counted.
+  int64_t token_bytes() const;
+  bool has_screen() const { return screen_.plane.format != nullptr; }
+  void use_screen(bool use) { use_screen_ = use; }
+  // Panels computed for each screened row since the last call, -1 where the whole head had to be.
+  std::vector<int32_t> take_screen_counts();
 
   // Each runs one forward step and returns an error or nothing.
   std::string step(const StepInput& input, const std::vector<SampleRequest>& wanted, std::vector<SampleOutput>& out);
@@ -83,12 +116,35 @@ class Model {
     float scale;
   };
 
+  // One row of logits on its way through the screen.
+  struct ScreenRow {
+    int64_t rank = 1;  // how many of the largest are wanted
+    size_t seeds = 0;
+    bool proven = true;
+    float reach = 1, most = 0, threshold = 0;
+    std::vector<float> sizes;          // of the activations, by block
+    std::vector<int32_t> altered;      // ids whose logits are changed before the choice, ascending
+    std::vector<float> panel_largest;  // of the copy; infinite once computed
+    std::vector<std::vector<Seed>> best;
+    std::vector<int32_t> first, counts;
+    std::vector<char> failed;  // before the scan; by each thread in it
+  };
+
   Model(const ModelPlan& plan, const Options& options, const Kernels& kernels);
   std::string load();
   std::string allocate_scratch();
   std::string check(const StepInput& input);
   std::string prepare(const StepInput& input);
+  std::string hidden_locked(const StepInput& input, float* out);
+  void head_inputs(const std::vector<int64_t>& rows, int rank, int size);
   void head_rows(const std::vector<int64_t>& rows, float* logits_to, int rank, int size);
+  bool can_screen(const std::vector<SampleRequest>& wanted) const;
+  void screen_rows(const std::vector<SampleRequest>& wanted, int rank, int size);
+  std::string measure_inputs(std::vector<float>& usual);
+  void begin_screen(const std::vector<SampleRequest>& wanted);
+  static void keep_largest(const ScreenRow& row, Range panels, std::vector<Seed>& best);
+  void gather_seeds(ScreenRow& row);
+  void find_threshold(ScreenRow& row, const SampleRequest& wanted, const float* logits);
 
   void forward(int rank, int size);
   void embed(Range tokens);
@@ -110,12 +166,20 @@ class Model {
   const Kernels& kernels_;
   Team team_;
   std::vector<Packed> packed_;
-  Arena weights_;
+  Arena weights_, adapter_weights_;
+  const uint8_t* image_ = nullptr;
+  int64_t image_bytes_ = 0;
   std::vector<std::vector<float>> vectors_;
   std::vector<Adapter> adapters_;
   std::vector<Group> groups_;
   std::vector<int64_t> layer_in_group_;
   int64_t weight_bytes_ = 0, scratch_bytes_ = 0;
+
+  Screen screen_;
+  bool use_screen_ = true;
+  std::vector<ScreenRow> screen_work_;
+  std::vector<int32_t> screen_counts_;
+  std::mutex step_mutex_;
 
   // Scratch of one step; sizes follow options_.max_tokens.
   Arena scratch_;

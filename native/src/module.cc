@@ -172,7 +172,7 @@ nb::tuple step(Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector
     const int64_t* k = integers.data() + 4 * i;
     const double* r = reals.data() + 6 * i;
     gemkit::SampleRequest& q = requests[i];
-    q.sequence = wanted.data()[i], q.top = k[1];
+    q.sequence = wanted.data()[i], q.top = std::max<int64_t>(k[1], 0), q.logprob = k[1] >= 0;
     gemkit::SamplingParams& p = q.params;
     p.top_k = k[0], p.counter = k[2], p.prompt_length = k[3], p.seed = seeds.data()[i];
     p.temperature = r[0], p.top_p = r[1], p.min_p = r[2];
@@ -265,6 +265,7 @@ double measure_int8_peak(int threads) {
 NB_MODULE(_native, m) {
   m.doc() = "gemkit's C++ core: one call runs a whole forward step.";
   m.attr("page_positions") = gemkit::kPagePositions;
+  m.attr("image_version") = gemkit::kImageVersion;
   m.def("path", [] { return kernels().name; }, "Name of the kernel path in use: portable, avx2 or avx512.");
   m.def("cores", &gemkit::usable_cores, "Cores this process may run on.");
   m.def("measure_bandwidth", &measure_bandwidth, "threads"_a, "Read bandwidth of this machine in GB/s.");
@@ -273,19 +274,37 @@ NB_MODULE(_native, m) {
   nb::class_<Model>(m, "Model")
       .def_static(
           "create",
-          [](nb::dict plan, int threads, bool float_activations, int64_t max_tokens) {
+          [](nb::dict plan, int threads, bool float_activations, int64_t max_tokens, nb::object image,
+             nb::object screen) {
             const gemkit::ModelPlan p = read_plan(plan);
             const Kernels& k = kernels();
+            gemkit::Options options{threads, float_activations, max_tokens};
+            if (!image.is_none()) {
+              auto bytes = as<Vector<uint8_t>>(image, "the packed image");
+              options.image = bytes.data(), options.image_bytes = static_cast<int64_t>(bytes.shape(0));
+            }
+            if (!screen.is_none()) {
+              auto bytes = as<Vector<uint8_t>>(screen, "the screen");
+              options.screen = bytes.data(), options.screen_bytes = static_cast<int64_t>(bytes.shape(0));
+            }
             std::string error;
             std::unique_ptr<Model> model;
             {
               nb::gil_scoped_release release;
-              model = Model::create(p, {threads, float_activations, max_tokens}, k, error);
+              model = Model::create(p, options, k, error);
             }
             raise_if(error);
             return model;
           },
-          "plan"_a, "threads"_a, "float_activations"_a, "max_tokens"_a)
+          "plan"_a, "threads"_a, "float_activations"_a, "max_tokens"_a, "image"_a = nb::none(), "screen"_a = nb::none(),
+          nb::keep_alive<0, 5>(), nb::keep_alive<0, 6>())
+      .def(
+          "image",
+          [](Model& model) {
+            const size_t shape[] = {static_cast<size_t>(model.image_bytes())};
+            return nb::ndarray<nb::numpy, const uint8_t>(model.image(), 1, shape, nb::find(model));
+          },
+          "The packed matrices without adapters: what create takes as `image`.")
       .def(
           "reserve", [](Model& model, int64_t group, int64_t pages) { raise_if(model.reserve(group, pages)); },
           "group"_a, "pages"_a)
@@ -295,6 +314,35 @@ NB_MODULE(_native, m) {
                      "no such cache group");
              return model.page_bytes(group);
            })
+      .def_prop_ro("screen_bytes", &Model::screen_bytes)
+      .def_prop_ro("token_bytes", &Model::token_bytes)
+      .def_prop_ro("has_screen", &Model::has_screen)
+      .def(
+          "make_screen",
+          [](Model& model) {
+            auto bytes = new_array<uint8_t>({static_cast<size_t>(model.screen_bytes())});
+            std::string error;
+            {
+              nb::gil_scoped_release release;
+              if (model.screen_bytes()) error = model.make_screen(bytes.data());
+            }
+            raise_if(error);
+            return bytes;
+          },
+          "The head's screen as bytes, empty where none is worth its while; slow.")
+      .def(
+          "attach_screen",
+          [](Model& model, Vector<uint8_t> bytes) {
+            std::string error;
+            {
+              nb::gil_scoped_release release;
+              error = model.attach_screen(bytes.data(), static_cast<int64_t>(bytes.shape(0)));
+            }
+            raise_if(error);
+          },
+          "screen"_a.noconvert(), nb::keep_alive<1, 2>())
+      .def("use_screen", &Model::use_screen, "use"_a)
+      .def("take_screen_counts", &Model::take_screen_counts)
       .def_prop_ro("weight_bytes", &Model::weight_bytes)
       .def_prop_ro("scratch_bytes", &Model::scratch_bytes)
       .def_prop_ro("path", [](Model& model) { return model.path(); })

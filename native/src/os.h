@@ -1,5 +1,7 @@
-// The one door to the operating system: big zeroed memory, the number of usable cores, denormal handling.
+// The one door to the operating system: big zeroed memory, the processor and its usable cores, waiting, denormals.
 #pragma once
+#include <atomic>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -16,6 +18,9 @@
 #include <unistd.h>
 #if defined(__linux__)
 #include <sched.h>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 #endif
 #endif
 #if defined(__x86_64__) || defined(_M_X64)
@@ -90,6 +95,17 @@ struct Arena {
   }
 };
 
+// Brings a mapped file's pages in at once: a fault for each costs more than the whole table does.
+inline void populate(const uint8_t* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr int kPopulateRead = 22;  // since Linux 5.14; where it fails, pages come one by one
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), skip = reinterpret_cast<uintptr_t>(data) % page;
+  madvise(const_cast<uint8_t*>(data) - skip, bytes + skip, kPopulateRead);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 // Cores this process may run on.
 inline int usable_cores() {
 #if defined(__linux__)
@@ -99,15 +115,50 @@ inline int usable_cores() {
     int n = CPU_COUNT(&set);
     if (n > 0) return n;
   }
+#elif defined(_WIN32)  // none where they span several groups of 64
+  DWORD_PTR mine = 0, all = 0;
+  if (GetProcessAffinityMask(GetCurrentProcess(), &mine, &all) && mine) return std::popcount(uint64_t{mine});
 #endif
   int n = static_cast<int>(std::thread::hardware_concurrency());
   return n > 0 ? n : 1;
 }
 
+#if defined(__aarch64__) || defined(_M_ARM64)
+// Whether the processor has NEON's dot products.
+inline bool has_dot_product() {
+#if defined(__APPLE__)  // from the first Macs on
+  return true;
+#elif defined(_WIN32)
+  return IsProcessorFeaturePresent(43);  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
+#elif defined(__linux__)
+  return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#else
+  return false;
+#endif
+}
+#endif
+
+// Sleeps while `value` is `old`, and wakes all who do; may return early. Some standard libraries for Windows lose a
+// wake-up in std::atomic's own.
+inline void sleep_while(const std::atomic<uint32_t>& value, uint32_t old) {
+#if defined(_WIN32)
+  WaitOnAddress(const_cast<std::atomic<uint32_t>*>(&value), &old, sizeof old, INFINITE);
+#else
+  value.wait(old, std::memory_order_acquire);
+#endif
+}
+inline void wake_all(std::atomic<uint32_t>& value) {
+#if defined(_WIN32)
+  WakeByAddressAll(&value);
+#else
+  value.notify_all();
+#endif
+}
+
 inline void cpu_relax() {
 #if defined(__x86_64__) || defined(_M_X64)
   _mm_pause();
-#elif defined(__aarch64__) && !defined(_MSC_VER)
+#elif defined(__aarch64__)
   asm volatile("yield");
 #endif
 }
@@ -120,7 +171,7 @@ class FlushDenormals {
 #if defined(__x86_64__) || defined(_M_X64)
     saved_ = _mm_getcsr();
     _mm_setcsr(static_cast<unsigned>(saved_) | 0x8040u);
-#elif defined(__aarch64__) && !defined(_MSC_VER)
+#elif defined(__aarch64__)
     asm volatile("mrs %0, fpcr" : "=r"(saved_));
     asm volatile("msr fpcr, %0" ::"r"(saved_ | (uint64_t{1} << 24)));
 #endif
@@ -128,7 +179,7 @@ class FlushDenormals {
   ~FlushDenormals() {
 #if defined(__x86_64__) || defined(_M_X64)
     _mm_setcsr(static_cast<unsigned>(saved_));
-#elif defined(__aarch64__) && !defined(_MSC_VER)
+#elif defined(__aarch64__)
     asm volatile("msr fpcr, %0" ::"r"(saved_));
 #endif
   }

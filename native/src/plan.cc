@@ -14,13 +14,14 @@ std::string text(const char* what, int64_t n) { return std::string(what) + std::
 
 bool in_range(int64_t v, int64_t lowest, int64_t highest) { return v >= lowest && v <= highest; }
 
-std::string check_tensor(const TensorView& t, size_t i) {
+std::string check_tensor(const TensorView& t, size_t i, bool shape_only) {
   const FormatInfo* f = find_format(t.type);
   if (!f) return text("tensor ", i) + text(": unsupported type ", t.type);
   if (!in_range(t.rows, 1, kMaxDim) || !in_range(t.cols, 1, kMaxDim)) return text("tensor ", i) + ": bad shape";
   if (t.cols % f->file_elements)
     return text("tensor ", i) + text(": row length is not a multiple of ", f->file_elements);
   const int64_t bytes = t.rows * (t.cols / f->file_elements) * f->file_bytes;  // < 2^51: no overflow
+  if (shape_only) return {};
   if (!t.data || t.bytes != bytes)
     return text("tensor ", i) + text(" must have ", bytes) + text(" bytes, not ", t.bytes);
   return {};
@@ -42,7 +43,13 @@ std::string need(const ModelPlan& p, int32_t index, int64_t rows, int64_t cols, 
 
 }  // namespace
 
-std::string validate(const ModelPlan& p) {
+std::vector<bool> adapter_tensors(const ModelPlan& p) {
+  std::vector<bool> is(p.tensors.size());
+  for (const AdapterPart& a : p.adapters) is[a.a] = is[a.b] = true;
+  return is;
+}
+
+std::string validate(const ModelPlan& p, bool packed) {
   if (!in_range(p.hidden, 1, kMaxDim) || !in_range(p.ffn, 1, kMaxDim) || !in_range(p.vocab, 1, kMaxDim))
     return "bad model width";
   if (!in_range(p.heads, 1, 4096) || !in_range(p.kv_heads, 1, p.heads) || p.heads % p.kv_heads)
@@ -60,8 +67,16 @@ std::string validate(const ModelPlan& p) {
   for (const RopePlan& r : p.ropes)
     if (!(r.base > 1) || !(r.factor > 0) || !std::isfinite(r.base) || !std::isfinite(r.factor))
       return "bad RoPE setting";
+  for (const AdapterPart& a : p.adapters) {
+    const int64_t last = static_cast<int64_t>(p.tensors.size()) - 1;
+    if (!in_range(a.adapter, 0, 65535) || !in_range(a.target, 0, last) || !in_range(a.a, 0, last) ||
+        !in_range(a.b, 0, last) || !std::isfinite(a.scale))
+      return "bad adapter";
+  }
+  const std::vector<bool> of_adapter = adapter_tensors(p);
   for (size_t i = 0; i < p.tensors.size(); i++)
-    if (std::string e = check_tensor(p.tensors[i], i); !e.empty()) return e;
+    if (std::string e = check_tensor(p.tensors[i], i, packed && p.tensors[i].rows > 1 && !of_adapter[i]); !e.empty())
+      return e;
 
   std::string e;
   auto fails = [&](int32_t index, int64_t rows, int64_t cols, const char* name, int64_t layer, bool optional = false) {
@@ -90,10 +105,7 @@ std::string validate(const ModelPlan& p) {
       return e;
   }
   for (const AdapterPart& a : p.adapters) {
-    const int64_t tensors = static_cast<int64_t>(p.tensors.size());
-    if (!in_range(a.adapter, 0, 65535) || !in_range(a.target, 0, tensors - 1) || !in_range(a.a, 0, tensors - 1) ||
-        !in_range(a.b, 0, tensors - 1) || !std::isfinite(a.scale))
-      return "bad adapter";
+    if (of_adapter[a.target]) return "an adapter adds to an adapter";
     const TensorView &w = p.tensors[a.target], &ta = p.tensors[a.a], &tb = p.tensors[a.b];
     if (ta.cols != w.cols || tb.rows != w.rows || tb.cols != ta.rows || !in_range(ta.rows, 1, 4096))
       return "an adapter does not fit its matrix";

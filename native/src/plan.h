@@ -52,7 +52,11 @@ struct ModelPlan {
   std::vector<TensorView> tensors;
 };
 
-// Empty when the plan is sound, otherwise what is wrong with it.
-std::string validate(const ModelPlan& plan);
+// Tensors that belong to adapters, by index.
+std::vector<bool> adapter_tensors(const ModelPlan& plan);
+
+// Empty when the plan is sound, otherwise what is wrong with it. `packed`: the matrices come in a packed image, so only
+// vectors and adapters need their bytes.
+std::string validate(const ModelPlan& plan, bool packed = false);
 
 }  // namespace gemkit

@@ -5,6 +5,7 @@
 // T new tokens of all sequences, D width, N query heads, K kv heads, G = N/K, H head width, F ffn width.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "model.h"
 
@@ -184,15 +185,21 @@ void Model::forward(int rank, int size) {
   team_.barrier();
 }
 
-// Logits of up to kHeadRows token rows. Final norms go to the first rows of normed_.
-void Model::head_rows(const std::vector<int64_t>& rows, float* logits_to, int rank, int size) {
-  const int64_t D = padded(plan_.hidden), ld = padded(plan_.vocab), count = static_cast<int64_t>(rows.size());
-  const Range mine = share(count, rank, size);
+// Final norms of up to kHeadRows token rows go to the first rows of normed_.
+void Model::head_inputs(const std::vector<int64_t>& rows, int rank, int size) {
+  const int64_t D = padded(plan_.hidden);
+  const Range mine = share(static_cast<int64_t>(rows.size()), rank, size);
   for (int64_t r = mine.begin; r < mine.end; r++) {
     kernels_.rms_norm(x_ + rows[r] * D, vector(plan_.final_norm), normed_ + r * D, plan_.hidden, plan_.norm_eps);
     if (quantised(plan_.head)) kernels_.quantise(normed_ + r * D, normed_int8_, r);
   }
   team_.barrier();
+}
+
+// Logits of up to kHeadRows token rows.
+void Model::head_rows(const std::vector<int64_t>& rows, float* logits_to, int rank, int size) {
+  const int64_t D = padded(plan_.hidden), ld = padded(plan_.vocab), count = static_cast<int64_t>(rows.size());
+  head_inputs(rows, rank, size);
   const Packed& w = packed_[plan_.head];
   const Range panels = share(w.panels(), rank, size);
   kernels_.matmul({&w, &normed_int8_, normed_, D, logits_to, ld}, 0, count, panels.begin, panels.end);
@@ -235,6 +242,7 @@ void Model::log_normaliser(int64_t count, int rank, int size) {
 
 template <class Each>
 std::string Model::with_logits(const StepInput& input, const std::vector<int64_t>& rows, Each each) {
+  const std::lock_guard<std::mutex> lock(step_mutex_);
   if (std::string e = prepare(input); !e.empty()) return e;
   const int64_t chunks = (plan_.vocab + kVocabChunk - 1) / kVocabChunk;
   chunk_sums_.resize(static_cast<size_t>(kHeadRows * chunks));
@@ -258,6 +266,17 @@ std::string Model::with_logits(const StepInput& input, const std::vector<int64_t
   return {};
 }
 
+namespace {
+
+std::string chosen(const std::vector<SampleRequest>& wanted, const std::vector<SampleOutput>& out) {
+  for (size_t i = 0; i < out.size(); i++)
+    if (out[i].token < 0 || (wanted[i].logprob && !std::isfinite(out[i].logprob)))
+      return "the model produced logits that are not numbers; the weights are damaged or out of range";
+  return {};
+}
+
+}  // namespace
+
 std::string Model::step(const StepInput& input, const std::vector<SampleRequest>& wanted,
                         std::vector<SampleOutput>& out) {
   std::vector<int64_t> rows;
@@ -267,6 +286,22 @@ std::string Model::step(const StepInput& input, const std::vector<SampleRequest>
   }
   out.assign(wanted.size(), {});
   const int64_t V = plan_.vocab, ld = padded(V);
+  std::unique_lock<std::mutex> lock(step_mutex_);  // a screen may be attached at any time
+  if (can_screen(wanted)) {
+    if (std::string e = prepare(input); !e.empty()) return e;
+    auto run = [&](int rank, int size) {
+      forward(rank, size);
+      head_inputs(rows, rank, size);
+      screen_rows(wanted, rank, size);
+      for (size_t r = static_cast<size_t>(rank); r < wanted.size(); r += static_cast<size_t>(size)) {
+        out[r].token = choose(logits_ + static_cast<int64_t>(r) * ld, V, wanted[r].params, kernels_);
+        out[r].logprob = std::numeric_limits<float>::quiet_NaN();
+      }
+    };
+    team_.run(run);
+    return chosen(wanted, out);
+  }
+  lock.unlock();
   std::string e = with_logits(input, rows, [&](int64_t first, int64_t count, int rank, int size) {
     log_normaliser(count, rank, size);
     for (int64_t r = rank; r < count; r += size) {
@@ -292,11 +327,7 @@ std::string Model::step(const StepInput& input, const std::vector<SampleRequest>
       }
     }
   });
-  if (!e.empty()) return e;
-  for (const SampleOutput& o : out)
-    if (o.token < 0 || !std::isfinite(o.logprob))
-      return "the model produced logits that are not numbers; the weights are damaged or out of range";
-  return {};
+  return e.empty() ? chosen(wanted, out) : e;
 }
 
 std::string Model::logits(const StepInput& input, float* to) {
@@ -329,6 +360,11 @@ std::string Model::score(const StepInput& input, const int32_t* targets, float* 
 }
 
 std::string Model::hidden(const StepInput& input, float* to) {
+  const std::lock_guard<std::mutex> lock(step_mutex_);
+  return hidden_locked(input, to);
+}
+
+std::string Model::hidden_locked(const StepInput& input, float* to) {
   if (std::string e = prepare(input); !e.empty()) return e;
   const int64_t D = plan_.hidden;
   auto run = [&](int rank, int size) {

@@ -1,5 +1,5 @@
 // A fixed team of threads that runs one function at a time, all members together, with barriers inside.
-// Waiting spins briefly (the next phase is usually microseconds away), then sleeps in the kernel.
+// Waiting spins briefly (the next phase is usually microseconds away), then gives way to other threads, then sleeps.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -20,7 +20,7 @@ class Team {
   ~Team() {
     stop_.store(true, std::memory_order_relaxed);
     epoch_.fetch_add(1, std::memory_order_release);
-    epoch_.notify_all();
+    wake_all(epoch_);
     for (auto& worker : workers_) worker.join();
   }
   Team(const Team&) = delete;
@@ -32,7 +32,7 @@ class Team {
   void run(Body body, void* context) {
     body_ = body, context_ = context;
     epoch_.fetch_add(1, std::memory_order_release);
-    epoch_.notify_all();
+    wake_all(epoch_);
     {
       FlushDenormals flush;
       body(context, 0, size_);
@@ -52,19 +52,26 @@ class Team {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
       generation_.store(generation + 1, std::memory_order_release);
-      generation_.notify_all();
+      wake_all(generation_);
     } else {
       wait_change(generation_, generation);
     }
   }
 
  private:
+  static constexpr int kYields = 32;
+
   void wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
     for (int i = 0; i < spins_; i++) {
       if (value.load(std::memory_order_acquire) != old) return;
       cpu_relax();
     }
-    while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+    // Beside more threads than cores, giving way costs less than sleeping and being woken
+    for (int i = 0; i < kYields; i++) {
+      if (value.load(std::memory_order_acquire) != old) return;
+      std::this_thread::yield();
+    }
+    while (value.load(std::memory_order_acquire) == old) sleep_while(value, old);
   }
 
   void work(int rank) {

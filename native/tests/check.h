@@ -42,7 +42,7 @@ struct Random {
 inline std::vector<const gemkit::Kernels*> paths() {
   std::vector<const gemkit::Kernels*> found;
   const char* error = nullptr;
-  for (const char* name : {"avx512", "avx2", "portable"})
+  for (const char* name : {"avx512", "avx2", "neon", "portable"})
     if (const gemkit::Kernels* k = gemkit::select_kernels(name, &error)) found.push_back(k);
   return found;
 }

@@ -17,8 +17,11 @@ struct Toy {
   std::vector<std::vector<float>> floats;
   std::vector<std::vector<uint8_t>> bytes;
 
-  int32_t add(int64_t rows, int64_t cols, Random& random, GgmlType type = kF32) {
+  int32_t add(int64_t rows, int64_t cols, Random& random, GgmlType type = kF32, float spread = 1) {
     floats.push_back(random.normals(static_cast<size_t>(rows * cols)));
+    if (spread < 1)
+      for (size_t i = static_cast<size_t>(cols); i < floats.back().size(); i++)
+        floats.back()[i] = floats.back()[i % static_cast<size_t>(cols)];
     for (float& v : floats.back()) v = rows == 1 ? 1 + 0.3f * v : v / std::sqrt(static_cast<float>(cols)) * 2;
     TensorView t{kF32, rows, cols, reinterpret_cast<const uint8_t*>(floats.back().data()), rows * cols * 4};
     if (type == kQ8_0) {
@@ -38,25 +41,27 @@ struct Toy {
     return static_cast<int32_t>(plan.tensors.size()) - 1;
   }
 
-  explicit Toy(GgmlType type, uint64_t seed = 1) {
+  // spread: 0 makes all rows of the head nearly alike, so that nothing can be told apart
+  explicit Toy(GgmlType type, uint64_t seed = 1, int64_t hidden = 64, int64_t vocab = 203, float spread = 1) {
     Random random(seed);
     floats.reserve(256), bytes.reserve(256);
-    plan.hidden = 64, plan.ffn = 96, plan.heads = 4, plan.kv_heads = 2, plan.head_dim = 32, plan.vocab = 203,
+    plan.hidden = hidden, plan.ffn = 96, plan.heads = 4, plan.kv_heads = 2, plan.head_dim = 32, plan.vocab = vocab,
     plan.context = 400;
     plan.embed_scale = 8, plan.query_scale = 0.2f, plan.attention_softcap = 30, plan.final_softcap = 20;
     plan.group_windows = {0, 70}, plan.ropes = {{10000, 1}, {1000000, 8}};
-    plan.embed = plan.head = add(plan.vocab, 64, random, type);
-    plan.final_norm = add(1, 64, random);
+    plan.embed = plan.head = add(plan.vocab, hidden, random, type, spread);
+    plan.final_norm = add(1, hidden, random);
     for (int i = 0; i < 3; i++) {
       LayerPlan l;
       l.group = i % 2, l.rope = i % 2;
-      l.input_norm = add(1, 64, random), l.pre_ffn_norm = add(1, 64, random);
-      l.post_attention_norm = add(1, 64, random), l.post_ffn_norm = add(1, 64, random);
+      l.input_norm = add(1, hidden, random), l.pre_ffn_norm = add(1, hidden, random);
+      l.post_attention_norm = add(1, hidden, random), l.post_ffn_norm = add(1, hidden, random);
       l.q_norm = add(1, 32, random), l.k_norm = add(1, 32, random);
-      l.q_proj = add(128, 64, random, type), l.k_proj = add(64, 64, random, type), l.v_proj = add(64, 64, random, type);
-      l.o_proj = add(64, 128, random, type), l.gate_proj = add(96, 64, random, type),
-      l.up_proj = add(96, 64, random, type);
-      l.down_proj = add(64, 96, random, type);
+      l.q_proj = add(128, hidden, random, type), l.k_proj = add(64, hidden, random, type),
+      l.v_proj = add(64, hidden, random, type);
+      l.o_proj = add(hidden, 128, random, type), l.gate_proj = add(96, hidden, random, type),
+      l.up_proj = add(96, hidden, random, type);
+      l.down_proj = add(hidden, 96, random, type);
       plan.layers.push_back(l);
     }
   }
@@ -180,7 +185,8 @@ void test_adapter() {
   Random random(8);
   const LayerPlan& layer = plain.plan.layers[1];
   for (int32_t target : {layer.q_proj, layer.down_proj}) {
-    const int64_t rows = plain.plan.tensors[target].rows, cols = plain.plan.tensors[target].cols, rank = 4;
+    const int64_t rows = plain.plan.tensors[target].rows, cols = plain.plan.tensors[target].cols;
+    const int64_t rank = target == layer.q_proj ? 4 : 1;
     const int32_t a = adapted.add(rank, cols, random), b = adapted.add(rows, rank, random);
     adapted.plan.adapters.push_back({0, target, a, b, 0.5f});
     for (int64_t r = 0; r < rows; r++)
@@ -209,6 +215,104 @@ void test_adapter() {
     moved = std::max<double>(moved, std::fabs(with[i] - base[i]));
   CHECK(close < 1e-4 && moved > 0.1, "adapter: %g from merged, %g from base", close, moved);
   CHECK(!std::memcmp(&with[40 * 203], &base[40 * 203], 40 * 203 * 4), "a sequence without the adapter must not change");
+}
+
+// A model on the packed image of another: the same bits without the matrices' bytes; any other image is refused.
+void test_image() {
+  Toy toy(kQ8_0);
+  Random random(9);
+  std::vector<int32_t> ids(30);
+  for (int32_t& id : ids) id = random.below(203);
+  auto first = load(toy.plan, 2, false, *paths()[0]);
+  Call call;
+  call.add(0, ids, 0, 30);
+  const std::vector<float> expected = logits(*first, call);
+  ModelPlan shapes = toy.plan;
+  for (TensorView& t : shapes.tensors)
+    if (t.rows > 1) t.data = nullptr, t.bytes = 0;
+  Options options{2, false, 300};
+  options.image = first->image(), options.image_bytes = first->image_bytes();
+  std::string error;
+  for (const Kernels* k : paths()) {
+    auto second = Model::create(shapes, options, *k, error);
+    CHECK(second, "%s", error.c_str());
+    for (int g = 0; g < 2; g++) CHECK(second->reserve(g, 12).empty(), "reserve");
+    CHECK(logits(*second, call) == expected, "%s: other bits from the image", k->name);
+  }
+  auto refused = [&](const ModelPlan& plan, Options changed) {
+    CHECK(!Model::create(plan, changed, *paths()[0], error) && !error.empty(), "a bad image was accepted");
+  };
+  Options bad = options;
+  bad.image_bytes--, refused(shapes, bad);
+  bad = options;
+  bad.image++, refused(shapes, bad);
+  bad = options;
+  bad.float_activations = true, refused(shapes, bad);
+  ModelPlan other = shapes;
+  other.tensors[static_cast<size_t>(other.embed)].type = kQ4_0, refused(other, options);
+  other = shapes;
+  other.tensors[static_cast<size_t>(other.final_norm)].data = nullptr, refused(other, options);
+  refused(shapes, {2, false, 300});
+}
+
+// Chosen through the head's screen or by the whole head: the same tokens, whatever changes the logits before.
+void test_screen(int64_t hidden, float softcap, bool flat) {
+  Toy toy(kQ8_0, 5, hidden, 5000, flat ? 0.0f : 1.0f);
+  toy.plan.final_softcap = softcap;
+  Random random(4);
+  std::vector<int32_t> ids(80);
+  for (int32_t& id : ids) id = random.below(5000);
+  const std::vector<int32_t> bias_ids = {7, 7, 4999, 123, -3, 5000};
+  const std::vector<float> bias_values = {2, 3, 4, -100, 9, 9};
+  for (const Kernels* k : paths()) {
+    if (hidden > 64 && k == paths()[0] && paths().size() > 1) continue;  // the portable path is slow
+    auto model = load(toy.plan, 3, false, *k);
+    CHECK(model->screen_bytes() > 0 && !model->has_screen(), "screen");
+    Arena screen;
+    screen.allocate(static_cast<size_t>(model->screen_bytes()));
+    CHECK(model->make_screen(screen.data).empty(), "screen");
+    CHECK(!model->attach_screen(screen.data, 64).empty(), "a bad screen was accepted");
+    CHECK(model->attach_screen(screen.data, model->screen_bytes()).empty() && model->has_screen(), "screen");
+    std::vector<std::vector<SampleRequest>> cases;
+    auto request = [&](double temperature, int64_t top_k, double penalty, bool bias) {
+      SampleRequest r;
+      r.logprob = false;
+      r.params.temperature = temperature, r.params.top_k = top_k, r.params.top_p = top_k ? 0.95 : 1;
+      r.params.repetition_penalty = penalty, r.params.history = ids.data(), r.params.history_length = 60;
+      r.params.prompt_length = 10, r.params.frequency_penalty = penalty > 1 ? 0.1 : 0;
+      if (bias)
+        r.params.bias_ids = bias_ids.data(), r.params.bias_values = bias_values.data(),
+        r.params.bias_count = static_cast<int64_t>(bias_ids.size());
+      return r;
+    };
+    for (const SampleRequest& r : {request(0, 0, 1, false), request(1, 1, 1, true), request(0, 0, 1.3, true),
+                                   request(1, 5, 1, false), request(0.8, 64, 1.2, true)})
+      cases.push_back({r, r, r});
+    cases.push_back({request(0, 0, 1, false), request(1, 20, 1, false), request(0, 0, 2, true)});
+    int screened = 0, whole = 0;
+    for (auto& wanted : cases)
+      for (int turn = 0; turn < 3; turn++) {
+        for (size_t s = 0; s < 3; s++)
+          wanted[s].sequence = static_cast<int64_t>(s), wanted[s].params.seed = static_cast<uint64_t>(turn) * 3 + s;
+        Call call;
+        for (int s = 0; s < 2; s++) call.add(s, ids, 0, 20 + 9 * turn + s);
+        call.ids.push_back(ids[static_cast<size_t>(turn)]), call.starts.push_back(call.starts.back() + 1);
+        call.positions.push_back(0);
+        for (auto& t : call.tables)
+          for (int p = 0; p < 6; p++) t.push_back(p < 1 ? 11 : -1);
+        std::vector<SampleOutput> through, full;
+        model->use_screen(true);
+        CHECK(model->step(call.make(), wanted, through).empty(), "step");
+        for (int32_t count : model->take_screen_counts()) (count < 0 ? whole : screened)++;
+        model->use_screen(false);
+        CHECK(model->step(call.make(), wanted, full).empty(), "step");
+        CHECK(model->take_screen_counts().empty(), "the whole head was wanted");
+        for (size_t s = 0; s < 3; s++)
+          CHECK(through[s].token == full[s].token, "%s: %d through the screen, %d by the whole head", k->name,
+                through[s].token, full[s].token);
+      }
+    CHECK(flat ? whole > 0 : screened > 20, "%s: %d rows screened, %d not", k->name, screened, whole);
+  }
 }
 
 void test_refusals() {
@@ -273,12 +377,22 @@ void test_refusals() {
 
 }  // namespace
 
-int main() {
+// test_model short  does what an emulated processor does in half a minute.
+int main(int argc, char** argv) {
+  const bool whole = argc < 2 || std::strcmp(argv[1], "short");
   test_same_bits(kQ8_0, false);
-  test_same_bits(kF32, false);
-  test_same_bits(kQ8_0, true);
+  if (whole) test_same_bits(kF32, false);
+  if (whole) test_same_bits(kQ8_0, true);
   test_sampling();
   test_adapter();
+  test_image();
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  test_screen(64, 20, false);  // the others take minutes and touch no other code
+#else
+  for (float softcap : {0.0f, 20.0f})
+    for (int64_t hidden : {64, 640}) test_screen(hidden, softcap, false);
+#endif
+  test_screen(64, 5, true);
   test_refusals();
   std::printf("model: chunks, batches and threads agree bit for bit\n");
 }

@@ -12,7 +12,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "load": "api",
+    "load": "loading",
     "Model": "api",
     "Chat": "api",
     "Completion": "api",

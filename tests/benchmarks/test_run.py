@@ -18,7 +18,7 @@ WORKER = """
 import json, sys
 setup = json.loads(sys.stdin.readline())
 assert setup["threads"] in (1, 2) and setup["model"] and setup["text"]
-about = {"version": "NAME 1.0", "vocabulary": 1000, "bos": 2, "weight_bytes": 10**9, "body": 10**9, "prompt": [2, 7]}
+about = {"version": "NAME 1.0", "vocabulary": 1000, "bos": 2, "token_bytes": 10**9, "body": 10**9, "prompt": [2, 7]}
 print(json.dumps(about), flush=True)
 for line in sys.stdin:
     request = json.loads(line)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-import gemkit
+from gemkit import loading
 from gemkit.cli import main
 from gemkit.errors import GemkitError, UsageError
 from gemkit.weights.demo import demo_path
@@ -60,6 +60,8 @@ def test_version_and_help(capsys):
         ("seed is", ["generate", "demo", "--prompt", "x", "--seed", "-1"]),
         ("--threads", ["generate", "demo", "--prompt", "x", "--threads", "0"]),
         ("--activations", ["generate", "demo", "--prompt", "x", "--activations", "int4"]),
+        ("--dtype", ["generate", "demo", "--prompt", "x", "--dtype", "float16"]),
+        ("--suffix", ["generate", "demo", "--prompt", "x", "--suffix", "y", "--raw"]),
         ("--logprobs needs --json", ["generate", "demo", "--prompt", "x", "--logprobs", "2"]),
         ("--raw", ["generate", "demo", "--prompt", "x", "--raw", "--system-prompt", "y"]),
         ("--text or --file", ["score", "demo"]),
@@ -100,7 +102,7 @@ def test_an_error_below_the_command_line(capsys, monkeypatch, error: BaseExcepti
     def load(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(gemkit, "load", load)
+    monkeypatch.setattr(loading, "Loading", load)
     got, out, err = run(capsys, "generate", "demo", "--prompt", "x")
     line = err.strip().splitlines()
     assert (got, out, len(line)) == (code, "", 1), err

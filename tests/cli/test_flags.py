@@ -4,15 +4,17 @@ import inspect
 
 import click
 
-from gemkit.api import Model, load
+from gemkit.api import Model
 from gemkit.cli import ALIASES, VERBS, cli
+from gemkit.loading import load
 
-LOAD = ["--threads", "--ctx-size", "--activations", "--json"]
+LOAD = ["--threads", "--ctx-size", "--dtype", "--adapter-path", "--offline", "--activations", "--json"]
 FLAGS = {
     "generate": [
         "MODEL",
         "--prompt",
         "--system-prompt",
+        "--suffix",
         "--raw",
         "--max-tokens",
         "--temp/--temperature",
@@ -29,9 +31,28 @@ FLAGS = {
         "--verbose",
         *LOAD,
     ],
+    "chat": [
+        "MODEL",
+        "--system-prompt",
+        "--max-tokens",
+        "--temp/--temperature",
+        "--top-k",
+        "--top-p",
+        "--min-p",
+        "--repetition-penalty",
+        "--seed",
+        "--plain",
+        "--quiet",
+        *LOAD[:-1],
+    ],
     "score": ["MODEL", "--text", "--file", "--window", *LOAD],
     "show": ["MODEL", *LOAD],
     "bench": ["MODEL", "--prompt-tokens", "--max-tokens", "--reps", *LOAD],
+    "check": ["MODEL", "--deep", "--strict", "--json"],
+    "doctor": ["[MODEL]", "--measure", "--json"],
+    "download": ["name", "--revision", "--offline", "--json"],
+    "ls": ["--json"],
+    "rm": ["name", "--yes"],
 }
 
 

@@ -111,7 +111,7 @@ def test_show(capsys):
     memory = record["memory"]
     assert sum(group["layers"] for group in memory["cache"]) == 18
     cache = sum(group["bytes"] for group in memory["cache"])
-    assert memory["total"] == memory["weights"] + cache + memory["activations"]
+    assert memory["total"] == memory["weights"] + memory["screen"] + cache + memory["activations"]
     assert record["tensors"][0]["name"] == "model.embed_tokens.weight"
     out = run(capsys, "show", "demo", "--ctx-size", "2048")[0]
     assert "268,098,176" in out and "model.embed_tokens.weight" in out and "2,048 tokens" in out

@@ -101,6 +101,7 @@ class FakeRunner:
         self.page_size = page_size
         self.groups = tuple(PageGroup(window, (g,)) for g, window in enumerate(windows))
         self.max_tokens_per_step = max_tokens
+        self.adapter_count = 0
         self.memory = memory
         self.forced = forced
         self.reserved = [0] * len(windows)
@@ -157,7 +158,7 @@ class FakeRunner:
     def step(self, batch: Batch) -> StepResult:
         words = self.words(batch)
         size = len(batch.positions)
-        count = max(s.logprobs for s in batch.sampling)
+        count = max(s.logprobs or 0 for s in batch.sampling)
         result = StepResult(
             np.full(size, -1, np.int32),
             np.zeros(size, np.float32),

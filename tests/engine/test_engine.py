@@ -569,4 +569,6 @@ def test_a_decode_step_costs_little():
         e.step()
         times.append(time.perf_counter() - start)
     assert np.median(times[10:]) < 60e-6
-    assert np.median(times[-500:]) < 1.5 * np.median(times[100:600]), "the cost does not grow with the history"
+    # The fastest tenth: what else runs on the machine disturbs the rest
+    late, early = np.quantile(times[-500:], 0.1), np.quantile(times[100:600], 0.1)
+    assert late < 1.5 * early, "the cost does not grow with the history"

@@ -5,7 +5,8 @@ import string
 
 import numpy as np
 
-from gemkit.text.tokenizer import Tokenizer, Vocabulary
+from gemkit.text.tokenizer import Tokenizer
+from gemkit.text.vocabulary import Vocabulary
 
 STOP = frozenset({1, 107})
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6

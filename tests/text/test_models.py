@@ -11,9 +11,9 @@ import sentencepiece
 
 from gemkit.errors import GemkitError
 from gemkit.text.spm_proto import read_model, write_model
-from gemkit.text.tokenizer import Tokenizer, Vocabulary
+from gemkit.text.tokenizer import Tokenizer
 from gemkit.text.tokenizer_json import read_tokenizer_json
-from gemkit.text.vocabulary import PieceType
+from gemkit.text.vocabulary import PieceType, Vocabulary
 
 CORE = ["<pad>", "<eos>", "<bos>", "<unk>"]
 TURNS = ["<start_of_turn>", "<end_of_turn>"]
@@ -43,7 +43,7 @@ def test_vocabularies_with_and_without_turns():
     code = Tokenizer.from_vocabulary(tiny([*CORE, *fim, *TURNS], dict.fromkeys(range(4, 10), 4)))
     special = code.special
     assert (special.fim_prefix, special.fim_middle, special.fim_suffix, special.file_separator) == (4, 5, 6, 7)
-    assert code.stop_ids == {1, 9}
+    assert code.stop_ids == {1, 4, 5, 6, 7, 9}
     assert not set(code.encode("".join([*fim, *TURNS]), bos=False)) & set(range(10))
 
 

@@ -62,7 +62,7 @@ def tiny_config(model_type: str, **changes) -> ModelConfig:
         "head_dim": 16,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-6,
-        "query_pre_attn_scalar": 16,
+        "query_pre_attn_scalar": changes.get("head_dim", 16),
         "attn_logit_softcapping": 50.0 if model_type == "gemma2" else None,
         "final_logit_softcapping": 30.0 if model_type == "gemma2" else None,
         "qk_norm": model_type == "gemma3_text",

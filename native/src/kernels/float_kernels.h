@@ -137,7 +137,7 @@ static void quantise(const float* x, const Activations& a, int64_t row) {
     const float inverse = reach > 0 ? 127.0f / reach : 0.0f;
     store_i8(block->q, min(max(fma(v0, set1(inverse), magic) - magic, set1(-127.0f)), set1(127.0f)));
     store_i8(block->q + 16, min(max(fma(v1, set1(inverse), magic) - magic, set1(-127.0f)), set1(127.0f)));
-    const float whole = std::fma(x[k], inverse, kRoundMagic) - kRoundMagic;
+    const float whole = fused(x[k], inverse, kRoundMagic) - kRoundMagic;
     const int rest = whole >= -254.0f && whole <= 254.0f ? static_cast<int>(whole) - block->q[k] : 0;
     std::memset(block->spare, 0, sizeof block->spare);
     block->spare[k % 4] = static_cast<int8_t>(rest);
@@ -184,6 +184,26 @@ static double sum_exp(const float* x, int64_t n, float shift) {
     if (++since == 64) total += reduce_add(sum), sum = zero(), since = 0;
   });
   return total + reduce_add(sum);
+}
+
+static uint32_t screen(const ScreenPanel& s) {
+  f32x16 sum = zero();
+  for (int64_t b = 0; b < s.blocks; b++) {
+    const f32x16 norm = from_u8(s.norms + 16 * b);
+    sum = fma(s.proven ? norm : norm * norm, set1(s.sizes[b]), sum);
+  }
+  alignas(64) float sums[16];
+  store(sums, sum);
+  uint32_t mask = 0;
+  for (int i = 0; i < 16; i++) {
+    const float bound = s.reach * (s.proven ? sums[i] : std::sqrt(sums[i]));
+    mask |= static_cast<uint32_t>(!(s.approx[i] + bound < s.threshold)) << i;
+  }
+  return mask;
+}
+
+static void panel_largest(const float* y, int64_t panels, float* largest) {
+  for (int64_t p = 0; p < panels; p++) largest[p] = reduce_max(load(y + 16 * p));
 }
 
 static uint64_t read_memory(const uint8_t* p, int64_t bytes) {

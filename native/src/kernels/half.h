@@ -1,5 +1,6 @@
-// Scalar conversions between float32 and the two 16-bit formats.
+// Scalars: conversions between float32 and the two 16-bit formats, and the fused multiply-add.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -45,5 +46,22 @@ static inline uint16_t float_to_half(float f) {
 }
 
 static inline float bf16_to_float(uint16_t b) { return bits_to_float(static_cast<uint32_t>(b) << 16); }
+
+// a · b + c, rounded once.
+static inline float fused(float a, float b, float c) {
+#if defined(__MINGW32__) && !defined(__FMA__)                            // whose std::fma rounds twice
+  const double product = static_cast<double>(a) * b, sum = product + c;  // the product is exact
+  // What the sum lost, by which its last bit is made odd: the second rounding then cannot be misled by a tie
+  const double from_c = sum - product, lost = (product - (sum - from_c)) + (c - from_c);
+  uint64_t bits;
+  std::memcpy(&bits, &sum, 8);
+  if ((lost > 0 || lost < 0) && !(bits & 1)) bits += (lost > 0) == (sum > 0) ? 1 : ~uint64_t{0};
+  double odd;
+  std::memcpy(&odd, &bits, 8);
+  return static_cast<float>(odd);
+#else
+  return std::fma(a, b, c);
+#endif
+}
 
 }  // namespace gemkit

@@ -80,6 +80,17 @@ struct Extent {
   int64_t arg;  // lowest index of max; -1 if all are NaN
 };
 
+// Sixteen rows of a screen (screen.h): bit i is set where approx[i] + reach · sum may reach the threshold. The sum is
+// Σ norms · sizes, or without a proof √Σ norms² · sizes.
+struct ScreenPanel {
+  const uint8_t* norms = nullptr;  // [blocks][16]
+  const float* sizes = nullptr;    // [blocks]
+  int64_t blocks = 0;
+  const float* approx = nullptr;  // [16]
+  float reach = 0, threshold = 0;
+  bool proven = true;
+};
+
 struct Kernels {
   const char* name;
   void (*quantise)(const float* x, const Activations& a, int64_t row);
@@ -94,6 +105,8 @@ struct Kernels {
   void (*attend)(const Attend& a);
   Extent (*largest)(const float* x, int64_t n);
   double (*sum_exp)(const float* x, int64_t n, float shift);  // sum of exp(x - shift)
+  uint32_t (*screen)(const ScreenPanel& panel);
+  void (*panel_largest)(const float* y, int64_t panels, float* largest);  // of each 16 values
   int64_t (*peak_int8)(int64_t rounds);               // runs register-only int8 products; returns operations done
   uint64_t (*read)(const uint8_t* p, int64_t bytes);  // reads memory in four streams
 };
@@ -102,9 +115,10 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
 
-// The best table this machine can run. GEMKIT_ISA=portable|avx2|avx512 forces one; nullptr with a message in `error` if
-// it cannot run.
+// The best table this machine can run. `forced` (GEMKIT_ISA: portable, avx2, avx512, neon) chooses another; nullptr
+// with a message in `error` if that is not one of this architecture's or cannot run here.
 const Kernels* select_kernels(const char* forced, const char** error);
 
 }  // namespace gemkit

@@ -58,9 +58,9 @@ static void tile(const Chunk& chunk, int count, const ActivationBlock* const* ro
         for (int k = h * kWidth; k < (h + 1) * kWidth; k++) dot += (static_cast<int32_t>(codes[k]) - kOffset) * a.q[k];
         if (a.quad * 4 / kWidth == h)
           for (int k = 0; k < 4; k++) dot += (static_cast<int32_t>(codes[4 * a.quad + k]) - kOffset) * a.spare[k];
-        f = std::fma(static_cast<float>(dot) * chunk.scale[b * F::kSub + h][row], a.scale, f);
+        f = fused(static_cast<float>(dot) * chunk.scale[b * F::kSub + h][row], a.scale, f);
       }
-      if (F::kMinimum) f = std::fma(chunk.minimum[b][row], a.scaled_sum, f);
+      if (F::kMinimum) f = fused(chunk.minimum[b][row], a.scaled_sum, f);
     }
     y[0][row] = f;
   }

@@ -1,7 +1,7 @@
 // Sixteen float lanes, the same on every instruction set: each lane is plain IEEE arithmetic and every reduction has
 // one fixed order, so code written over f32x16 gives the same bits on all of them. Included by the translation unit of
-// one instruction set, which defines GEMKIT_ISA (the namespace) and one of GEMKIT_AVX512, GEMKIT_AVX2 or neither
-// (portable C++).
+// one instruction set, which defines GEMKIT_ISA (the namespace) and one of GEMKIT_AVX512, GEMKIT_AVX2, GEMKIT_NEON or
+// none (portable C++).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -15,6 +15,8 @@
 #include <simde/x86/avx512.h>
 #elif defined(GEMKIT_AVX512) || defined(GEMKIT_AVX2)
 #include <immintrin.h>
+#elif defined(GEMKIT_NEON)
+#include <arm_neon.h>
 #endif
 
 #if defined(_MSC_VER)
@@ -27,9 +29,12 @@
 
 // Keeps a running sum where it is written: left alone, GCC delays a block's additions and spills every product
 // meanwhile.
-#if defined(__GNUC__) && (defined(GEMKIT_AVX2) || (defined(GEMKIT_AVX512) && !defined(GEMKIT_SIMDE)))
+#if defined(__GNUC__) && \
+    (defined(GEMKIT_AVX2) || defined(GEMKIT_NEON) || (defined(GEMKIT_AVX512) && !defined(GEMKIT_SIMDE)))
 #if defined(GEMKIT_AVX512)
 #define GEMKIT_PIN(sum) asm volatile("" : "+v"(sum))
+#elif defined(GEMKIT_NEON)
+#define GEMKIT_PIN(sum) asm volatile("" : "+w"(sum))
 #else
 #define GEMKIT_PIN(sum) asm volatile("" : "+x"(sum))
 #endif
@@ -194,6 +199,86 @@ GEMKIT_INLINE uint32_t equal_mask(f32x16 a, f32x16 b) {
 GEMKIT_INLINE __m256 lower8(f32x16 a) { return a.lo; }
 GEMKIT_INLINE __m256 upper8(f32x16 a) { return a.hi; }
 
+#elif defined(GEMKIT_NEON)
+
+struct f32x16 {
+  float32x4_t q0, q1, q2, q3;
+};
+GEMKIT_INLINE f32x16 set1(float x) {
+  const float32x4_t v = vdupq_n_f32(x);
+  return {v, v, v, v};
+}
+GEMKIT_INLINE f32x16 zero() { return set1(0.0f); }
+GEMKIT_INLINE f32x16 load(const float* p) {
+  return {vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)};
+}
+GEMKIT_INLINE void store(float* p, f32x16 a) {
+  vst1q_f32(p, a.q0), vst1q_f32(p + 4, a.q1), vst1q_f32(p + 8, a.q2), vst1q_f32(p + 12, a.q3);
+}
+// The instructions for the larger and the smaller treat NaN and -0 differently from the other paths
+GEMKIT_INLINE float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+GEMKIT_INLINE float32x4_t smaller(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+#define GEMKIT_EACH2(name, of)                                               \
+  GEMKIT_INLINE f32x16 name(f32x16 a, f32x16 b) {                            \
+    return {of(a.q0, b.q0), of(a.q1, b.q1), of(a.q2, b.q2), of(a.q3, b.q3)}; \
+  }
+GEMKIT_EACH2(operator+, vaddq_f32)
+GEMKIT_EACH2(operator-, vsubq_f32)
+GEMKIT_EACH2(operator*, vmulq_f32)
+GEMKIT_EACH2(operator/, vdivq_f32)
+GEMKIT_EACH2(max, larger)
+GEMKIT_EACH2(min, smaller)
+#undef GEMKIT_EACH2
+GEMKIT_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+  return {vfmaq_f32(c.q0, a.q0, b.q0), vfmaq_f32(c.q1, a.q1, b.q1), vfmaq_f32(c.q2, a.q2, b.q2),
+          vfmaq_f32(c.q3, a.q3, b.q3)};
+}
+GEMKIT_INLINE f32x16 abs(f32x16 a) { return {vabsq_f32(a.q0), vabsq_f32(a.q1), vabsq_f32(a.q2), vabsq_f32(a.q3)}; }
+GEMKIT_INLINE f32x16 select_ge(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {
+  return {vbslq_f32(vcgeq_f32(a.q0, b.q0), x.q0, y.q0), vbslq_f32(vcgeq_f32(a.q1, b.q1), x.q1, y.q1),
+          vbslq_f32(vcgeq_f32(a.q2, b.q2), x.q2, y.q2), vbslq_f32(vcgeq_f32(a.q3, b.q3), x.q3, y.q3)};
+}
+GEMKIT_INLINE f32x16 scale_pow2(f32x16 a, f32x16 n) {
+  auto part = [](float32x4_t x, float32x4_t e) {
+    return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(x), vshlq_n_u32(vreinterpretq_u32_f32(e), 23)));
+  };
+  return {part(a.q0, n.q0), part(a.q1, n.q1), part(a.q2, n.q2), part(a.q3, n.q3)};
+}
+GEMKIT_INLINE f32x16 load_f16(const uint16_t* p) {
+  auto part = [](const uint16_t* q) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(q))); };
+  return {part(p), part(p + 4), part(p + 8), part(p + 12)};
+}
+GEMKIT_INLINE void store_f16(uint16_t* p, f32x16 a) {
+  auto part = [](uint16_t* q, float32x4_t v) { vst1_u16(q, vreinterpret_u16_f16(vcvt_f16_f32(v))); };
+  part(p, a.q0), part(p + 4, a.q1), part(p + 8, a.q2), part(p + 12, a.q3);
+}
+GEMKIT_INLINE f32x16 load_bf16(const uint16_t* p) {
+  auto part = [](const uint16_t* q) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(q), 16)); };
+  return {part(p), part(p + 4), part(p + 8), part(p + 12)};
+}
+GEMKIT_INLINE void store_i8(int8_t* p, f32x16 a) {
+  auto part = [](float32x4_t x, float32x4_t y) {
+    return vcombine_s16(vmovn_s32(vcvtq_s32_f32(x)), vmovn_s32(vcvtq_s32_f32(y)));
+  };
+  vst1q_s8(p, vcombine_s8(vmovn_s16(part(a.q0, a.q1)), vmovn_s16(part(a.q2, a.q3))));
+}
+GEMKIT_INLINE f32x16 from_i16(int16x8_t x, int16x8_t y) {
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(x))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(x))),
+          vcvtq_f32_s32(vmovl_s16(vget_low_s16(y))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(y)))};
+}
+GEMKIT_INLINE f32x16 from_i8(const int8_t* p) { return from_i16(vmovl_s8(vld1_s8(p)), vmovl_s8(vld1_s8(p + 8))); }
+GEMKIT_INLINE f32x16 from_u8(const uint8_t* p) {
+  return from_i16(vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p))), vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p + 8))));
+}
+GEMKIT_INLINE uint32_t equal_mask(f32x16 a, f32x16 b) {
+  const uint32_t bits[4] = {1, 2, 4, 8};
+  const uint32x4_t bit = vld1q_u32(bits);
+  auto part = [&](float32x4_t x, float32x4_t y) { return vandq_u32(vceqq_f32(x, y), bit); };
+  const uint32x4_t low = vorrq_u32(part(a.q0, b.q0), vshlq_n_u32(part(a.q1, b.q1), 4));
+  const uint32x4_t high = vorrq_u32(part(a.q2, b.q2), vshlq_n_u32(part(a.q3, b.q3), 4));
+  return vaddvq_u32(vorrq_u32(low, vshlq_n_u32(high, 8)));
+}
+
 #else
 
 struct f32x16 {
@@ -211,7 +296,7 @@ GEMKIT_INLINE f32x16 operator+(f32x16 a, f32x16 b) { GEMKIT_LANES(a.v[i] + b.v[i
 GEMKIT_INLINE f32x16 operator-(f32x16 a, f32x16 b) { GEMKIT_LANES(a.v[i] - b.v[i]); }
 GEMKIT_INLINE f32x16 operator*(f32x16 a, f32x16 b) { GEMKIT_LANES(a.v[i] * b.v[i]); }
 GEMKIT_INLINE f32x16 operator/(f32x16 a, f32x16 b) { GEMKIT_LANES(a.v[i] / b.v[i]); }
-GEMKIT_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { GEMKIT_LANES(std::fma(a.v[i], b.v[i], c.v[i])); }
+GEMKIT_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { GEMKIT_LANES(fused(a.v[i], b.v[i], c.v[i])); }
 GEMKIT_INLINE f32x16 max(f32x16 a, f32x16 b) { GEMKIT_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 GEMKIT_INLINE f32x16 min(f32x16 a, f32x16 b) { GEMKIT_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 GEMKIT_INLINE f32x16 abs(f32x16 a) { GEMKIT_LANES(std::fabs(a.v[i])); }
@@ -276,6 +361,19 @@ GEMKIT_INLINE float reduce_max(f32x16 a) {
   return reduce(
       a, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); }, [](__m128 x, __m128 y) { return _mm_max_ps(x, y); },
       [](__m128 x, __m128 y) { return _mm_max_ss(x, y); });
+}
+#elif defined(GEMKIT_NEON)
+template <class Op>
+GEMKIT_INLINE float reduce(f32x16 a, Op op) {
+  float32x4_t v = op(op(a.q0, a.q2), op(a.q1, a.q3));
+  v = op(v, vextq_f32(v, v, 2));
+  return vgetq_lane_f32(op(v, vextq_f32(v, v, 1)), 0);
+}
+GEMKIT_INLINE float reduce_add(f32x16 a) {
+  return reduce(a, [](float32x4_t x, float32x4_t y) { return vaddq_f32(x, y); });
+}
+GEMKIT_INLINE float reduce_max(f32x16 a) {
+  return reduce(a, [](float32x4_t x, float32x4_t y) { return larger(x, y); });
 }
 #else
 template <class Op>

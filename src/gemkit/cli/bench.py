@@ -38,9 +38,7 @@ def command(
     prompt_tokens: int,
     max_tokens: int,
     reps: int,
-    threads: int | None,
-    ctx_size: int | None,
-    activations: str,
+    load: dict,
     as_json: bool,
 ) -> None:
     """Measure prefill and decode rates, time to the first token and memory of MODEL.
@@ -50,20 +48,18 @@ def command(
     import gemkit
     from gemkit import _native
 
-    with gemkit.load(model, threads=threads, activations=activations, ctx_size=ctx_size) as loaded:
+    with gemkit.load(model, **load) as loaded:
         if prompt_tokens + max_tokens > loaded.ctx_size:
             raise UsageError(f"{prompt_tokens} + {max_tokens} tokens do not fit in a context of {loaded.ctx_size}")
+        loaded.settle()
         runs = [_run(loaded, prompt_tokens, max_tokens, repetition) for repetition in range(reps + 1)][1:]
         memory = peak_memory()
         prefill, decode = (statistics.median(rates) for rates in zip(*runs))
         bandwidth = _native.measure_bandwidth(loaded.engine.runner.threads)
         peak = _native.measure_int8_peak(loaded.engine.runner.threads)
         _, body = loaded.config.parameter_counts()
-        weights, count, path = (
-            loaded.engine.runner.weight_bytes,
-            loaded.engine.runner.threads,
-            loaded.engine.runner.path,
-        )
+        runner = loaded.engine.runner
+        read, count, path, activations = runner.token_bytes, runner.threads, runner.path, runner.activations
     record = {
         "model": model,
         "kernels": path,
@@ -73,10 +69,10 @@ def command(
         "generated_tokens": max_tokens,
         "prefill_tokens_per_second": prefill,
         "decode_tokens_per_second": decode,
-        "first_token_seconds": statistics.median(_first_token(model, count, activations) for _ in range(min(reps, 3))),
+        "first_token_seconds": statistics.median(_first_token(model, load) for _ in range(min(reps, 3))),
         "peak_memory_bytes": memory,
         "read_bandwidth_gb_per_second": bandwidth,
-        "decode_share_of_bandwidth": decode * weights / 1e9 / bandwidth,
+        "decode_share_of_bandwidth": decode * read / 1e9 / bandwidth,
         "int8_peak_gops": peak,
         "prefill_share_of_int8_peak": 2 * body * prefill / 1e9 / peak,
     }
@@ -114,10 +110,12 @@ def _prompt(model: "Model", count: int, repetition: int) -> list[int]:
     return [model.config.bos_token_id, *body]
 
 
-def _first_token(model: str, threads: int, activations: str) -> float:
+def _first_token(model: str, load: dict) -> float:
     """Seconds from the start of a new process to the end of its first token."""
     options = ["--prompt", "Hello", "--raw", "--max-tokens", "1", "--temp", "0"]
-    options += ["--threads", str(threads), "--activations", activations]
+    for name, value in load.items():
+        flag = {"adapter": "--adapter-path"}.get(name, f"--{name.replace('_', '-')}")
+        options += [flag] if value is True else [flag, str(value)] if value is not False else []
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "gemkit", "generate", model, *options], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started

@@ -1,7 +1,9 @@
 """What the verbs share: their common options, tables, JSON and the process's peak memory."""
 
 import ctypes
+import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,36 +33,61 @@ def failure(error: Exception) -> click.ClickException:
 
 
 def model_argument(command: Callable) -> Callable:
-    """Add the first positional argument: a model file, a folder with one, or `demo`."""
+    """Add the first positional argument: a model's file or folder, a hub's name for it, or `demo`."""
     return click.argument("model", metavar="MODEL")(command)
 
 
+LOAD_OPTIONS = (
+    click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads (default: the physical cores)."),
+    click.option(
+        "--ctx-size", type=click.IntRange(1), metavar="N", help="Context in tokens (default: the model's own)."
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "bfloat16", "float32", "int8"]),
+        default="auto",
+        show_default=True,
+        help="What to make of the weights; auto takes them as they are stored.",
+    ),
+    click.option("--adapter-path", "adapter", metavar="PATH", help="A folder with a LoRA adapter (PEFT) to use."),
+    click.option("--offline", is_flag=True, help="Never ask a hub: use what was downloaded before."),
+    click.option(
+        "--activations",
+        type=click.Choice(["int8", "float32"]),
+        default="int8",
+        show_default=True,
+        help="int8 is fast; float32 is close to the reference.",
+    ),
+)
+
+
 def load_options(command: Callable) -> Callable:
-    """Add the options of `gemkit.load`."""
-    for option in reversed(
-        (
-            click.option(
-                "--threads", type=click.IntRange(1), metavar="N", help="Threads (default: the physical cores)."
-            ),
-            click.option(
-                "--ctx-size", type=click.IntRange(1), metavar="N", help="Context in tokens (default: the model's own)."
-            ),
-            click.option(
-                "--activations",
-                type=click.Choice(["int8", "float32"]),
-                default="int8",
-                show_default=True,
-                help="int8 is fast; float32 is close to the reference.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+    """Add the options of `gemkit.load`; the command gets those that were given as the dictionary `load`."""
+
+    @functools.wraps(command)
+    def collected(**params: object) -> object:
+        names = ("threads", "ctx_size", "dtype", "adapter", "offline", "activations")
+        return command(load=given(**{name: params.pop(name) for name in names}), **params)
+
+    for option in reversed(LOAD_OPTIONS):
+        collected = option(collected)
+    return collected
 
 
 def json_option(command: Callable) -> Callable:
     """Add `--json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+def import_numpy() -> None:
+    """Import NumPy without the threads of its OpenBLAS: no verb multiplies matrices with it, and they cost a start."""
+    name = "OPENBLAS_NUM_THREADS"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, "1")
+    import numpy  # noqa: F401
+
+    if before is None:
+        del os.environ[name]
 
 
 def given(**options: object) -> dict[str, object]:

@@ -11,6 +11,7 @@ import click
 from gemkit.cli.common import (
     Text,
     given,
+    import_numpy,
     json_option,
     load_options,
     megabytes,
@@ -48,6 +49,7 @@ def _whole(name: str, default: int | None = None, *, help: str) -> Callable:
 @model_argument
 @click.option("--prompt", required=True, type=Text(), help="The text to go on from; - reads standard input.")
 @click.option("--system-prompt", type=Text(), help="Instructions put before the prompt (instruction-tuned models).")
+@click.option("--suffix", type=Text(), help="Fill the gap between the prompt and this text (CodeGemma).")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
 @_whole("--max-tokens", default=256, help="Stop after so many tokens.")
 @_real("--temp", "--temperature", "temperature", default=1.0, help="0 takes the likeliest token.")
@@ -68,18 +70,17 @@ def command(
     model: str,
     prompt: str,
     system_prompt: str | None,
+    suffix: str | None,
     raw: bool,
     max_tokens: int,
     stop: tuple[str, ...],
     verbose: bool,
-    threads: int | None,
-    ctx_size: int | None,
-    activations: str,
+    load: dict,
     as_json: bool,
     logprobs: int | None,
     **sampling: object,
 ) -> None:
-    """Write text with MODEL: a GGUF file, a folder with one, or `demo`.
+    """Write text with MODEL: a GGUF file, a Hugging Face folder, a name such as gemma-3-1b-it, or `demo`.
 
     An instruction-tuned model gets the prompt as a user's turn, a pretrained one goes on from it.
     """
@@ -87,19 +88,24 @@ def command(
         raise UsageError("--logprobs needs --json: text alone has no place for them")
     if raw and system_prompt is not None:
         raise UsageError("--system-prompt is part of the chat template, which --raw leaves out: drop one of them")
+    if suffix is not None and (raw or system_prompt is not None):
+        raise UsageError("--suffix fills a gap in a text, which has no chat template: drop --raw and --system-prompt")
     if max_tokens < 1:
         raise UsageError(f"--max-tokens is {max_tokens}; give a whole number from 1")
 
-    import gemkit
+    from gemkit.loading import Loading
+
+    started = time.perf_counter()
+    loading = Loading(model, **load)
+    import_numpy()
     from gemkit.engine.sampling import Sampling
 
     settings = given(logprobs=logprobs, **sampling)
-    Sampling(**settings)  # wrong values are found before the model is loaded
+    Sampling(**settings)  # wrong values are found before the weights are read
     text = read_text(prompt) if prompt == "-" else prompt
-    started = time.perf_counter()
-    with gemkit.load(model, threads=threads, activations=activations, ctx_size=ctx_size) as loaded:
+    with loading.model() as loaded:
         load_seconds = time.perf_counter() - started
-        ids = _prompt_ids(loaded, text, system_prompt, raw)
+        ids = _prompt_ids(loaded, text, system_prompt, suffix, raw)
         settings.update(max_tokens=max_tokens, stop=stop)
         if as_json:
             completion = loaded.generate(ids, **settings)
@@ -107,8 +113,12 @@ def command(
             print_json(_record(completion, logprobs is not None))
         else:
             usage = _print_stream(loaded.stream(ids, **settings), len(ids))
+        if verbose:
+            from gemkit.weights.dtype import describe
+
+            weights = describe(loaded.checkpoint)
     if verbose:
-        click.echo(_rates(usage, load_seconds), err=True)
+        click.echo(f"{weights}\n{_rates(usage, load_seconds)}", err=True)
 
 
 def _print_stream(pieces: "Iterator[Piece]", prompt_tokens: int) -> "Usage":
@@ -126,8 +136,12 @@ def _print_stream(pieces: "Iterator[Piece]", prompt_tokens: int) -> "Usage":
     return Usage(prompt_tokens, len(times), times[0] - started, rate)
 
 
-def _prompt_ids(model: "Model", text: str, system_prompt: str | None, raw: bool) -> list[int]:
+def _prompt_ids(model: "Model", text: str, system_prompt: str | None, suffix: str | None, raw: bool) -> list[int]:
     """The prompt's ids, as a user's turn if the model was trained for turns."""
+    if suffix is not None:
+        from gemkit.text import fim
+
+        return fim.render(model.tokenizer, text, suffix)
     if raw or not model.checkpoint.instruction_tuned:
         if system_prompt is not None:
             raise UsageError("--system-prompt needs an instruction-tuned model: put the instructions into --prompt")

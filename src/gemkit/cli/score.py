@@ -23,9 +23,7 @@ def command(
     text: str | None,
     path: str | None,
     window: int | None,
-    threads: int | None,
-    ctx_size: int | None,
-    activations: str,
+    load: dict,
     as_json: bool,
 ) -> None:
     """Print the perplexity that MODEL gives a text: exp of the mean negative log-probability per token.
@@ -38,7 +36,7 @@ def command(
 
     import gemkit
 
-    with gemkit.load(model, threads=threads, activations=activations, ctx_size=ctx_size) as loaded:
+    with gemkit.load(model, **load) as loaded:
         started = time.perf_counter()
         bos, *ids = loaded.tokenizer.encode(text)
         if not ids:

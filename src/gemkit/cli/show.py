@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 @model_argument
 @load_options
 @json_option
-def command(model: str, threads: int | None, ctx_size: int | None, activations: str, as_json: bool) -> None:
+def command(model: str, load: dict, as_json: bool) -> None:
     """Print the layers, shapes, parameters, bytes by type and memory plan of MODEL."""
     import gemkit
 
-    with gemkit.load(model, threads=threads, activations=activations, ctx_size=ctx_size) as loaded:
+    with gemkit.load(model, **load) as loaded:
         record = _record(loaded)
     if as_json:
         print_json(record)
@@ -115,10 +115,12 @@ def _memory(model: "Model") -> dict:
                 "bytes": pages * runner.page_bytes(number),
             }
         )
-    total = runner.weight_bytes + sum(group["bytes"] for group in cache) + runner.scratch_bytes
+    screen = getattr(runner, "screen_bytes", 0)
+    total = runner.weight_bytes + screen + sum(group["bytes"] for group in cache) + runner.scratch_bytes
     return {
         "ctx_size": ctx_size,
         "weights": runner.weight_bytes,
+        "screen": screen,
         "cache": cache,
         "activations": runner.scratch_bytes,
         "total": total,
@@ -160,6 +162,8 @@ def _print(record: dict) -> None:
     click.echo(table(rows, ("type", "size")) + "\n")
     click.echo(f"memory for one sequence of {memory['ctx_size']:,} tokens")
     rows = [("weights", megabytes(memory["weights"]))]
+    if memory["screen"]:
+        rows.append(("screen of the head", megabytes(memory["screen"])))
     for group in memory["cache"]:
         kind = "full attention" if group["window"] is None else f"window {group['window']}"
         rows.append((f"cache, {group['layers']} layers, {kind}: {group['pages']} pages", megabytes(group["bytes"])))

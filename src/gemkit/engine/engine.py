@@ -76,12 +76,15 @@ class Engine:
         max_tokens: int | None = None,
         stop: str | Iterable[str] | None = (),
         ignore_eos: bool = False,
+        adapter: int = -1,
     ) -> Sequence:
         """Checks a request, queues it and returns it; `step` fills in its ``tokens`` and ``finish_reason``.
 
         The arguments are those of `prepare`.
         """
-        sequence = self.prepare(prompt, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos)
+        sequence = self.prepare(
+            prompt, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, adapter=adapter
+        )
         self.submit(sequence)
         return sequence
 
@@ -93,14 +96,17 @@ class Engine:
         max_tokens: int | None = None,
         stop: str | Iterable[str] | None = (),
         ignore_eos: bool = False,
+        adapter: int = -1,
     ) -> Sequence:
         """Checks a request and returns it, not queued yet.
 
         prompt: ids, BOS included. max_tokens: by default up to the end of the context, where generation ends anyway.
         stop: strings that end the answer and are left out of its text. ignore_eos: do not end at the model's stop ids.
+        adapter: the number of one of the runner's adapters.
         Raises UsageError for a bad value or a prompt that leaves no room in the context.
         """
         sampling.check_vocabulary(self.runner.config.vocab_size)
+        self._check_adapter(adapter)
         ids = self._check_ids(prompt)
         stop = _check_stop(stop)
         if len(ids) >= self.context_size:
@@ -112,7 +118,7 @@ class Engine:
         if max_tokens is not None:
             limit = min(limit, len(ids) + _check_max_tokens(max_tokens))
         stream = TextStream(self.tokenizer, stop)
-        return Sequence(ids, limit, self._new_table(limit), sampling, stream, ignore_eos)
+        return Sequence(ids, limit, self._new_table(limit), sampling, stream, ignore_eos, adapter)
 
     def submit(self, sequence: Sequence) -> None:
         """Queues a request that `prepare` returned."""
@@ -173,7 +179,7 @@ class Engine:
         finally:
             self.cancel(sequence)
 
-    def score(self, prompts: Ids[Ids[int]]) -> list[np.ndarray]:
+    def score(self, prompts: Ids[Ids[int]], adapter: int = -1) -> list[np.ndarray]:
         """Returns per list of ids the log-probability of each but the first, given those before: float32 [n - 1]."""
         ids = [self._check_context(prompt) for prompt in prompts]
         if any(len(row) < 2 for row in ids):
@@ -187,10 +193,10 @@ class Engine:
             scores[part.index][part.start : part.end] = values
 
         # The last id is only a target.
-        self.sweep([row[:-1] for row in ids], run, visit)
+        self.sweep([row[:-1] for row in ids], run, visit, adapter)
         return scores
 
-    def mean_hidden(self, prompts: Ids[Ids[int]], skip: Ids[int]) -> np.ndarray:
+    def mean_hidden(self, prompts: Ids[Ids[int]], skip: Ids[int], adapter: int = -1) -> np.ndarray:
         """Returns for each list of ids the mean of its final hidden states but the first ``skip``: float64 [n, D]."""
         ids = [self._check_context(prompt) for prompt in prompts]
         assert all(count < len(row) for count, row in zip(skip, ids))
@@ -201,7 +207,7 @@ class Engine:
                 sums[part.index] = 0
             sums[part.index] += values[max(0, skip[part.index] - part.start) :].sum(axis=0, dtype=np.float64)
 
-        self.sweep(ids, lambda batch, parts: self.runner.hidden(batch), visit)
+        self.sweep(ids, lambda batch, parts: self.runner.hidden(batch), visit, adapter)
         return sums / np.array([len(row) - count for row, count in zip(ids, skip)]).reshape(-1, 1)
 
     def sweep(
@@ -209,29 +215,31 @@ class Engine:
         prompts: Ids[np.ndarray],
         run: Callable[[Batch, list[Part]], np.ndarray],
         visit: Callable[[Part, np.ndarray], None],
+        adapter: int = -1,
     ) -> None:
         """Runs lists of ids through the model once, in ragged batches and chunks.
 
         run: called with each batch and its parts, returns one row per new token [T, …].
         visit: called with each part and its rows; the parts of a list come in order.
         """
+        self._check_adapter(adapter)
         with self._lock:
             if self._busy:
                 self._recover()
             self._busy = True
             try:
-                self._sweep(prompts, run, visit)
+                self._sweep(prompts, run, visit, adapter)
                 self._remove_cancelled()
             except BaseException:
                 self._recover()
                 raise
             self._busy = False
 
-    def _sweep(self, prompts: Ids[np.ndarray], run: Callable, visit: Callable) -> None:
+    def _sweep(self, prompts: Ids[np.ndarray], run: Callable, visit: Callable, adapter: int) -> None:
         scheduler = Scheduler(self.allocator, self.scheduler.max_tokens, self.scheduler.max_sequences)
         index = {}
         for number, ids in enumerate(prompts):
-            sequence = Sequence(ids, len(ids), self._new_table(len(ids)), GREEDY)
+            sequence = Sequence(ids, len(ids), self._new_table(len(ids)), GREEDY, adapter=adapter)
             index[sequence] = number
             scheduler.add(sequence)
         while scheduler:
@@ -282,7 +290,7 @@ class Engine:
             sequence.first_token_time = now
         sequence.last_token_time = now
         sequence.ids[sequence.length] = token
-        sequence.tokens.append(Token(token, text, logprob, top))
+        sequence.tokens.append(Token(token, text, None if sequence.sampling.logprobs is None else logprob, top))
         sequence.length += 1
         if reason:
             sequence.finish_reason = reason
@@ -326,6 +334,10 @@ class Engine:
     def _shortage(self) -> GemkitError:
         return self.allocator.shortage or GemkitError("the cache is full: load with a smaller ctx_size")
 
+    def _check_adapter(self, adapter: int) -> None:
+        if not -1 <= adapter < self.runner.adapter_count:
+            raise UsageError(f"there is no adapter {adapter}: the model was loaded with {self.runner.adapter_count}")
+
     def _check_context(self, prompt: Ids[int]) -> np.ndarray:
         ids = self._check_ids(prompt)
         if len(ids) > self.context_size:
@@ -353,7 +365,7 @@ class Engine:
 
 
 def _top(sequence: Sequence, result: StepResult, b: int) -> tuple[tuple[int, float], ...]:
-    count = sequence.sampling.logprobs
+    count = sequence.sampling.logprobs or 0
     if not count:
         return ()
     return tuple(zip(result.top_ids[b, :count].tolist(), result.top_logprobs[b, :count].tolist()))

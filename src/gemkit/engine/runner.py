@@ -41,6 +41,7 @@ class Batch:
     counters: int64 [B], tokens generated so far: which random number of the seed is drawn.
     history: B int32 arrays with all ids so far, new ones included; empty where no penalty needs them.
     prompt_lengths: int32 [B]; history[prompt_lengths[b]:] was generated.
+    adapters: int32 [B], the number of each sequence's adapter, -1 for none; None if no sequence has one.
     """
 
     tokens: np.ndarray
@@ -52,6 +53,7 @@ class Batch:
     counters: np.ndarray
     history: tuple[np.ndarray, ...]
     prompt_lengths: np.ndarray
+    adapters: np.ndarray | None = None
 
 
 @dataclass(slots=True)
@@ -59,7 +61,8 @@ class StepResult:
     """What a step chose.
 
     tokens: int32 [B], -1 where nothing was drawn.
-    logprobs: float32 [B], natural logarithm of the token's probability under the softmax of the unmodified logits.
+    logprobs: float32 [B], natural logarithm of the token's probability under the softmax of the unmodified logits; of
+        no meaning where `Sampling.logprobs` is None.
     top_ids, top_logprobs: int32 and float32 [B, n], n the largest `Sampling.logprobs` of the batch: the likeliest
         tokens under the same softmax, best first, padded with -1 and -inf.
     """
@@ -76,12 +79,14 @@ class Runner(Protocol):
     page_size: positions per page, in every group.
     groups: the page groups; every layer is in exactly one.
     max_tokens_per_step: the largest T that a call accepts.
+    adapter_count: adapters go by number from 0 up to this.
     """
 
     config: ModelConfig
     page_size: int
     groups: tuple[PageGroup, ...]
     max_tokens_per_step: int
+    adapter_count: int
 
     def reserve(self, pages: Sequence[int]) -> None:
         """Makes room for so many pages per group and keeps what is cached; raises GemkitError if memory is short."""

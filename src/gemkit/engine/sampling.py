@@ -31,7 +31,8 @@ class Sampling:
     top_p: keep the fewest, largest first, that make up this share of what is left; 1 is off.
     min_p: keep those with at least this share of the largest probability; 0 is off.
     seed: 0 to 2^64 - 1; a request's n-th token depends on the seed, n and the logits alone.
-    logprobs: how many of the likeliest tokens to report with each token.
+    logprobs: how many of the likeliest tokens to report with each token, its own log-probability in any case. None
+        reports nothing, which lets a runner leave out most of the vocabulary; the tokens are the same.
     """
 
     temperature: float = 0.0
@@ -43,7 +44,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
-    logprobs: int = 0
+    logprobs: int | None = 0
 
     def __post_init__(self) -> None:
         number, whole = self._number, self._whole
@@ -55,7 +56,8 @@ class Sampling:
         number("presence_penalty", -1000, 1000, "0 turns it off")
         number("frequency_penalty", -1000, 1000, "0 turns it off")
         whole("seed", 0, 2**64 - 1, "leave it out for a random one")
-        whole("logprobs", 0, MAX_LOGPROBS, "0 reports the chosen token only")
+        if self.logprobs is not None:
+            whole("logprobs", 0, MAX_LOGPROBS, "0 reports the chosen token only")
         object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
 
     @property
@@ -186,5 +188,5 @@ def sample(
         sums = np.cumsum(weights)
         token = int(ids[np.searchsorted(sums, uniform(sampling.seed, counter) * sums[-1], side="right")])
     logprobs = log_softmax(logits)
-    top = np.argsort(-logits, kind="stable")[: sampling.logprobs].astype(np.int32)
+    top = np.argsort(-logits, kind="stable")[: sampling.logprobs or 0].astype(np.int32)
     return token, float(logprobs[token]), top, logprobs[top].astype(np.float32)

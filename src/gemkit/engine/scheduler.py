@@ -151,6 +151,7 @@ def make_batch(plan: Plan, page_size: int, draw: bool = True) -> Batch:
             table[b, : len(row)] = row
         pages.append(table)
     sample = [draw and end == sequence.length for end, sequence in zip(ends, sequences)]
+    adapters = [sequence.adapter for sequence in sequences]
     return Batch(
         tokens=np.concatenate([sequence.ids[sequence.cached : end] for sequence, end in zip(sequences, ends)]),
         starts=starts,
@@ -161,6 +162,7 @@ def make_batch(plan: Plan, page_size: int, draw: bool = True) -> Batch:
         counters=np.array([len(sequence.tokens) for sequence in sequences], np.int64),
         history=tuple(_history(sequence, drawn) for sequence, drawn in zip(sequences, sample)),
         prompt_lengths=np.array([sequence.prompt_length for sequence in sequences], np.int32),
+        adapters=np.array(adapters, np.int32) if max(adapters) >= 0 else None,
     )
 
 
@@ -179,6 +181,7 @@ def _single(sequence: Sequence, count: int, page_size: int, draw: bool) -> Batch
         np.array((len(sequence.tokens),), np.int64),
         (_history(sequence, sample),),
         np.array((sequence.prompt_length,), np.int32),
+        np.array((sequence.adapter,), np.int32) if sequence.adapter >= 0 else None,
     )
 
 

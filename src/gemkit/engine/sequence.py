@@ -26,13 +26,13 @@ class Token(NamedTuple):
     """One generated token.
 
     text: what it adds to the text; empty while a character or a possible stop string is incomplete.
-    logprob: natural logarithm of its probability under the unmodified softmax.
+    logprob: natural logarithm of its probability under the unmodified softmax; None if it was not asked for.
     top: the likeliest tokens with their log-probabilities, best first; as many as ``Sampling.logprobs``.
     """
 
     id: int
     text: str
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...]
 
 
@@ -71,10 +71,12 @@ class Sequence:
     ids: int32 with room for the whole request; ``length`` are known, the first ``prompt_length`` are the prompt.
     cached: how many positions are in the cache; the next step starts there.
     limit: the length at which generation ends.
+    adapter: its adapter's number, -1 for none.
     tokens: what was generated, in order; finish_reason: None, then "stop", "length" or "cancelled".
     """
 
     __slots__ = (
+        "adapter",
         "cached",
         "finish_reason",
         "first_token_time",
@@ -100,6 +102,7 @@ class Sequence:
         sampling: Sampling,
         stream: TextStream | None = None,
         ignore_eos: bool = False,
+        adapter: int = -1,
     ) -> None:
         self.ids = np.empty(limit, np.int32)
         self.ids[: len(prompt)] = prompt
@@ -109,6 +112,7 @@ class Sequence:
         self.sampling = sampling
         self.stream = stream
         self.ignore_eos = ignore_eos
+        self.adapter = adapter
         self.cached = 0
         self.tokens: list[Token] = []
         self.finish_reason: str | None = None

@@ -61,8 +61,9 @@ class SpecialTokens:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: end of sequence, and end of turn where there is one."""
-        return frozenset({self.eos} if self.end_of_turn is None else {self.eos, self.end_of_turn})
+        """Tokens that end an answer: end of sequence, end of turn, and CodeGemma's four, where they exist."""
+        four = (self.fim_prefix, self.fim_middle, self.fim_suffix, self.file_separator)
+        return frozenset(token for token in (self.eos, self.end_of_turn, *four) if token is not None)
 
 
 def find_special(find: Callable[[str], int | None]) -> SpecialTokens:

@@ -1,7 +1,8 @@
 """Text to ids and back, with the sentencepiece library.
 
 Its model is written from a vocabulary, whichever file that came in, and kept in the cache folder under a checksum: a
-second start reads one file and never builds the list of pieces.
+second start reads one file and never builds the list of pieces. That start imports neither NumPy nor the readers of
+vocabularies, so that it can begin before they are there.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import sentencepiece
 
 from gemkit.cache import cache_dir, try_atomic_write
 from gemkit.errors import GemkitError
 from gemkit.text.special import SPACE, find_special
-from gemkit.text.spm_proto import read_model, write_model
-from gemkit.text.tokenizer_json import read_tokenizer_json
-from gemkit.text.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from gemkit.text.vocabulary import Vocabulary
 
 # To be changed whenever the model written from the same vocabulary changes.
 _CACHE_FORMAT = b"gemkit tokenizer 1\n"
@@ -56,6 +57,8 @@ class Tokenizer:
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary) -> Tokenizer:
         """Raises GemkitError if the vocabulary is broken or no Gemma's."""
+        import numpy as np
+
         digest = hashlib.sha256()
         for part in (
             np.fromiter(map(len, vocabulary.pieces), np.int64, len(vocabulary.pieces)),
@@ -73,6 +76,9 @@ class Tokenizer:
             data = Path(path).read_bytes()
         except OSError as error:
             raise GemkitError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from None
+        from gemkit.text.spm_proto import read_model
+        from gemkit.text.tokenizer_json import read_tokenizer_json
+
         # A model starts with the key of its first piece, 0x0A, which JSON may have as white space.
         read = read_tokenizer_json if data[:64].lstrip()[:1] == b"{" else read_model
         try:
@@ -88,18 +94,23 @@ class Tokenizer:
         A cache that cannot be read or written costs time, nothing else.
         Raises GemkitError if the vocabulary is broken or no Gemma's.
         """
-        name = hashlib.sha256(_CACHE_FORMAT + key.encode()).hexdigest()
-        try:
-            path = cache_dir() / "tokenizers" / f"{name}.bin"
-        except GemkitError:
-            path = None
-        if path is not None and (model := _read_cached(path)) is not None:
-            return cls(model)
-        model = write_model(make())
+        if (tokenizer := cls.find_cached(key)) is not None:
+            return tokenizer
+        vocabulary = make()
+        from gemkit.text.spm_proto import write_model
+
+        model = write_model(vocabulary)
         tokenizer = cls(model)
-        if path is not None:
+        if (path := _cached(key)) is not None:
             try_atomic_write(path, _CACHE_FORMAT + hashlib.sha256(model).digest() + model)
         return tokenizer
+
+    @classmethod
+    def find_cached(cls, key: str) -> Tokenizer | None:
+        """Loads the tokenizer kept under ``key``; None if there is none or it is damaged."""
+        path = _cached(key)
+        model = None if path is None else _read_cached(path)
+        return None if model is None else cls(model)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Returns the ids of plain text, after one BOS.
@@ -170,6 +181,14 @@ class Tokenizer:
             return None
         # It answers with the id of <unk>, or −1, where there is none.
         return found if found >= 0 and self._model.id_to_piece(found) == piece else None
+
+
+def _cached(key: str) -> Path | None:
+    name = hashlib.sha256(_CACHE_FORMAT + key.encode()).hexdigest()
+    try:
+        return cache_dir() / "tokenizers" / f"{name}.bin"
+    except GemkitError:
+        return None
 
 
 def _read_cached(path: Path) -> bytes | None:

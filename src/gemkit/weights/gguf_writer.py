@@ -74,6 +74,7 @@ def _header(checkpoint: Checkpoint, tensors: list[tuple[str, Tensor]]) -> bytes:
     pairs |= {
         "general.type": (STRING, "model"),
         "general.name": (STRING, checkpoint.name or checkpoint.config.model_type),
+        "general.license": (STRING, "gemma"),
         "general.quantization_version": (UINT32, 2),
         "general.file_type": (UINT32, _FILE_TYPES.get(max(sizes, key=sizes.__getitem__), _GUESSED)),
     }

@@ -7,7 +7,7 @@ becomes indices.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,8 @@ from gemkit.engine.runner import PageGroup
 from gemkit.errors import GemkitError
 
 GGML_F32 = 0
+
+_NO_BYTES = np.zeros(0, np.uint8)
 
 # The core's field for each of a layer's tensors; the name follows "model.layers.<i>." and ends in ".weight".
 _MATRICES = {
@@ -58,9 +60,18 @@ def page_groups(config: ModelConfig) -> tuple[PageGroup, ...]:
     return tuple(PageGroup(window or None, tuple(layers)) for window, layers in members.items())
 
 
-def build_plan(config: ModelConfig, weights: Mapping[str, Weight]) -> dict[str, Any]:
+class LowRank(Protocol):
+    """What the plan reads of an adapter: by weight name, A [rank, in], B [out, rank] (float32) and the scale."""
+
+    parts: Mapping[str, tuple[np.ndarray, np.ndarray, float]]
+
+
+def build_plan(
+    config: ModelConfig, weights: Mapping[str, Weight], adapters: Sequence[LowRank] = (), packed: bool = False
+) -> dict[str, Any]:
     """The dictionary that ``_native.Model.create`` takes. `weights` holds the manifest's tensors by canonical name.
 
+    packed: the core gets the matrices as a packed image: their bytes are not read here.
     Raises GemkitError that names the first tensor that is missing or has another shape.
     """
     for name, spec in manifest(config).items():
@@ -71,11 +82,19 @@ def build_plan(config: ModelConfig, weights: Mapping[str, Weight]) -> dict[str, 
                 f"{name} has shape {list(weights[name].shape)}, not {list(spec.shape)}: load the right model"
             )
     tensors: list[tuple[int, int, int, np.ndarray]] = []
+    index: dict[str, int] = {}
 
     def matrix(name: str) -> int:
         weight = weights[name]
         rows, cols = weight.shape
-        tensors.append((int(weight.type), rows, cols, np.ascontiguousarray(weight.data).reshape(-1).view(np.uint8)))
+        data = _NO_BYTES if packed else np.ascontiguousarray(weight.data).reshape(-1).view(np.uint8)
+        tensors.append((int(weight.type), rows, cols, data))
+        index[name] = len(tensors) - 1
+        return index[name]
+
+    def low_rank(values: np.ndarray) -> int:
+        values = np.ascontiguousarray(values, np.float32)
+        tensors.append((GGML_F32, *values.shape, values.reshape(-1).view(np.uint8)))
         return len(tensors) - 1
 
     def norm(name: str) -> int:
@@ -99,7 +118,7 @@ def build_plan(config: ModelConfig, weights: Mapping[str, Weight]) -> dict[str, 
             | {"group": group_of[i], "rope": ropes.index((layer.rope_theta, layer.rope_factor))}
         )
     embed = matrix("model.embed_tokens.weight")
-    return {
+    plan = {
         "hidden": config.hidden_size,
         "ffn": config.intermediate_size,
         "heads": config.num_attention_heads,
@@ -118,6 +137,11 @@ def build_plan(config: ModelConfig, weights: Mapping[str, Weight]) -> dict[str, 
         "group_windows": [group.window or 0 for group in groups],
         "ropes": [{"base": base, "factor": factor} for base, factor in ropes],
         "layers": layers,
-        "adapters": [],
-        "tensors": tensors,
     }
+    # Last, so that the packed layout of the model's own matrices does not depend on its adapters
+    parts = [
+        {"adapter": number, "target": index[name], "a": low_rank(a), "b": low_rank(b), "scale": float(scale)}
+        for number, adapter in enumerate(adapters)
+        for name, (a, b, scale) in adapter.parts.items()
+    ]
+    return plan | {"adapters": parts, "tensors": tensors}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -10,9 +11,11 @@ from gemkit import _native
 from gemkit.arch.config import ModelConfig
 from gemkit.engine.runner import Batch, StepResult
 from gemkit.errors import GemkitError, UsageError
-from gemkit.models.native.plan import Weight, build_plan, page_groups
+from gemkit.models.native.plan import LowRank, Weight, build_plan, page_groups
 
 ACTIVATIONS = ("int8", "float32")
+
+IMAGE_VERSION: int = _native.image_version
 
 _NO_IDS = np.zeros(0, np.int32)
 _NO_VALUES = np.zeros(0, np.float32)
@@ -26,11 +29,23 @@ def kernel_path() -> str:
         raise UsageError(f"{error}.") from None
 
 
+class PackedStore(Protocol):
+    """Keeps the packed weights of one model between starts."""
+
+    def find(self) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """The packed image and the head's screen that were kept earlier, uint8, mapped; None if there are none."""
+
+    def keep(self, model: _native.Model) -> None:
+        """Takes a model whose image is to be kept, and gives it a screen."""
+
+
 class NativeRunner:
     """Runs a model on the CPU; results are the same bits for every batch, chunk and thread count.
 
     config, weights: as in a `Checkpoint`: every tensor of the manifest by canonical name. They are packed at once; the
         caller may close its file afterwards.
+    adapters: low-rank additions; `Batch.adapters` says by number which sequence uses which.
+    store: where the packed weights may lie ready from an earlier start; see `gemkit.models.native.packed`.
     threads: None takes every core this process may use.
     activations: "int8" is fast; "float32" dequantises the weights to float32 and keeps activations and cache in
         float32: it needs 4 bytes a parameter, is slow, and serves as the exact form of the weights.
@@ -45,6 +60,8 @@ class NativeRunner:
         config: ModelConfig,
         weights: Mapping[str, Weight],
         *,
+        adapters: Sequence[LowRank] = (),
+        store: PackedStore | None = None,
         threads: int | None = None,
         activations: str = "int8",
         max_tokens_per_step: int = 512,
@@ -59,10 +76,17 @@ class NativeRunner:
         self.activations = activations
         self.max_tokens_per_step = max_tokens_per_step
         self.path = kernel_path()
-        plan = build_plan(config, weights)
+        self.adapter_count = len(adapters)
+        # Float activations need float weights, which are made anew at each start
+        if activations == "float32":
+            store = None
+        image, screen = (store.find() if store is not None else None) or (None, None)
+        plan = build_plan(config, weights, adapters, packed=image is not None)
         self._model = self._call(
-            _native.Model.create, plan, self.threads, activations == "float32", max_tokens_per_step
+            _native.Model.create, plan, self.threads, activations == "float32", max_tokens_per_step, image, screen
         )
+        if store is not None and image is None:
+            store.keep(self._model)
 
     @staticmethod
     def _call(function, *arguments):
@@ -77,9 +101,27 @@ class NativeRunner:
         return self._model.weight_bytes
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes of weights that one greedy token of one sequence reads: with a screen, less than all of them."""
+        return self._model.token_bytes
+
+    @property
+    def screen_bytes(self) -> int:
+        """Memory of the head's screen; 0 where there is none yet, or none is worth its while."""
+        return self._model.screen_bytes if self._model.has_screen else 0
+
+    @property
     def scratch_bytes(self) -> int:
         """Memory reserved for activations and logits, touched as far as steps need it."""
         return self._model.scratch_bytes
+
+    def use_screen(self, use: bool) -> None:
+        """Whether tokens may be chosen by way of the head's screen, where there is one; they are the same."""
+        self._model.use_screen(use)
+
+    def take_screen_counts(self) -> list[int]:
+        """How many panels of 16 tokens each screened choice computed since the last call, -1 where it was all."""
+        return self._model.take_screen_counts()
 
     def reserve(self, pages: Sequence[int]) -> None:
         for group, count in enumerate(pages):
@@ -91,7 +133,9 @@ class NativeRunner:
     def step(self, batch: Batch) -> StepResult:
         wanted = np.flatnonzero(batch.sample)
         rows = [(batch.sampling[b], batch.history[b], batch.counters[b], batch.prompt_lengths[b]) for b in wanted]
-        integers = np.array([(s.top_k, s.logprobs, counter, length) for s, _, counter, length in rows], np.int64)
+        integers = np.array(
+            [(s.top_k, -1 if s.logprobs is None else s.logprobs, n, length) for s, _, n, length in rows], np.int64
+        )
         reals = np.array(
             [
                 (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
@@ -145,7 +189,7 @@ class NativeRunner:
             np.ascontiguousarray(batch.starts, np.int32),
             np.ascontiguousarray(batch.positions, np.int32),
             [np.ascontiguousarray(table, np.int32) for table in batch.pages],
-            _NO_IDS,  # no adapters
+            _NO_IDS if batch.adapters is None else np.ascontiguousarray(batch.adapters, np.int32),
         )
 
 

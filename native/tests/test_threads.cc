@@ -1,0 +1,70 @@
+// The team of threads: every member runs every phase and none begins one before all have ended the last, with more
+// threads than cores too.
+#include <chrono>
+
+#include "check.h"
+#include "threads.h"
+
+using namespace gemkit;
+
+namespace {
+
+void test_phases(int size) {
+  constexpr int kRuns = 20, kPhases = 25;
+  Team team(size);
+  CHECK(team.size() == size, "%d threads, not %d", team.size(), size);
+  std::vector<int> done(static_cast<size_t>(size));
+  const auto begin = std::chrono::steady_clock::now();
+  for (int run = 0; run < kRuns; run++) {
+    if (run % 10 == 9) std::this_thread::sleep_for(std::chrono::milliseconds(3));  // so that the others fall asleep
+    auto body = [&](int rank, int count) {
+      CHECK(count == size, "%d members, not %d", count, size);
+      for (int phase = 0; phase < kPhases; phase++) {
+        done[static_cast<size_t>(rank)]++;
+        team.barrier();
+        for (int n : done) CHECK(n == run * kPhases + phase + 1, "%d threads: a phase began too early", size);
+        team.barrier();
+      }
+    };
+    team.run(body);
+    for (int n : done) CHECK(n == (run + 1) * kPhases, "%d threads: run() returned too early", size);
+  }
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  std::printf("%d threads on %d cores: %.1f us a phase\n", size, usable_cores(), seconds / (kRuns * kPhases * 2) * 1e6);
+}
+
+// Denormal results are zero on every member while a body runs, and the caller's mode comes back.
+void test_denormals(int size) {
+  const volatile float tiny = 1e-30f;
+  std::vector<float> products(static_cast<size_t>(size), 1);
+  auto body = [&](int rank, int) { products[static_cast<size_t>(rank)] = tiny * 1e-10f; };
+  Team(size).run(body);
+  for (float p : products) CHECK(p == 0, "%d threads: a denormal result of %g", size, p);
+  CHECK(tiny * 1e-10f > 0, "the caller's mode was not restored");
+}
+
+void test_shares() {
+  for (int64_t n : {0, 1, 7, 64, 1000003})
+    for (int size : {1, 2, 3, 8}) {
+      int64_t at = 0;
+      for (int rank = 0; rank < size; rank++) {
+        const Range r = share(n, rank, size);
+        CHECK(r.begin == at && r.end >= at && r.end - r.begin <= n / size + 1, "share %d of %d", rank, size);
+        at = r.end;
+      }
+      CHECK(at == n, "shares of %d end at %d", int(n), int(at));
+    }
+}
+
+}  // namespace
+
+int main() {
+  test_shares();
+  for (int size : {1, 2, 3, 8}) {
+    {
+      Team idle(size);
+    }  // goes as it came, without a run
+    test_phases(size);
+    test_denormals(size);
+  }
+}

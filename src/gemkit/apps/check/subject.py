@@ -1,0 +1,229 @@
+"""A model's files as the rules see them: whatever could be read, and what could not.
+
+Nothing here has been validated. A reader fills in what it finds and writes down what it could not read; a rule looks at
+what is there and stays silent about the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from gemkit.arch.config import STOP_TOKEN_IDS, ModelConfig
+from gemkit.arch.presets import PRESETS, Preset
+from gemkit.arch.tensors import TensorSpec, manifest
+from gemkit.weights.quant import GGMLType, dequantise
+
+GGUF, HF, KERAS = "gguf", "hf", "keras"
+
+_TUNED = re.compile(r"(?i)(?:^|[-_. /])(it|instruct|chat)(?:$|[-_. /])")
+_UNTUNED = re.compile(r"(?i)(?:^|[-_. /])(pt|base|pretrained)(?:$|[-_. /])")
+
+_WHOLE = 1 << 20  # tensors up to this many numbers are read whole
+_SAMPLED_ROWS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class TensorView:
+    """A tensor as stored.
+
+    name: in its file. key: its canonical name, None if it is none of a Gemma's text tensors. type: the file's word for
+    it. form: the same as `GGMLType` if gemkit can read the numbers. data: its bytes, None if they are not there.
+    add_one: the file should hold 1 + w.
+    """
+
+    name: str
+    key: str | None
+    type: str
+    shape: tuple[int, ...]
+    file: str
+    form: GGMLType | None = None
+    data: np.ndarray | None = None
+    add_one: bool = False
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}: {self.name}"
+
+    @property
+    def is_readable(self) -> bool:
+        return self.form is not None and self.data is not None and self.size > 0
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    def raw(self, rows: slice | np.ndarray | None = None) -> np.ndarray:
+        """The bytes of some rows (all but the last dimension flattened), uint8 [rows, bytes]."""
+        assert self.data is not None
+        table = self.data.reshape(max(1, self.size // max(1, self.shape[-1] if self.shape else 1)), -1)
+        return table if rows is None else table[rows]
+
+    def numbers(self, rows: slice | np.ndarray | None = None) -> np.ndarray:
+        """Some rows as float32 [rows, columns]; they may hold anything."""
+        assert self.form is not None
+        raw = self.raw(rows)
+        columns = self.shape[-1] if self.shape else 1
+        with np.errstate(all="ignore"):
+            return dequantise(self.form, np.ascontiguousarray(raw), (len(raw), columns))
+
+    def chunks(self, deep: bool) -> Iterator[np.ndarray]:
+        """All rows, a few megabytes at a time; without `deep` some rows of a large tensor, the last among them."""
+        columns = max(1, self.shape[-1] if self.shape else 1)
+        rows = self.size // columns
+        if self.size <= _WHOLE:
+            yield self.numbers()
+        elif not deep:
+            picked = np.unique(np.linspace(0, rows - 1, min(rows, _SAMPLED_ROWS)).astype(np.int64))
+            for part in np.array_split(picked, max(1, len(picked) * columns // _WHOLE)):
+                yield self.numbers(part)
+        else:
+            step = max(1, _WHOLE // columns)
+            for start in range(0, rows, step):
+                yield self.numbers(slice(start, start + step))
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What reading a tensor showed: numbers that are not finite, and the largest absolute value of the others."""
+
+    not_finite: int
+    largest: float
+
+
+@dataclass
+class Tokens:
+    """A tokenizer. ids: of all pieces; size: one more than the largest id. where: its file.
+
+    control: pieces that the file marks as control tokens, and ordinary: pieces that it lists as something else; pieces
+    of neither kind are left to the program. writes_bos: how many <bos> the file itself puts in front of a text, None if
+    it leaves that to its settings.
+    """
+
+    where: str
+    ids: Mapping[str, int]
+    size: int
+    control: frozenset[str] = frozenset()
+    ordinary: frozenset[str] = frozenset()
+    writes_bos: int | None = None
+
+    @cached_property
+    def pieces(self) -> dict[int, str]:
+        return {number: piece for piece, number in self.ids.items()}
+
+
+@dataclass
+class Subject:
+    """What was found at a path.
+
+    kind: GGUF, HF or KERAS. folder: None for a single file. files: the folder's, by relative name.
+    broken, truncated: (where, what) that could not be read. raw: the configuration as in the file (of a GGUF file its
+    key-values, without arrays); facts: where it is. config: the same understood, else config_fault says why not.
+    said_eos, said_bos: what the files give as ids, by where. add_bos: what they say, where_bos where.
+    """
+
+    path: Path
+    kind: str
+    folder: Path | None = None
+    files: list[str] = field(default_factory=list)
+    name: str = ""
+    deep: bool = False
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    truncated: list[tuple[str, str]] = field(default_factory=list)
+    absent_shards: list[tuple[str, str]] = field(default_factory=list)
+    facts: str = ""
+    raw: Mapping[str, object] = field(default_factory=dict)
+    family: str | None = None
+    config: ModelConfig | None = None
+    config_fault: str | None = None
+    tensors: list[TensorView] = field(default_factory=list)
+    tensors_known: bool = True
+    tokens: Tokens | None = None
+    tokenizer_config: Mapping[str, object] | None = None
+    said_eos: dict[str, list[object]] = field(default_factory=dict)
+    said_bos: dict[str, object] = field(default_factory=dict)
+    add_bos: bool | None = None
+    where_bos: str = ""
+    template: str | None = None
+    where_template: str = ""
+
+    @cached_property
+    def tuned(self) -> bool | None:
+        """It expects chat turns: its name has "it", or it has a template. None if nothing tells."""
+        # Stop ids do not tell: many tools, gemkit's own among them, list the end of the turn for every model.
+        if _UNTUNED.search(self.name):
+            return False
+        return True if _TUNED.search(self.name) or self.template else None
+
+    @cached_property
+    def answers(self) -> bool:
+        """It is tuned to answer; ShieldGemma is tuned, but only scores."""
+        return bool(self.tuned) and "shieldgemma" not in self.name.lower()
+
+    @cached_property
+    def is_quantised(self) -> bool:
+        """Its tensors are in another project's packed form, which the configuration announces."""
+        return any(self.raw.get(key) for key in ("quantization_config", "quantization"))
+
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """Its id, by the vocabulary if there is one, else by the family."""
+        if self.tokens is not None and (found := self.tokens.ids.get("<end_of_turn>")) is not None:
+            return found
+        return STOP_TOKEN_IDS[self.family][1] if self.family in STOP_TOKEN_IDS else None
+
+    def scanned(self, view: TensorView) -> Scan:
+        """A tensor's numbers, read once; of one that cannot be read, nothing."""
+        if view not in self._scans:
+            self._scans[view] = _scan(view, self.deep) if view.is_readable else Scan(0, 0.0)
+        return self._scans[view]
+
+    @cached_property
+    def _scans(self) -> dict[TensorView, Scan]:
+        return {}
+
+    @cached_property
+    def by_key(self) -> dict[str, TensorView]:
+        return {view.key: view for view in self.tensors if view.key}
+
+    @cached_property
+    def manifest(self) -> dict[str, TensorSpec]:
+        return manifest(self.config) if self.config is not None and self.config.num_hidden_layers <= 1024 else {}
+
+    @cached_property
+    def preset(self) -> Preset | None:
+        """A published model of exactly these sizes."""
+        if self.config is None:
+            return None
+        return next((p for p in PRESETS.values() if sizes(p.config) == sizes(self.config)), None)
+
+
+def _scan(view: TensorView, deep: bool) -> Scan:
+    bad, largest = 0, 0.0
+    for part in view.chunks(deep):
+        finite = np.isfinite(part)
+        if not finite.all():
+            bad += int(part.size - np.count_nonzero(finite))
+            part = np.where(finite, part, 0)
+        largest = max(largest, float(np.abs(part).max(initial=0)))
+    return Scan(bad, largest)
+
+
+def sizes(config: ModelConfig) -> tuple:
+    """What tells the published models apart."""
+    return (
+        config.model_type,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )

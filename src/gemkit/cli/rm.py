@@ -1,0 +1,27 @@
+"""`gemkit rm NAME`: delete a downloaded model."""
+
+import sys
+
+import click
+
+from gemkit.cli.common import Text, megabytes
+from gemkit.errors import GemkitError, UsageError
+
+
+@click.command("rm", short_help="Delete a downloaded model.")
+@click.argument("name", metavar="NAME", type=Text())
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def command(name: str, yes: bool) -> None:
+    """Delete the model NAME, as `gemkit ls` calls it, and what gemkit keeps of it."""
+    from gemkit.weights.hub import named, remove
+
+    entries = named(name)
+    for entry in entries:
+        click.echo(f"{entry.name}  {megabytes(entry.size)}  {entry.path}", err=True)
+    if not yes:
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise UsageError("nothing was deleted: --yes is needed where nobody can be asked")
+        question = "Delete it?" if len(entries) == 1 else f"Delete these {len(entries)}?"
+        if not click.confirm(question, err=True):
+            raise GemkitError("nothing was deleted")
+    remove(entries)

@@ -1,0 +1,200 @@
+"""From a name to a loaded model: find the files, read them, start the core.
+
+This file imports nothing heavy: the tokenizer of a model that was loaded before is read while NumPy, the core and the
+weights' reader are still being imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemkit.cache import cache_dir, try_atomic_write
+from gemkit.errors import GemkitError, UsageError
+
+if TYPE_CHECKING:
+    from gemkit.api import Model
+    from gemkit.arch.config import ModelConfig
+    from gemkit.text.tokenizer import Tokenizer
+    from gemkit.weights.checkpoint import Checkpoint
+    from gemkit.weights.lora import LoraAdapter
+
+Adapters = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
+
+DTYPES = ("auto", "bfloat16", "float32", "int8")
+
+
+def load(
+    path_or_name: str | os.PathLike[str],
+    threads: int | None = None,
+    activations: str = "int8",
+    ctx_size: int | None = None,
+    *,
+    dtype: str = "auto",
+    adapter: Adapters | None = None,
+    offline: bool = False,
+) -> Model:
+    """Loads a model: a GGUF file, a folder with one, a Hugging Face folder, a hub's name, or "demo".
+
+    Names: "gemma-3-1b-it" and the like, "hf:org/name[:file]", "kaggle:…"; see `gemkit.weights.hub`. "demo" is the
+    model that the extra `demo` installs. offline: never ask a hub.
+    threads: by default the physical cores that this process may use. activations: "int8" is fast, "float32" is close
+    to the reference. ctx_size: the most tokens, prompt and answer together, by default what the model was made for;
+    memory is taken as it is needed.
+    dtype: "auto" takes the weights as they are stored; "bfloat16", "float32" and "int8" convert them.
+    adapter: a PEFT folder that is used for all requests, or several by name, chosen with each request. Adapters are
+    not merged.
+    Raises GemkitError if there is no such model or its file is broken, UsageError for a bad value.
+    """
+    return Loading(path_or_name, threads, activations, ctx_size, dtype=dtype, adapter=adapter, offline=offline).model()
+
+
+class Loading:
+    """A load in two halves, for who has something to do in between; the arguments are those of `load`."""
+
+    def __init__(
+        self,
+        path_or_name: str | os.PathLike[str],
+        threads: int | None = None,
+        activations: str = "int8",
+        ctx_size: int | None = None,
+        *,
+        dtype: str = "auto",
+        adapter: Adapters | None = None,
+        offline: bool = False,
+    ) -> None:
+        if threads is None:
+            threads = default_threads()
+        elif isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+            raise UsageError(f"threads is {threads!r}; give a whole number from 1 to 1024")
+        if activations not in ("int8", "float32"):
+            raise UsageError(f"activations is {activations!r}; choose int8 or float32")
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
+        self.threads, self.activations, self.ctx_size = threads, activations, ctx_size
+        self.dtype, self.adapter = dtype, adapter
+        self.path = find(path_or_name, offline)
+        self._beside = ThreadPoolExecutor(1)
+        self._early: Future[Tokenizer | None] = self._beside.submit(_remembered_tokenizer, self.path)
+
+    def model(self) -> Model:
+        from gemkit.api import Model
+        from gemkit.models.native import NativeRunner, PackedStore
+        from gemkit.weights.files import open_checkpoint
+
+        with self._beside, open_checkpoint(self.path) as stored:
+            # The vocabulary is read while the core packs the weights: each takes a tenth of a second or more.
+            tokenizer = self._beside.submit(lambda: self._early.result() or _tokenizer(stored))
+            checkpoint = _converted(stored, self.dtype)
+            adapters = _adapters(self.adapter, checkpoint.config)
+            store = PackedStore.of(stored.source, checkpoint.tensors)
+            runner = NativeRunner(
+                checkpoint.config,
+                checkpoint.tensors,
+                adapters=list(adapters.values()),
+                store=store,
+                threads=self.threads,
+                activations=self.activations,
+            )
+            return Model(checkpoint, runner, tokenizer.result(), self.threads, self.ctx_size, adapters, store)
+
+
+def find(path_or_name: str | os.PathLike[str], offline: bool = False) -> Path:
+    """The model's file or folder, downloaded if need be."""
+    if path_or_name == "demo":
+        from gemkit.weights.demo import demo_path
+
+        return Path(demo_path())
+    path = Path(path_or_name)
+    if path.exists():
+        return path
+    from gemkit.weights.hub import resolve
+
+    return resolve(path_or_name, offline=offline)
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use, a container's CPU quota included; on other systems than Linux, CPUs."""
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, getattr(os, "process_cpu_count", os.cpu_count)() or 1)
+    cpus = os.sched_getaffinity(0)
+    try:
+        root = Path("/sys/devices/system/cpu")
+        count = len({(root / f"cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in cpus})
+    except OSError:
+        count = len(cpus)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass  # no container, or no quota ("max")
+    return max(1, count)
+
+
+def _converted(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    if dtype == "auto":
+        return checkpoint
+    from gemkit.weights.dtype import convert
+
+    return convert(checkpoint, dtype)
+
+
+def _adapters(paths: Adapters | None, config: ModelConfig) -> dict[str, LoraAdapter]:
+    """The adapters by name."""
+    if paths is None:
+        return {}
+    from gemkit.api import BASE, ONLY
+    from gemkit.weights.lora import check_fits, read_peft
+
+    adapters = {}
+    for name, path in paths.items() if isinstance(paths, Mapping) else [(ONLY, paths)]:
+        if isinstance(paths, Mapping) and (name in (BASE, ONLY) or not isinstance(name, str)):
+            raise UsageError(f"an adapter is named {name!r}: give it another name")
+        adapters[name] = read_peft(path)
+        check_fits(adapters[name], config)
+    return adapters
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    from gemkit.text.tokenizer import Tokenizer
+
+    key = checkpoint.vocabulary_key
+    if key is None:
+        raise GemkitError(
+            f"{checkpoint.source} has no vocabulary: get the file again, or another conversion of the model"
+        )
+    tokenizer = Tokenizer.from_cached(key, lambda: checkpoint.vocabulary)
+    if checkpoint.source is not None and (record := _key_record(checkpoint.source)) is not None:
+        try_atomic_write(record, key.encode())
+    return tokenizer
+
+
+def _remembered_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of a file that was loaded before, found without opening it; None if it is not known."""
+    record = _key_record(path)
+    try:
+        key = record.read_text() if record is not None else None
+    except (OSError, ValueError):
+        return None
+    if key is None:
+        return None
+    from gemkit.text.tokenizer import Tokenizer
+
+    return Tokenizer.find_cached(key)
+
+
+def _key_record(path: Path) -> Path | None:
+    """Where the checksum of a file's vocabulary is remembered, under the file's name, size and time."""
+    try:
+        status = path.stat()
+        if not path.is_file():
+            return None
+        facts = f"{path.absolute()}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ino}"
+        return cache_dir() / "tokenizers" / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.key"
+    except (OSError, GemkitError):
+        return None

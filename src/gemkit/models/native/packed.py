@@ -1,0 +1,216 @@
+"""Packed weights kept between starts: the next one maps a file instead of reading and packing the model again.
+
+The file also holds the head's screen, by which the core chooses tokens while it reads half of a large head. It takes
+seconds to make, so a model that was never loaded before decodes its first tokens without.
+
+Under ``cache_dir()/packed`` lie images, named by the SHA-256 of the model's files and by their layout, so that copies
+of a model share one, and a record for each model (JSON) that names its image and tells by size and time whether the
+model's files are still those. An image is written whole under another name, then renamed; processes share its memory.
+GEMKIT_PACKED=0 switches all of this off.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from gemkit import _native
+from gemkit.cache import cache_dir, try_atomic_write
+from gemkit.models.native.plan import Weight
+from gemkit.models.native.runner import IMAGE_VERSION
+
+_PAGE = 4096  # bytes before the image: a line of JSON, padded; the screen begins at a multiple of it
+_BLOCK = 1 << 22
+_STALE_SECONDS = 3600
+_GRACE = 1.0  # seconds before the work begins: a model that was just loaded has its first token to give
+
+
+class PackedStore:
+    """The image of one model.
+
+    source: the model's file or folder, as the user named it. files: those that its weights come from.
+    weights: its matrices; their order, types and shapes decide the layout.
+    """
+
+    def __init__(self, source: Path, files: tuple[Path, ...], weights: Mapping[str, Weight]) -> None:
+        self.folder = cache_dir() / "packed"
+        self.source, self.files = Path(source).absolute(), files
+        layout = [IMAGE_VERSION, *((name, int(w.type), *w.shape) for name, w in weights.items())]
+        self.layout = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+        key = hashlib.sha256(f"{self.source}\n{self.layout}".encode()).hexdigest()
+        self.record = self.folder / f"{key[:32]}.json"
+        self._thread: threading.Thread | None = None
+        self._cancelled, self._hurry = threading.Event(), threading.Event()
+
+    @classmethod
+    def of(cls, source: Path | None, weights: Mapping[str, Weight]) -> PackedStore | None:
+        """The store of a model read from `source`, a file or a folder; None without one or where it is switched off."""
+        if source is None or os.environ.get("GEMKIT_PACKED", "1") in ("0", "off", "no", "false"):
+            return None
+        files = (source,) if source.is_file() else tuple(sorted(source.glob("*.safetensors")))
+        return cls(source, files, weights)
+
+    def find(self) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """The image and the screen kept earlier, mapped; None if there are none or they are not this model's."""
+        try:
+            record = json.loads(self.record.read_bytes())
+            if record["layout"] != self.layout or record["files"] != self._facts():
+                return None
+            return self._map(self.folder / Path(record["packed"]).name)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(self, model: _native.Model) -> None:
+        """Gives the model a screen and writes both beside what else the process does; a full disk is no error."""
+        self._thread = threading.Thread(target=self._keep, args=(model,), name="gemkit-packed", daemon=True)
+        self._thread.start()
+        atexit.register(self.finish)
+
+    def finish(self) -> None:
+        """Waits until all is written; an interrupt gives it up and leaves nothing behind."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        atexit.unregister(self.finish)
+        self._hurry.set()
+        try:
+            thread.join()
+        except BaseException:
+            self._cancelled.set()
+            thread.join()
+            raise
+
+    def _map(self, path: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(_PAGE))
+            image, screen = header["image"], header["screen"]
+            size = _PAGE + _whole_pages(image) + screen
+            if header["layout"] != self.layout or os.fstat(file.fileno()).st_size != size:
+                return None
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        parts = np.frombuffer(mapped, np.uint8)
+        at = _PAGE + _whole_pages(image)
+        return parts[_PAGE : _PAGE + image], parts[at : at + screen] if screen else None
+
+    def _keep(self, model: _native.Model) -> None:
+        self._hurry.wait(_GRACE)
+        _yield_to_others()
+        screen = None
+        try:
+            facts = self._facts()
+            name = f"{self._digest()[:32]}-{self.layout[:16]}.packed"
+            path = self.folder / name
+            if not self._is_kept(path):
+                screen = model.make_screen()
+                self._write(path, model.image(), screen)
+            if facts == self._facts():  # else the model changed while it was read
+                record = {"source": str(self.source), "files": facts, "layout": self.layout, "packed": name}
+                try_atomic_write(self.record, json.dumps(record).encode())
+            kept = self._map(path)
+            screen = kept[1] if kept is not None else screen  # its pages are shared with other processes
+        except (OSError, ValueError):
+            pass  # a full disk, or a cache that cannot be written
+        except _Cancelled:
+            return
+        if screen is not None and screen.size:
+            model.attach_screen(screen)
+
+    def _is_kept(self, path: Path) -> bool:
+        try:
+            return self._map(path) is not None
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _write(self, path: Path, image: np.ndarray, screen: np.ndarray) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_stale()
+        # Half as much again is left free: a cache must not be what fills a disk
+        if shutil.disk_usage(self.folder).free < 1.5 * (image.nbytes + screen.nbytes):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        header = json.dumps({"layout": self.layout, "image": image.nbytes, "screen": screen.nbytes}).encode()
+        handle, temporary = tempfile.mkstemp(prefix=".packed-", dir=self.folder)
+        try:
+            with os.fdopen(handle, "wb", buffering=0) as file:
+                for part in (header.ljust(_PAGE), image, bytes(_whole_pages(image.nbytes) - image.nbytes), screen):
+                    for at in range(0, len(part), _BLOCK):
+                        self._check()
+                        _write_all(file, part[at : at + _BLOCK])
+                os.fsync(file.fileno())  # else a power cut could leave a file of the right size full of zeros
+            self._check()
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.files:
+            with open(path, "rb", buffering=0) as file:
+                while block := file.read(_BLOCK):
+                    self._check()
+                    digest.update(block)
+        return digest.hexdigest()
+
+    def _facts(self) -> list[list[object]]:
+        """What ties a record to these very files."""
+        facts = []
+        for path in self.files:
+            status = path.stat()
+            facts.append([path.name, status.st_size, status.st_mtime_ns, status.st_ino])
+        return facts
+
+    def _remove_stale(self) -> None:
+        """Clears away what killed processes left, and images whose models are gone."""
+        named = set()
+        for path in self.folder.glob("*.json"):
+            try:
+                record = json.loads(path.read_bytes())
+                if Path(record["source"]).exists():
+                    named.add(record["packed"])
+                else:
+                    path.unlink()
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        for path in [*self.folder.glob(".packed-*"), *self.folder.glob("*.packed")]:
+            with contextlib.suppress(OSError):
+                if path.name not in named and time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+
+    def _check(self) -> None:
+        if self._cancelled.is_set():
+            raise _Cancelled
+
+
+class _Cancelled(Exception):
+    pass
+
+
+def _write_all(file, data) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
+
+
+def _yield_to_others() -> None:
+    """The model that was just loaded has the processor first."""
+    if hasattr(os, "setpriority") and hasattr(threading, "get_native_id"):
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -1,0 +1,114 @@
+"""Weights in another type than stored: `convert`. A tensor is converted when its bytes are asked for, piece by piece.
+
+    dtype      matrices   bytes a parameter
+    auto       as stored
+    float32    F32        4
+    bfloat16   BF16       2
+    int8       Q8_0       1.06, blocks of 32 numbers with one scale
+
+Norms become F32, without loss. From a quantised GGUF, `float32` is exact, `bfloat16` and `int8` round what was rounded
+before: they change the size and speed, never for the better in quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from gemkit.errors import GemkitError, UsageError
+from gemkit.weights.checkpoint import Checkpoint, Tensor
+from gemkit.weights.quant import BLOCKS, GGMLType, dequantise, nbytes, quantise
+
+TYPES = {"float32": GGMLType.F32, "bfloat16": GGMLType.BF16, "int8": GGMLType.Q8_0}
+DTYPES = ("auto", *TYPES)
+
+_CHUNK_ELEMENTS = 1 << 18
+_NONE = np.zeros(0, np.uint8)
+
+
+class Converted(Tensor):
+    """A tensor that is converted from `original` at each use of `data`, in pieces of whole rows.
+
+    Beside the result, memory holds about ten pieces of 1 MB. add_one: the original's, as are the numbers.
+    """
+
+    __slots__ = ("_name", "original")
+
+    def __init__(self, name: str, type: GGMLType, original: Tensor) -> None:
+        self.type, self.shape, self.add_one = type, original.shape, original.add_one
+        self._name, self.original = name, original
+        self._data = _NONE  # until the checkpoint is closed
+        try:
+            nbytes(type, self.shape)
+        except GemkitError as error:
+            raise GemkitError(f"{name}: {error}") from None
+
+    @property
+    def data(self) -> np.ndarray:
+        """The converted bytes, uint8, flat, new at each call. Raises GemkitError for a number that does not fit."""
+        if self._data is None:
+            raise GemkitError("the checkpoint is closed: load it again")
+        columns = self.shape[-1]
+        source = self.original.data.reshape(-1, nbytes(self.original.type, (columns,)))
+        out = np.empty((len(source), nbytes(self.type, (columns,))), np.uint8)
+        step = max(1, _CHUNK_ELEMENTS // columns)
+        for at in range(0, len(source), step):
+            rows = source[at : at + step]
+            try:
+                values = dequantise(self.original.type, rows, (len(rows), columns))
+                out[at : at + step] = quantise(self.type, values).reshape(len(rows), -1)
+            except GemkitError as error:
+                raise GemkitError(f"{self._name}: {error}") from None
+        return out.reshape(-1)
+
+
+def convert(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """The checkpoint with its weights in a type of the table above; `auto` returns it as it is.
+
+    The new checkpoint reads from the old one, and closing it closes both. Raises UsageError for an unknown dtype,
+    GemkitError where a row of a matrix is not a whole number of blocks.
+    """
+    if dtype == "auto":
+        return checkpoint
+    if dtype not in TYPES:
+        raise UsageError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
+        kind = TYPES[dtype] if len(tensor.shape) > 1 else GGMLType.F32
+        tensors[name] = tensor if tensor.type == kind else Converted(name, kind, tensor)
+    return Checkpoint(
+        checkpoint.config,
+        tensors,
+        vocabulary=lambda: checkpoint.vocabulary,
+        vocabulary_key=lambda: checkpoint.vocabulary_key,
+        chat_template=checkpoint.chat_template,
+        name=checkpoint.name,
+        instruction_tuned=checkpoint.instruction_tuned,
+        source=checkpoint.source,
+        metadata=checkpoint.metadata,
+        close=checkpoint.close,
+    )
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """What the weights are, in a sentence. Example: "weights: int8 (Q8_0) from BF16, 1.06 bytes a parameter"."""
+    matrices = [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1]
+    names = {type: name for name, type in TYPES.items()}
+    types = _by_size(matrices)
+    converted = [tensor.original for tensor in matrices if isinstance(tensor, Converted)]
+    what = f"{names[types[0]]} ({types[0].name})" if types[0] in names else types[0].name
+    if len(types) > 1:
+        what = ", ".join(type.name for type in types)
+    origin = f"from {', '.join(type.name for type in _by_size(converted))}" if converted else "as stored"
+    size = sum(tensor.nbytes for tensor in checkpoint.tensors.values()) / checkpoint.config.parameter_count()
+    return f"weights: {what} {origin}, {size:.2f} bytes a parameter"
+
+
+def _by_size(tensors: Iterable[Tensor]) -> list[GGMLType]:
+    """The types, the one with the most numbers first."""
+    counts: dict[GGMLType, int] = {}
+    for tensor in tensors:
+        numbers = tensor.nbytes // BLOCKS[tensor.type].bytes * BLOCKS[tensor.type].elements
+        counts[tensor.type] = counts.get(tensor.type, 0) + numbers
+    return sorted(counts, key=lambda type: -counts[type])

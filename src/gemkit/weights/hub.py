@@ -1,0 +1,178 @@
+"""A name → local files: a path, the demo model, Hugging Face, Kaggle. Every verb finds its model through `resolve`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from gemkit.cache import cache_dir
+from gemkit.errors import GemkitError, GemkitWarning, UsageError
+from gemkit.weights import hub_hf, hub_hf_cache, hub_kaggle
+from gemkit.weights.hub_list import Entry, installed
+from gemkit.weights.hub_names import HfName, KaggleName, Name, parse
+from gemkit.weights.hub_progress import Progress, on_terminal
+
+DEMO = "demo"
+_SUFFIXES = (".gguf", ".safetensors", ".json")
+
+
+def resolve(
+    name: str | os.PathLike[str],
+    *,
+    offline: bool = False,
+    download: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+    refresh: bool = False,
+) -> Path:
+    """Returns a model's GGUF file or folder, and downloads it first if it is a hub's and not here whole.
+
+    name: a path; "demo"; a published model's short name; `hf:org/name[@revision][:file or quantisation]`, also without
+    `hf:`; `kaggle:owner/model/framework/variation[/version]`. offline: never ask a hub, nor with HF_HUB_OFFLINE=1.
+    download: False raises rather than fetches. progress: called about ten times a second; by default a line on the
+    terminal. refresh: ask whether the hub has a newer one; without it, what is here whole is used with no question.
+    Raises GemkitError with the remedy. Example: ``resolve("demo").suffix`` is ``".gguf"``.
+    """
+    if name == DEMO:
+        from gemkit.weights.demo import demo_path
+
+        return demo_path()
+    if (path := _local(name)) is not None:
+        return path
+    text = os.fspath(name)
+    names = parse(text)
+    found = next((path for one in names if (path := _find(one))), None)
+    offline = offline or hub_hf.is_offline()
+    if found is not None and (offline or not refresh or not download):
+        return found
+    if offline or not download:
+        raise _not_here(text, offline)
+    try:
+        return _download(names[0], text, progress, 1 if found else None)
+    except UsageError:
+        raise
+    except GemkitError as error:
+        if found is None:
+            raise
+        warnings.warn(f"{error}; the copy in {found} is used", GemkitWarning, stacklevel=2)
+        return found
+
+
+def named(name: str) -> list[Entry]:
+    """Returns the downloaded models that a name means, whole or not: all revisions and files unless it names one.
+
+    Raises GemkitError if there is none.
+    """
+    entries = installed()
+    found = [entry for entry in entries if entry.name == name]
+    if not found and name != DEMO:
+        if _local(name) is not None:
+            raise UsageError(f"{name} is a path, not a name of 'gemkit ls': delete it yourself")
+        found = [entry for entry in entries if any(_means(one, entry) for one in parse(name))]
+    if not found:
+        raise GemkitError(f"{name} is not downloaded: 'gemkit ls' lists what is")
+    return found
+
+
+def remove(entries: Iterable[Entry]) -> None:
+    """Deletes downloaded models and what gemkit keeps of them; files that other revisions share stay."""
+    for entry in entries:
+        paths = {entry.path, *entry.path.rglob("*")} if entry.path.is_dir() else {entry.path}
+        paths |= {path.resolve() for path in paths}
+        try:
+            entry.remove()
+        except OSError as error:
+            raise GemkitError(f"{error.filename or entry.path} cannot be deleted ({error.strerror or error})") from None
+        remove_sidecars(paths)
+
+
+def remove_sidecars(paths: Iterable[Path]) -> None:
+    """Deletes what gemkit keeps of the models at these paths: their packed weights."""
+    _remove_packed(paths)
+
+
+def packed_size() -> int:
+    """Bytes of the packed weights that gemkit keeps of all models."""
+    return sum(path.stat().st_size for path in (cache_dir() / "packed").glob("*") if path.is_file())
+
+
+def _remove_packed(paths: Iterable[Path]) -> None:
+    """Deletes the records of these models, and each packed file that no other record names."""
+    folder, gone = cache_dir() / "packed", {str(path) for path in paths}
+    kept, dropped = set(), set()
+    for record in sorted(folder.glob("*.json")):
+        try:
+            value = json.loads(record.read_bytes())
+            source, packed = str(value["source"]), Path(str(value["packed"])).name
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if source in gone:
+            dropped.add(packed)
+            record.unlink(missing_ok=True)
+        else:
+            kept.add(packed)
+    for packed in dropped - kept:
+        with contextlib.suppress(OSError):  # Windows: another process has it mapped
+            (folder / packed).unlink()
+
+
+def _local(name: str | os.PathLike[str]) -> Path | None:
+    """The path, if the name is one; raises GemkitError if it can only be one and is not there."""
+    text = os.fspath(name)
+    if not text or "\0" in text:
+        raise UsageError("the model's name is empty: give a file, a folder or a name like gemma-3-1b-it")
+    path = Path(text).expanduser() if text.startswith("~") else Path(text)
+    with contextlib.suppress(OSError):  # a name too long for the disk
+        if path.exists():
+            return path
+    if text.lower().startswith(("hf:", "kaggle:")):
+        return None
+    by_form = not isinstance(name, str) or text.startswith((".", "~")) or path.is_absolute() or "\\" in text
+    if by_form or text.lower().endswith(_SUFFIXES):
+        raise GemkitError(f"there is no file or folder {text}: check the path")
+    if "/" in text and (len(path.parts) != 2 or path.parent.is_dir()):
+        raise GemkitError(f"there is no file or folder {text}; a model on Hugging Face is hf:org/name")
+    return None
+
+
+def _find(name: Name) -> Path | None:
+    return hub_hf_cache.find(name) if isinstance(name, HfName) else hub_kaggle.find(name)
+
+
+def _download(name: Name, text: str, progress: Callable[[Progress], None] | None, attempts: int | None) -> Path:
+    show = None
+    if progress is None:
+        progress = show = on_terminal(text)
+    options = {} if attempts is None else {"attempts": attempts}
+    try:
+        if isinstance(name, HfName):
+            return hub_hf.download(name, progress, **options)
+        return hub_kaggle.download(name, progress, **options)
+    except ImportError as error:
+        raise GemkitError(
+            f"downloads need the package huggingface_hub ({error}): pip install huggingface_hub"
+        ) from None
+    finally:
+        if show is not None:
+            show(None)
+
+
+def _not_here(text: str, offline: bool) -> GemkitError:
+    how = "and the network is switched off (--offline or HF_HUB_OFFLINE): " if offline else ""
+    return GemkitError(f"{text} is not downloaded, or not whole, {how}run 'gemkit download {text}'")
+
+
+def _means(name: Name, entry: Entry) -> bool:
+    """Whether a name means a downloaded model."""
+    if isinstance(name, KaggleName):
+        return entry.handle == name.handle and name.version in (None, entry.version)
+    if entry.repo != name.repo:
+        return False
+    if name.revision is not None and not (
+        entry.revision == name.revision or (entry.commit or "").startswith(name.revision)
+    ):
+        return False
+    return name.selector is None or hub_hf_cache.find(name) == entry.path

@@ -1,0 +1,201 @@
+"""What a model may be called, and which of a repository's files a name means. No file or network is touched here.
+
+`demo`; a short name of a published model (`gemma-3-1b-it`); `hf:org/name[@revision][:file, glob or quantisation]`, also
+without `hf:`; `kaggle:owner/model/framework/variation[/version]`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from gemkit.errors import GemkitError, UsageError
+
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_HF = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?(?::(?P<selector>[^:@\s]+))?")
+_KAGGLE = re.compile(rf"(?P<handle>{_PART}/{_PART}/{_PART}/{_PART})(?:/(?P<version>[1-9][0-9]{{0,8}}))?")
+
+# Small files, all at the top of a repository; beside them the weights are fetched, and nothing else.
+_SMALL = frozenset(
+    {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    }
+)
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_QUANT = re.compile(r"(?:^|[-._])((?:I?Q|TQ|MXFP)\d\w*|BF16|FP?16|FP?32)$", re.IGNORECASE)
+_SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+@dataclass(frozen=True)
+class HfName:
+    """A model on Hugging Face. revision: a branch, tag or commit; None is `main`. selector: which GGUF file."""
+
+    repo: str
+    revision: str | None = None
+    selector: str | None = None
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"hf:{self.repo}{revision}" + (f":{self.selector}" if self.selector else "")
+
+
+@dataclass(frozen=True)
+class KaggleName:
+    """A model on Kaggle. handle: owner/model/framework/variation. version: None is the newest."""
+
+    handle: str
+    version: int | None = None
+
+    def __str__(self) -> str:
+        return f"kaggle:{self.handle}" + (f"/{self.version}" if self.version else "")
+
+
+Name = HfName | KaggleName
+
+
+def parse(name: str) -> tuple[Name, ...]:
+    """Returns where a model of that name is published, the first choice first.
+
+    Raises UsageError for a malformed name and GemkitError, with the nearest names, for an unknown one.
+    Example: ``parse("gemma-2-2b-it")`` is ``(HfName("google/gemma-2-2b-it"), KaggleName(…))``.
+    """
+    text = name.strip()
+    if text.lower().startswith("kaggle:"):
+        match = _KAGGLE.fullmatch(text[7:])
+        if not match or ".." in text:
+            raise UsageError(f"{name!r} is not a Kaggle name: give kaggle:owner/model/framework/variation[/version]")
+        version = match["version"]
+        return (KaggleName(match["handle"], int(version) if version else None),)
+    prefixed = text.lower().startswith("hf:")
+    if prefixed or "/" in text:
+        match = _HF.fullmatch(text[3:] if prefixed else text)
+        if not match or ".." in text:
+            what = "a Hugging Face name" if prefixed else "a file, a folder or the name of a model"
+            raise UsageError(f"{name!r} is not {what}: give hf:org/name, hf:org/name@revision or hf:org/name:file")
+        return (HfName(match["repo"], match["revision"], match["selector"]),)
+    return _short(text)
+
+
+def with_revision(name: str, revision: str) -> str:
+    """Returns the name with a revision of Hugging Face, or a version of Kaggle, put in."""
+    first = parse(name)[0]
+    if isinstance(first, HfName):
+        changed: Name = replace(first, revision=revision)
+    else:
+        changed = replace(first, version=int(revision) if revision.isdecimal() else None)
+        if not changed.version:
+            raise UsageError(f"--revision is {revision!r}; Kaggle's versions are numbers")
+    if (first.revision if isinstance(first, HfName) else first.version) is not None:
+        raise UsageError(f"{name!r} names a revision already: leave out --revision")
+    return str(parse(str(changed))[0])
+
+
+def _short(text: str) -> tuple[Name, ...]:
+    from gemkit.arch.presets import PRESETS
+
+    key = text.lower()
+    if key in PRESETS:
+        other = kaggle_handle(PRESETS[key].hub_id)
+        return (HfName(PRESETS[key].hub_id), *([KaggleName(other)] if other else []))
+    near = difflib.get_close_matches(key, [*PRESETS, "demo"], n=3, cutoff=0.6)
+    remedy = (
+        f"did you mean {', '.join(near)}?"
+        if near
+        else "give a file, a folder, hf:org/name or a name like gemma-3-1b-it"
+    )
+    raise GemkitError(f"there is no model {text!r}; {remedy}")
+
+
+def kaggle_handle(repo: str) -> str | None:
+    """Returns Kaggle's name for a model that Google publishes on both hubs, or None where it is not known."""
+    match = re.fullmatch(r"google/(gemma(?:-[23])?)-(\d.*)", repo)
+    if not match:
+        return None
+    family, rest = match.groups()
+    return f"google/{family}/transformers/" + (rest if family == "gemma" else f"{family}-{rest}")
+
+
+def select(files: Iterable[str], selector: str | None, label: str) -> list[str]:
+    """Returns the files of a repository that gemkit needs: a Hugging Face model's, or one GGUF file.
+
+    A repository with both means its safetensors, unless a selector picks a GGUF. label: the name, for messages.
+    Raises GemkitError, or UsageError where a selector is missing or matches no file or several.
+    """
+    files = sorted(files)
+    top = [name for name in files if "/" not in name]
+    ggufs = [name for name in files if name.lower().endswith(".gguf") and _is_model(name)]
+    if selector is not None:
+        return [_one(ggufs, selector, label)]
+    weights = [name for name in top if _SHARD.fullmatch(name)] if INDEX in top else []
+    weights = weights or [name for name in top if name == "model.safetensors"]
+    if weights and "config.json" in top:
+        index = [INDEX] if INDEX in top and "model.safetensors" not in weights else []
+        return [*(name for name in top if name in _SMALL), *index, *weights]
+    if ggufs:
+        return [_one(ggufs, None, label)]
+    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    has = f" (only pickles such as {pickles[0]}, which may run code)" if pickles else ""
+    raise GemkitError(f"{label} has no weights that gemkit reads{has}: look for a version in safetensors or GGUF")
+
+
+def quantisation(name: str) -> str | None:
+    """Returns the block format in a GGUF file's name: `Q4_K_M` for `gemma-2b-it.Q4_K_M.gguf`."""
+    match = _QUANT.search(re.sub(r"\.gguf$", "", name, flags=re.IGNORECASE))
+    return match[1] if match else None
+
+
+def _is_model(name: str) -> bool:
+    """Image encoders and quantisation statistics are GGUF files too."""
+    stem = name.rsplit("/", 1)[-1].lower()
+    return "mmproj" not in stem and "imatrix" not in stem
+
+
+def _one(ggufs: list[str], selector: str | None, label: str) -> str:
+    found = ggufs
+    if selector is not None:
+        key = selector.lower()
+        found = (
+            [name for name in ggufs if name == selector]
+            or [name for name in ggufs if fnmatch.fnmatchcase(name.lower(), key)]
+            or [name for name in ggufs if (quantisation(_unsplit(name)) or "").lower() == key]
+        )
+    base = label.removesuffix(f":{selector}") if selector else label
+    if not found:
+        listed = f"it has {_listed(ggufs)}" if ggufs else "it has no GGUF file"
+        raise UsageError(f"{base} has no GGUF file {selector!r}: {listed}")
+    if any(_unsplit(name) != name for name in found) and len({_unsplit(name) for name in found}) == 1:
+        raise GemkitError(f"{label} is split into several files, which gemkit does not read: choose a whole GGUF file")
+    if len(found) > 1:
+        raise UsageError(f"{label} means {len(found)} GGUF files; add :file or :quantisation: {_listed(found)}")
+    return found[0]
+
+
+def _unsplit(name: str) -> str:
+    stem = re.sub(r"\.gguf$", "", name, flags=re.IGNORECASE)
+    return _SPLIT.sub("", stem) + name[len(stem) :]
+
+
+def _listed(names: list[str]) -> str:
+    """Quantisations where they tell the files apart, else the files."""
+    quants = [quantisation(name) for name in names]
+    if None not in quants and len(set(quants)) == len(quants):
+        return ", ".join(str(quant) for quant in quants)
+    return ", ".join(names)
+
+
+def is_safe(name: str) -> bool:
+    """Whether a file's name from a hub stays inside the folder that it is put in."""
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") for part in parts) and not re.search(r"[\\:\x00-\x1f]", name)

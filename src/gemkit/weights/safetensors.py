@@ -1,0 +1,295 @@
+"""safetensors files: a header in JSON and the tensors' bytes, memory-mapped. It knows nothing of models.
+
+The file is not trusted: every length, offset, type and dimension is checked before it is used, and a fault raises
+GemkitError. As the format demands, tensors follow each other without gaps or overlaps from the header to the end of the
+file. Format: "Format" in the README of github.com/huggingface/safetensors; sizes: ``safetensors/src/tensor.rs``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+import re
+import stat
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from gemkit.errors import GemkitError
+from gemkit.weights.json_file import parse_object, read_object
+from gemkit.weights.quant import GGMLType
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# Bits of one element
+DTYPES = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+# Those that gemkit computes with
+TYPES = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
+
+_MAX_HEADER = 100_000_000
+_MAX_DIMENSIONS = 64  # NumPy's
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor. dtype: the format's name, a key of `DTYPES`. shape: row-major. Its bytes are file[begin:end]."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsFile:
+    """An open safetensors file; a context manager. Only the header is read.
+
+    tensors: by name, in the order of their bytes. metadata: the header's own strings, often {"format": "pt"}.
+    Raises GemkitError if the file is broken.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.metadata: dict[str, str] = {}
+        self.tensors: dict[str, Entry] = {}
+        self._map: mmap.mmap | None = None
+        try:
+            if not stat.S_ISREG(self.path.stat().st_mode):
+                raise GemkitError(f"{self.path} is not a regular file: give the path of a safetensors file")
+            with open(self.path, "rb") as file:
+                if os.fstat(file.fileno()).st_size < 8:
+                    self._fail("it is too short to be a safetensors file")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise GemkitError(f"{self.path} cannot be read ({error.strerror or error}): check the path") from None
+        try:
+            self._parse(len(self._map))
+        except BaseException:
+            self.close()
+            raise
+
+    def data(self, name: str) -> np.ndarray:
+        """A tensor's bytes, uint8, flat: a view of the mapped file. KeyError if there is none of that name."""
+        entry = self.tensors[name]
+        if self._map is None:
+            raise GemkitError(f"{self.path} is closed: open it again")
+        return np.frombuffer(self._map, np.uint8, entry.end - entry.begin, entry.begin)
+
+    def close(self) -> None:
+        """Lets go of the file. Views that are still held keep the mapping alive."""
+        mapped, self._map = self._map, None
+        if mapped is not None:
+            with contextlib.suppress(BufferError):  # it goes with the last view
+                mapped.close()
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<safetensors file {str(self.path)!r}, {len(self.tensors)} tensors>"
+
+    # --- the parser ------------------------------------------------------------------------------------------------
+
+    def _fail(self, fault: str, remedy: str = "the file is damaged: get it again") -> NoReturn:
+        raise GemkitError(f"{self.path}: {fault}; {remedy}")
+
+    def _parse(self, size: int) -> None:
+        (length,) = struct.unpack_from("<Q", self._map)
+        start = 8 + length
+        if self._map[8:9] != b"{":
+            self._fail("it is not a safetensors file", "give the path of one")
+        if length > _MAX_HEADER:
+            self._fail(f"its header has {length} bytes, allowed are {_MAX_HEADER}")
+        if start > size:
+            self._fail(f"its header has {length} bytes and reaches past the end of the file, which has {size}")
+        try:
+            header = parse_object(self._map[8:start])
+        except ValueError as error:
+            self._fail(f"its header is no JSON object ({error})")
+        self._metadata(header.pop("__metadata__", None))
+        rows = sorted(
+            ((name, self._entry(name, value, start)) for name, value in header.items()),
+            key=lambda row: (row[1].begin, row[1].end),
+        )
+        end, before = start, "the header"
+        for name, entry in rows:
+            if entry.begin != end:
+                relation = "overlap" if entry.begin < end else "have a gap between them"
+                self._fail(f"{before} and the tensor {shown(name)} {relation}")
+            end, before = entry.end, f"the tensor {shown(name)}"
+            if end > size:
+                self._fail(f"{before} ends at byte {end}, past the end of the file, which has {size} bytes")
+        if end != size:
+            self._fail(f"{size - end} bytes follow {before}, which should be the last")
+        self.tensors = dict(rows)
+
+    def _metadata(self, value: object) -> None:
+        if value is None:
+            return
+        if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+            self._fail("its __metadata__ is not an object of strings")
+        self.metadata = value
+
+    def _entry(self, name: str, value: object, start: int) -> Entry:
+        label = f"the tensor {shown(name)}"
+        if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+            self._fail(f"{label} lacks a dtype, shape or data_offsets")
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            self._fail(f"{label} has the unknown type {shown(dtype)}", "get a version in BF16, F16 or F32")
+        if not _counts(shape) or len(shape) > _MAX_DIMENSIONS:
+            self._fail(f"{label} has the shape {shown(shape)}, not a list of whole numbers")
+        if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            self._fail(f"{label} has the data_offsets {shown(offsets)}, not where it begins and ends")
+        bits = math.prod(shape) * DTYPES[dtype]
+        if bits != 8 * (offsets[1] - offsets[0]):
+            self._fail(f"{label} has {offsets[1] - offsets[0]} bytes, not those of {dtype} {shown(shape)}")
+        return Entry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+class ShardedFiles:
+    """The weights of one model in one or more safetensors files; a context manager.
+
+    tensors: by name, of all files. files: the open files. metadata: the first file's.
+    """
+
+    def __init__(self, files: tuple[SafetensorsFile, ...]) -> None:
+        self.files = files
+        self._file_of = {name: file for file in files for name in file.tensors}
+        self.tensors: Mapping[str, Entry] = {name: file.tensors[name] for name, file in self._file_of.items()}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self.files[0].metadata
+
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._file_of[name].path
+
+    def data(self, name: str) -> np.ndarray:
+        """A tensor's bytes; see `SafetensorsFile.data`."""
+        return self._file_of[name].data(name)
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> ShardedFiles:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_weights(folder: str | os.PathLike[str]) -> ShardedFiles:
+    """Opens a folder's weights: ``model.safetensors``, or the shards of its index, or its only safetensors file.
+
+    Raises GemkitError if there are none, a file is broken, or index and shards disagree on a single tensor.
+    """
+    folder = Path(folder)
+    if os.path.lexists(folder / SINGLE):
+        return ShardedFiles((SafetensorsFile(folder / SINGLE),))
+    if os.path.lexists(folder / INDEX):
+        return _open_shards(folder)
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+        pickled = any(path.suffix in (".bin", ".pt", ".pth", ".ckpt") for path in folder.iterdir())
+    except OSError as error:
+        raise GemkitError(f"{folder} cannot be read ({error.strerror or error}): check the path") from None
+    if names == ["adapter_model.safetensors"]:
+        raise GemkitError(f"{folder} holds an adapter, not a model: give the model's path, and this one as its adapter")
+    if any(_SHARD.fullmatch(name) for name in names):
+        raise GemkitError(f"{folder} has shards of a model but no {INDEX}: get that file too")
+    if not names:
+        more = ", only pickled weights, which can run programs: get a version in safetensors" if pickled else ""
+        raise GemkitError(f"{folder} has no safetensors files{more or ': check the path'}")
+    if len(names) > 1:
+        raise GemkitError(f"{folder} has {len(names)} safetensors files and none named {SINGLE}: leave one there")
+    return ShardedFiles((SafetensorsFile(folder / names[0]),))
+
+
+def _open_shards(folder: Path) -> ShardedFiles:
+    index = folder / INDEX
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise GemkitError(f"{index} has no weight_map; get the file again")
+    for tensor, name in shards.items():
+        if not isinstance(name, str) or not _is_plain(name):
+            raise GemkitError(
+                f"{index} puts {shown(tensor)} into {shown(name)}, which is no name of a file beside it; get it again"
+            )
+    files: list[SafetensorsFile] = []
+    try:
+        for name in sorted(set(shards.values())):
+            if not (folder / name).exists():
+                raise GemkitError(f"{folder / name} is missing, though {INDEX} names it: get that file too")
+            file = SafetensorsFile(folder / name)
+            files.append(file)
+            expected = {tensor for tensor, shard in shards.items() if shard == name}
+            if missing := sorted(expected - file.tensors.keys()):
+                raise GemkitError(
+                    f"{file.path} lacks {_listed(missing)}, which {INDEX} puts there; get both files again"
+                )
+            if extra := sorted(file.tensors.keys() - expected):
+                raise GemkitError(
+                    f"{file.path} holds {_listed(extra)}, which {INDEX} does not put there; get both files again"
+                )
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    return ShardedFiles(tuple(files))
+
+
+def _is_plain(name: str) -> bool:
+    """A file's name without a folder, on any system."""
+    return name.endswith(".safetensors") and name.isprintable() and not re.search(r"[/\\:]", name)
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(shown, names[:3])) + more
+
+
+def shown(value: object) -> str:
+    """A value from the file for a message: quoted, on one line, not long."""
+    text = ascii(value)
+    return text if len(text) <= 120 else f"{text[:100]}..."

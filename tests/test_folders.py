@@ -1,0 +1,131 @@
+"""A folder as Hugging Face and peft write it, from load to text, beside their own results. Budget: 30 s."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from engine.vocabulary import vocabulary
+from parity import transformers_models as hf
+from weights.files import tiny_config, tiny_params
+
+import gemkit
+from gemkit.cli import main
+from gemkit.engine.sampling import Sampling
+from gemkit.errors import UsageError
+from gemkit.text.spm_proto import write_model
+
+TEXT = "the sea was calm and the boats lay in the harbour"
+CONFIG = tiny_config("gemma3_text", head_dim=32, vocab_size=len(vocabulary().pieces))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A model's folder and those of two adapters."""
+    root = tmp_path_factory.mktemp("folders")
+    model = hf.build(CONFIG, tiny_params(CONFIG), torch.float32)
+    model.save_pretrained(root / "model", max_shard_size="40KB")
+    (root / "model" / "tokenizer.model").write_bytes(write_model(vocabulary()))
+    for number, name in enumerate(("first", "second")):
+        torch.manual_seed(number)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = peft.LoraConfig(
+                task_type="CAUSAL_LM", r=3 + number, lora_alpha=9, target_modules=["q_proj", "down_proj"]
+            )
+            adapted = peft.get_peft_model(model, config)
+            for key, parameter in adapted.named_parameters():
+                if "lora_B" in key:
+                    torch.nn.init.normal_(parameter, std=0.3)
+            adapted.save_pretrained(root / name)
+            model = adapted.unload()
+    assert len(list((root / "model").glob("*.safetensors"))) > 1
+    return root
+
+
+def run(capsys, *args: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_:
+        main(list(args))
+    output = capsys.readouterr()
+    return exit_.value.code or 0, output.out, output.err
+
+
+def theirs(world: Path, ids: list[int], adapter: str | None) -> np.ndarray:
+    """transformers' log-probabilities of ids[1:]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
+    if adapter:
+        model = peft.PeftModel.from_pretrained(model, world / adapter)
+    with torch.inference_mode():
+        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+    return logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("adapter", [None, "first", "second"])
+def test_scores_equal_theirs(world, adapter):
+    with gemkit.load(world / "model", 2, "float32", adapter=world / adapter if adapter else None) as model:
+        ours = model.score(TEXT)
+        assert np.abs(ours.logprobs - theirs(world, ours.ids, adapter)).max() < 2e-4
+        base = model.score(TEXT, adapter="base").logprobs
+        assert np.array_equal(base, ours.logprobs) == (adapter is None)
+
+
+def test_every_request_has_its_adapter(world):
+    """In one batch, the same bits as each alone."""
+    adapters = {"first": world / "first", "second": world / "second"}
+    options = {"max_tokens": 12, "ignore_eos": True}
+    drawn = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 7, "logprobs": 0}
+    with gemkit.load(world / "model", threads=2, adapter=adapters) as model:
+        alone = [
+            model.generate(TEXT, adapter=name, **drawn, **options).logprobs
+            for name in ("first", "second", None, "first")
+        ]
+        engine = model.engine
+        requests = [
+            engine.prepare(model.tokenizer.encode(TEXT), Sampling(**drawn), **options, adapter=number)
+            for number in (0, 1, -1, 0)
+        ]
+        for request in requests:
+            engine.submit(request)
+        while not all(request.finished for request in requests):
+            engine.step()
+        assert [[token.logprob for token in request.tokens] for request in requests] == alone
+        assert alone[0] == alone[3] and len({tuple(values) for values in alone}) == 3
+        with pytest.raises(UsageError, match="there is no adapter 'third': choose from first, second, base"):
+            model.generate(TEXT, adapter="third")
+
+
+@pytest.mark.parametrize("dtype, kind", [("auto", "F32"), ("bfloat16", "BF16"), ("int8", "Q8_0")])
+def test_the_type_of_the_weights_is_chosen_and_stated(world, dtype, kind, capsys):
+    arguments = [str(world / "model"), "--dtype", dtype, "--threads", "2"]
+    code, out, _ = run(capsys, "show", *arguments, "--json")
+    sizes = json.loads(out)["bytes_by_type"]
+    assert code == 0 and max(sizes, key=sizes.get) == kind
+    options = ["--prompt", TEXT, "--max-tokens", "4", "--temp", "0", "--verbose"]
+    code, _, err = run(capsys, "generate", *arguments, *options)
+    assert code == 0 and f"weights: {'float32' if dtype == 'auto' else dtype} ({kind})" in err
+
+
+def test_the_second_start_maps_converted_weights(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMKIT_CACHE", str(tmp_path))
+    scores = []
+    for _ in range(2):
+        with gemkit.load(world / "model", threads=2, dtype="int8") as model:
+            scores.append(model.score(TEXT).logprobs)
+            model.settle()
+    assert len(list((tmp_path / "packed").glob("*.packed"))) == 1
+    assert np.array_equal(*scores)
+
+
+def test_an_adapter_on_the_command_line(world, capsys):
+    arguments = ["score", str(world / "model"), "--text", TEXT, "--json"]
+    plain = run(capsys, *arguments)
+    adapted = run(capsys, *arguments, "--adapter-path", str(world / "first"))
+    assert plain[0] == adapted[0] == 0
+    assert json.loads(plain[1])["perplexity"] != json.loads(adapted[1])["perplexity"]
+    code, _, err = run(capsys, *arguments, "--adapter-path", str(world / "model"))
+    assert code == 1 and "adapter_config.json" in err
