@@ -129,3 +129,27 @@ def test_an_adapter_on_the_command_line(world, capsys):
     assert json.loads(plain[1])["perplexity"] != json.loads(adapted[1])["perplexity"]
     code, _, err = run(capsys, *arguments, "--adapter-path", str(world / "model"))
     assert code == 1 and "adapter_config.json" in err
+
+
+def test_torch_says_what_the_native_core_says(world):
+    with gemkit.load(world / "model", 1, backend="torch", device="cpu") as model:
+        ours = model.score(TEXT)
+        assert np.abs(ours.logprobs - theirs(world, ours.ids, None)).max() < 2e-4
+        text = model.generate(TEXT, max_tokens=8, temperature=0.0, ignore_eos=True)
+    with gemkit.load(world / "model", 2, "float32") as model:
+        assert model.generate(TEXT, max_tokens=8, temperature=0.0, ignore_eos=True).ids == text.ids
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"backend": "onnx"}, "choose from native, torch, jax"),
+        ({"backend": "torch", "dtype": "int8"}, "with the backend torch choose from auto, bfloat16, float32, float16"),
+        ({"dtype": "float16"}, "with the backend native choose from auto, bfloat16, float32, int8"),
+        ({"device": "cuda"}, "the native backend runs on the CPU: choose backend torch or jax"),
+        ({"backend": "torch", "activations": "float32"}, "are for the native backend"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_refused(world, options, words):
+    with pytest.raises(UsageError, match=words):
+        gemkit.load(world / "model", **options)

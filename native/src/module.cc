@@ -266,7 +266,7 @@ NB_MODULE(_native, m) {
   m.doc() = "gemkit's C++ core: one call runs a whole forward step.";
   m.attr("page_positions") = gemkit::kPagePositions;
   m.attr("image_version") = gemkit::kImageVersion;
-  m.def("path", [] { return kernels().name; }, "Name of the kernel path in use: portable, avx2 or avx512.");
+  m.def("path", [] { return kernels().name; }, "Name of the kernel path in use: portable, avx2, avx512 or neon.");
   m.def("cores", &gemkit::usable_cores, "Cores this process may run on.");
   m.def("measure_bandwidth", &measure_bandwidth, "threads"_a, "Read bandwidth of this machine in GB/s.");
   m.def("measure_int8_peak", &measure_int8_peak, "threads"_a,

@@ -7,6 +7,7 @@ weights' reader are still being imported.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 import os
 from collections.abc import Mapping
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
 
 Adapters = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 
-DTYPES = ("auto", "bfloat16", "float32", "int8")
+# By backend, the types that `dtype` may name.
+DTYPES = {
+    "native": ("auto", "bfloat16", "float32", "int8"),
+    "torch": ("auto", "bfloat16", "float32", "float16"),
+    "jax": ("auto", "bfloat16", "float32", "float16"),
+}
+BACKENDS = tuple(DTYPES)
 
 
 def load(
@@ -38,6 +45,8 @@ def load(
     dtype: str = "auto",
     adapter: Adapters | None = None,
     offline: bool = False,
+    backend: str = "native",
+    device: str | None = None,
 ) -> Model:
     """Loads a model: a GGUF file, a folder with one, a Hugging Face folder, a hub's name, or "demo".
 
@@ -49,9 +58,22 @@ def load(
     dtype: "auto" takes the weights as they are stored; "bfloat16", "float32" and "int8" convert them.
     adapter: a PEFT folder that is used for all requests, or several by name, chosen with each request. Adapters are
     not merged.
+    backend: "native", gemkit's own engine on the CPU; "torch" or "jax", from the extras of these names, on `device`
+    ("cpu", "cuda", …; by default an accelerator where there is one). There, "auto" is bfloat16 on accelerators that have
+    it and else float32, and "float16" is one more dtype, for Gemma 1.
     Raises GemkitError if there is no such model or its file is broken, UsageError for a bad value.
     """
-    return Loading(path_or_name, threads, activations, ctx_size, dtype=dtype, adapter=adapter, offline=offline).model()
+    return Loading(
+        path_or_name,
+        threads,
+        activations,
+        ctx_size,
+        dtype=dtype,
+        adapter=adapter,
+        offline=offline,
+        backend=backend,
+        device=device,
+    ).model()
 
 
 class Loading:
@@ -67,6 +89,8 @@ class Loading:
         dtype: str = "auto",
         adapter: Adapters | None = None,
         offline: bool = False,
+        backend: str = "native",
+        device: str | None = None,
     ) -> None:
         if threads is None:
             threads = default_threads()
@@ -74,15 +98,26 @@ class Loading:
             raise UsageError(f"threads is {threads!r}; give a whole number from 1 to 1024")
         if activations not in ("int8", "float32"):
             raise UsageError(f"activations is {activations!r}; choose int8 or float32")
-        if dtype not in DTYPES:
-            raise UsageError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
+        if backend not in DTYPES:
+            raise UsageError(f"backend is {backend!r}; choose from {', '.join(BACKENDS)}")
+        if dtype not in DTYPES[backend]:
+            raise UsageError(f"dtype is {dtype!r}; with the backend {backend} choose from {', '.join(DTYPES[backend])}")
+        if backend == "native" and device not in (None, "cpu"):
+            raise UsageError(f"device is {device!r}; the native backend runs on the CPU: choose backend torch or jax")
+        if backend != "native" and (adapter is not None or activations != "int8"):
+            raise UsageError(
+                "adapters and float32 activations are for the native backend: leave them or the backend out"
+            )
         self.threads, self.activations, self.ctx_size = threads, activations, ctx_size
         self.dtype, self.adapter = dtype, adapter
+        self.backend, self.device = backend, device
         self.path = find(path_or_name, offline)
         self._beside = ThreadPoolExecutor(1)
         self._early: Future[Tokenizer | None] = self._beside.submit(_remembered_tokenizer, self.path)
 
     def model(self) -> Model:
+        if self.backend != "native":
+            return self._framework_model()
         from gemkit.api import Model
         from gemkit.models.native import NativeRunner, PackedStore
         from gemkit.weights.files import open_checkpoint
@@ -102,6 +137,24 @@ class Loading:
                 activations=self.activations,
             )
             return Model(checkpoint, runner, tokenizer.result(), self.threads, self.ctx_size, adapters, store)
+
+    def _framework_model(self) -> Model:
+        from gemkit.api import Model
+        from gemkit.weights.files import open_checkpoint
+
+        try:
+            module = importlib.import_module(f"gemkit.models.{self.backend}")
+        except ModuleNotFoundError as error:
+            raise GemkitError(
+                f"the backend {self.backend} needs {error.name}: pip install 'gemkit[{self.backend}]'"
+            ) from None
+        runner_of = getattr(module, f"{self.backend.title()}Runner")
+        with self._beside, open_checkpoint(self.path) as checkpoint:
+            runner = runner_of(
+                checkpoint.config, checkpoint.tensors, threads=self.threads, device=self.device, dtype=self.dtype
+            )
+            tokenizer = self._early.result() or _tokenizer(checkpoint)
+            return Model(checkpoint, runner, tokenizer, self.threads, self.ctx_size)
 
 
 def find(path_or_name: str | os.PathLike[str], offline: bool = False) -> Path:

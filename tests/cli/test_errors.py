@@ -60,7 +60,7 @@ def test_version_and_help(capsys):
         ("seed is", ["generate", "demo", "--prompt", "x", "--seed", "-1"]),
         ("--threads", ["generate", "demo", "--prompt", "x", "--threads", "0"]),
         ("--activations", ["generate", "demo", "--prompt", "x", "--activations", "int4"]),
-        ("--dtype", ["generate", "demo", "--prompt", "x", "--dtype", "float16"]),
+        ("dtype is", ["generate", "demo", "--prompt", "x", "--dtype", "float16"]),
         ("--suffix", ["generate", "demo", "--prompt", "x", "--suffix", "y", "--raw"]),
         ("--logprobs needs --json", ["generate", "demo", "--prompt", "x", "--logprobs", "2"]),
         ("--raw", ["generate", "demo", "--prompt", "x", "--raw", "--system-prompt", "y"]),

@@ -8,7 +8,17 @@ from gemkit.api import Model
 from gemkit.cli import ALIASES, VERBS, cli
 from gemkit.loading import load
 
-LOAD = ["--threads", "--ctx-size", "--dtype", "--adapter-path", "--offline", "--activations", "--json"]
+LOAD = [
+    "--threads",
+    "--ctx-size",
+    "--dtype",
+    "--backend",
+    "--device",
+    "--adapter-path",
+    "--offline",
+    "--activations",
+    "--json",
+]
 FLAGS = {
     "generate": [
         "MODEL",

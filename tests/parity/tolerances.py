@@ -22,6 +22,11 @@ NATIVE_INT8_MATRICES = 1e-2
 # Log-probabilities of the core against float64 ones of the same logits, in nats.
 NATIVE_LOGPROB = 2e-5
 
+# torch, JAX and Keras in float32 against the reference.
+FRAMEWORK_FLOAT32 = 2e-5
+# The error of bfloat16 against float64, in those of transformers.
+BFLOAT16_RATIO = 2.0
+
 # Switching a case's trait off must move the logits by this many times the widest tolerance above.
 TRAIT_MARGIN = 100
 

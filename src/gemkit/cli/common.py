@@ -44,11 +44,19 @@ LOAD_OPTIONS = (
     ),
     click.option(
         "--dtype",
-        type=click.Choice(["auto", "bfloat16", "float32", "int8"]),
+        type=click.Choice(["auto", "bfloat16", "float32", "int8", "float16"]),
         default="auto",
         show_default=True,
         help="What to make of the weights; auto takes them as they are stored.",
     ),
+    click.option(
+        "--backend",
+        type=click.Choice(["native", "torch", "jax"]),
+        default="native",
+        show_default=True,
+        help="What runs the model; torch and jax are extras.",
+    ),
+    click.option("--device", metavar="NAME", help="Of the backends torch and jax: cpu, cuda, cuda:1, ... ."),
     click.option("--adapter-path", "adapter", metavar="PATH", help="A folder with a LoRA adapter (PEFT) to use."),
     click.option("--offline", is_flag=True, help="Never ask a hub: use what was downloaded before."),
     click.option(
@@ -66,7 +74,7 @@ def load_options(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def collected(**params: object) -> object:
-        names = ("threads", "ctx_size", "dtype", "adapter", "offline", "activations")
+        names = ("threads", "ctx_size", "dtype", "backend", "device", "adapter", "offline", "activations")
         return command(load=given(**{name: params.pop(name) for name in names}), **params)
 
     for option in reversed(LOAD_OPTIONS):

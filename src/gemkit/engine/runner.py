@@ -27,6 +27,15 @@ class PageGroup:
     layers: tuple[int, ...]
 
 
+def page_groups(config: ModelConfig) -> tuple[PageGroup, ...]:
+    """Layers by window, full attention first."""
+    windows = sorted({layer.sliding_window or 0 for layer in config.layers})
+    members: dict[int, list[int]] = {window: [] for window in windows}
+    for i, layer in enumerate(config.layers):
+        members[layer.sliding_window or 0].append(i)
+    return tuple(PageGroup(window or None, tuple(layers)) for window, layers in members.items())
+
+
 @dataclass(slots=True)
 class Batch:
     """One forward step over ragged sequences. The arrays are the engine's own and valid during the call only.

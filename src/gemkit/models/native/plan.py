@@ -14,7 +14,7 @@ import numpy as np
 
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.tensors import manifest
-from gemkit.engine.runner import PageGroup
+from gemkit.engine.runner import page_groups
 from gemkit.errors import GemkitError
 
 GGML_F32 = 0
@@ -49,15 +49,6 @@ class Weight(Protocol):
     data: np.ndarray
 
     def to_float32(self) -> np.ndarray: ...
-
-
-def page_groups(config: ModelConfig) -> tuple[PageGroup, ...]:
-    """Layers by window, full attention first."""
-    windows = sorted({layer.sliding_window or 0 for layer in config.layers})
-    members = {window: [] for window in windows}
-    for i, layer in enumerate(config.layers):
-        members[layer.sliding_window or 0].append(i)
-    return tuple(PageGroup(window or None, tuple(layers)) for window, layers in members.items())
 
 
 class LowRank(Protocol):

@@ -9,9 +9,9 @@ import numpy as np
 
 from gemkit import _native
 from gemkit.arch.config import ModelConfig
-from gemkit.engine.runner import Batch, StepResult
+from gemkit.engine.runner import Batch, StepResult, page_groups
 from gemkit.errors import GemkitError, UsageError
-from gemkit.models.native.plan import LowRank, Weight, build_plan, page_groups
+from gemkit.models.native.plan import LowRank, Weight, build_plan
 
 ACTIVATIONS = ("int8", "float32")
 

@@ -1,0 +1,171 @@
+"""`TorchRunner` behind the engine: cut and batched as it likes, it gives the reference's logits. Budget: 60 s."""
+
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from engine.vocabulary import tokenizer, vocabulary
+from parity.cases import CASES, random_params
+from parity.tolerances import FRAMEWORK_FLOAT32, relative_error
+from weights.files import tiny_config
+
+from gemkit.arch import reference
+from gemkit.engine.engine import Engine
+from gemkit.engine.runner import Batch
+from gemkit.engine.sampling import Sampling, sample
+from gemkit.errors import UsageError
+from gemkit.models.torch import TorchRunner
+from gemkit.weights.checkpoint import Checkpoint
+
+NO_IDS = np.zeros(0, np.int32)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models lose time to more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def runner_of(config, params, **options) -> TorchRunner:
+    return TorchRunner(config, Checkpoint.from_params(config, params).tensors, device="cpu", **options)
+
+
+def make_batch(runner, parts, sampling=None) -> Batch:
+    """parts: (place, ids, first position); places have pages of their own, pages out of a window's sight are gone."""
+    columns = max((first + len(ids) - 1) // runner.page_size + 1 for _, ids, first in parts)
+    tables = []
+    for group in runner.groups:
+        table = np.full((len(parts), columns), -1, np.int32)
+        for row, (place, ids, first) in enumerate(parts):
+            end = (first + len(ids) - 1) // runner.page_size + 1
+            start = 0 if group.window is None else max(0, first - group.window + 1) // runner.page_size
+            table[row, start:end] = place * 20 + np.arange(start, end)
+        tables.append(table)
+    count = len(parts)
+    return Batch(
+        tokens=np.concatenate([ids for _, ids, _ in parts]).astype(np.int32),
+        starts=np.cumsum([0, *(len(ids) for _, ids, _ in parts)]).astype(np.int32),
+        positions=np.array([first for *_, first in parts], np.int32),
+        pages=tuple(tables),
+        sample=np.full(count, sampling is not None),
+        sampling=(sampling or Sampling(),) * count,
+        counters=np.arange(count, dtype=np.int64),
+        history=(NO_IDS,) * count,
+        prompt_lengths=np.zeros(count, np.int32),
+    )
+
+
+@pytest.mark.parametrize("name", ["gemma1_2b", "gemma2", "gemma3", "untied_embedding"])
+def test_cuts_and_neighbours_change_nothing(name, monkeypatch):
+    monkeypatch.setattr(TorchRunner, "page_size", 16)  # several pages a window
+    case = CASES[name]
+    ids = case.tokens()
+    expected = reference.forward(case.config, case.params(), ids)
+    runner = runner_of(case.config, case.params())
+    runner.reserve([120] * len(runner.groups))
+    cuts = [0, 1, 17, 18, 40, len(ids)]
+    chunks = []
+    for first, end in pairwise(cuts):
+        # Beside others of other lengths, which write their own pages
+        parts = [(0, ids[:3], 0), (1, ids[first:end], first), (2, ids[: 5 + first % 3], 0)]
+        chunks.append(runner.logits(make_batch(runner, parts))[3 : 3 + end - first])
+    assert relative_error(np.concatenate(chunks), expected) <= FRAMEWORK_FLOAT32
+    alone = runner.logits(make_batch(runner, [(4, ids[:9], 0)]))
+    assert relative_error(alone, expected[:9]) <= FRAMEWORK_FLOAT32
+    hidden = runner.hidden(make_batch(runner, [(3, ids, 0)]))
+    assert relative_error(hidden, reference.hidden(case.config, case.params(), ids)) <= FRAMEWORK_FLOAT32
+    targets = np.append(ids[1:], -1).astype(np.int32)
+    scores = runner.score(make_batch(runner, [(5, ids, 0)]), targets)
+    shifted = expected - expected.max(1, keepdims=True)
+    exact = shifted[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(shifted[:-1]).sum(1))
+    assert np.abs(scores[:-1] - exact).max() < 1e-3 and scores[-1] == 0
+
+
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=3, logprobs=None),
+    Sampling(temperature=0.8, top_p=0.9, seed=4, logprobs=3),
+    Sampling(temperature=1.3, top_k=5, min_p=0.05, seed=5, logprobs=0),
+    Sampling(temperature=1.0, logit_bias=((7, 9.0), (11, -2.0)), seed=6),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_tokens_are_those_of_the_definition(sampling):
+    case = CASES["gemma3"]
+    runner = runner_of(case.config, case.params())
+    runner.reserve([80] * len(runner.groups))
+    parts = [(place, case.tokens()[: 5 + 7 * place], 0) for place in range(4)]
+    logits = runner.logits(make_batch(runner, parts))
+    ends = np.cumsum([len(ids) for _, ids, _ in parts]) - 1
+    result = runner.step(make_batch(runner, parts, sampling))
+    for b, end in enumerate(ends):
+        token, logprob, top_ids, top_logprobs = sample(logits[end], sampling, b, NO_IDS, 0)
+        assert result.tokens[b] == token
+        if sampling.logprobs is not None:
+            assert result.logprobs[b] == pytest.approx(logprob, abs=1e-5)
+            assert result.top_ids[b].tolist() == top_ids.tolist()
+            assert np.allclose(result.top_logprobs[b], top_logprobs, atol=1e-5)
+
+
+def test_the_engine_writes_the_references_text(monkeypatch):
+    """Past four windows, several requests at once, the cache growing."""
+    monkeypatch.setattr(TorchRunner, "page_size", 16)
+    config = tiny_config("gemma3_text", head_dim=32, vocab_size=len(vocabulary().pieces))
+    params = random_params(config, 1)
+    engine = Engine(runner_of(config, params), tokenizer(), context_size=128)
+    requests = [engine.add([2, *range(40, 40 + n)], Sampling(), max_tokens=40, ignore_eos=True) for n in (3, 30, 17)]
+    while not all(request.finished for request in requests):
+        engine.step()
+    for request in requests:
+        ids = request.ids
+        assert len(request.tokens) == 40
+        logits = reference.forward(config, params, ids[:-1])
+        start = request.prompt_length - 1
+        assert np.argmax(logits[start:], 1).tolist() == [token.id for token in request.tokens]
+
+
+def test_compiled_once_for_a_shape_and_no_slower_with_depth():
+    case = CASES["window"]
+    runner = runner_of(case.config, case.params())
+    runner.reserve([20] * len(runner.groups))
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, case.config.vocab_size, 1100)
+    for first in range(0, 1024, 256):
+        runner.hidden(_one(runner, ids[first : first + 256], first))
+
+    def seconds(first: int) -> float:
+        times = []
+        for position in range(first, first + 20):
+            began = time.perf_counter()
+            runner.step(_one(runner, ids[position : position + 1], position, Sampling(logprobs=None)))
+            times.append(time.perf_counter() - began)
+        return float(np.median(times))
+
+    assert seconds(1024) <= 1.5 * seconds(10) + 2e-3
+    torch._dynamo.reset()
+    compiled = runner_of(case.config, case.params(), compile=True)
+    compiled.reserve([20] * len(compiled.groups))
+    torch._dynamo.utils.counters.clear()
+    plain, fast = (
+        [r.step(_one(r, ids[p : p + 1], p, Sampling())).tokens[0] for p in range(20)] for r in (runner, compiled)
+    )
+    assert plain == fast
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def _one(runner, ids, first, sampling=None) -> Batch:
+    return make_batch(runner, [(0, ids, first)], sampling)
+
+
+def test_a_device_that_is_not_there():
+    case = CASES["gemma1_2b"]
+    weights = Checkpoint.from_params(case.config, case.params()).tensors
+    with pytest.raises(UsageError, match="torch has no device 'cuda:7' here"):
+        TorchRunner(case.config, weights, device="cuda:7")
