@@ -59,8 +59,8 @@ def load(
     adapter: a PEFT folder that is used for all requests, or several by name, chosen with each request. Adapters are
     not merged.
     backend: "native", gemkit's own engine on the CPU; "torch" or "jax", from the extras of these names, on `device`
-    ("cpu", "cuda", …; by default an accelerator where there is one). There, "auto" is bfloat16 on accelerators that have
-    it and else float32, and "float16" is one more dtype, for Gemma 1.
+    ("cpu", "cuda", …; by default an accelerator where there is one). There, "auto" is bfloat16 on accelerators that
+    have it and else float32, and "float16" is one more dtype, for Gemma 1.
     Raises GemkitError if there is no such model or its file is broken, UsageError for a bad value.
     """
     return Loading(
