@@ -60,6 +60,7 @@ FLAGS = {
     "bench": ["MODEL", "--prompt-tokens", "--max-tokens", "--reps", *LOAD],
     "check": ["MODEL", "--deep", "--strict", "--json"],
     "doctor": ["[MODEL]", "--measure", "--json"],
+    "convert": ["MODEL", "target", "--to", "--dtype", "--verify", "--text-file", "--offline", "--json"],
     "download": ["name", "--revision", "--offline", "--json"],
     "ls": ["--json"],
     "rm": ["name", "--yes"],

@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_named():
         convert(checkpoint, "int8")
     assert "\n" not in str(error.value)
     convert(checkpoint, "bfloat16")
-    with pytest.raises(UsageError, match="float32, bfloat16, int8"):
+    with pytest.raises(UsageError, match="float32, bfloat16, float16, int8"):
         convert(checkpoint, "int4")
     params = files.tiny_params(config := files.tiny_config("gemma"))
     params["model.layers.1.mlp.up_proj.weight"][5, 7] = np.inf

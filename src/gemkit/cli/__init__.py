@@ -11,7 +11,7 @@ import click
 from gemkit import __version__
 from gemkit.cli.common import failure
 
-VERBS = ("generate", "chat", "score", "show", "bench", "check", "doctor", "download", "ls", "rm")
+VERBS = ("generate", "chat", "score", "show", "bench", "check", "doctor", "convert", "download", "ls", "rm")
 ALIASES = {"run": "generate"}
 
 

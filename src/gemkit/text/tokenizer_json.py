@@ -69,3 +69,81 @@ def _vocabulary(vocab: dict[str, int], merges: list, added: list[tuple[int, str,
     encoded = [piece.encode() for piece in pieces]
     types[[number for number, piece in enumerate(encoded) if is_control_piece(piece)]] = PieceType.CONTROL
     return Vocabulary(encoded, scores, types)
+
+
+def write_tokenizer_json(vocabulary: Vocabulary, bos_id: int = 2) -> bytes:
+    """Returns the ``tokenizer.json`` of a vocabulary: the same ids as sentencepiece's, one <bos> before each text.
+
+    The merges are all ways in which two pieces make a third, best piece first. Runs of white space come before all
+    others, from long pieces first, so that a run is cut as sentencepiece cuts it.
+    """
+    pieces = [piece.decode().replace(" ", SPACE) for piece in vocabulary.pieces]
+    types, scores = vocabulary.types.tolist(), vocabulary.scores.tolist()
+    normal, defined = int(PieceType.NORMAL), int(PieceType.USER_DEFINED)
+    special = {int(PieceType.CONTROL), int(PieceType.UNKNOWN)}
+    rank = {piece: i for i, piece in enumerate(pieces) if types[i] in (normal, defined)}
+    merges = []
+    for piece, number in rank.items():
+        run = types[number] == defined
+        for at in range(1, len(piece)):
+            left, right = piece[:at], piece[at:]
+            if left in rank and right in rank:
+                order = (0, -at, -len(piece)) if run else (1, -scores[number], number)
+                merges.append((*order, rank[left], rank[right]))
+    merges.sort()
+    added = [
+        {
+            "id": number,
+            "content": piece,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": types[number] in special,
+        }
+        for number, piece in enumerate(pieces)
+        if types[number] in special or types[number] == defined
+    ]
+    bos = pieces[bos_id]
+    begin = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    file = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": begin,
+            "pair": [*begin, *pair],
+            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {piece: number for number, piece in enumerate(pieces)},
+            "merges": [[pieces[left], pieces[right]] for *_, left, right in merges],
+        },
+    }
+    return json.dumps(file, ensure_ascii=False).encode()

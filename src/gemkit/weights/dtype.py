@@ -4,6 +4,7 @@
     auto       as stored
     float32    F32        4
     bfloat16   BF16       2
+    float16    F16        2, numbers up to 65,504
     int8       Q8_0       1.06, blocks of 32 numbers with one scale
 
 Norms become F32, without loss. From a quantised GGUF, `float32` is exact, `bfloat16` and `int8` round what was rounded
@@ -20,7 +21,12 @@ from gemkit.errors import GemkitError, UsageError
 from gemkit.weights.checkpoint import Checkpoint, Tensor
 from gemkit.weights.quant import BLOCKS, GGMLType, dequantise, nbytes, quantise
 
-TYPES = {"float32": GGMLType.F32, "bfloat16": GGMLType.BF16, "int8": GGMLType.Q8_0}
+TYPES = {
+    "float32": GGMLType.F32,
+    "bfloat16": GGMLType.BF16,
+    "float16": GGMLType.F16,
+    "int8": GGMLType.Q8_0,
+}
 DTYPES = ("auto", *TYPES)
 
 _CHUNK_ELEMENTS = 1 << 18
@@ -57,6 +63,8 @@ class Converted(Tensor):
             rows = source[at : at + step]
             try:
                 values = dequantise(self.original.type, rows, (len(rows), columns))
+                if self.type == GGMLType.F16 and np.abs(values).max() >= 65520:
+                    raise GemkitError("a number is too large for float16: choose bfloat16 or float32")
                 out[at : at + step] = quantise(self.type, values).reshape(len(rows), -1)
             except GemkitError as error:
                 raise GemkitError(f"{self._name}: {error}") from None
