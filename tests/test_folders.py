@@ -131,8 +131,9 @@ def test_an_adapter_on_the_command_line(world, capsys):
     assert code == 1 and "adapter_config.json" in err
 
 
-def test_torch_says_what_the_native_core_says(world):
-    with gemkit.load(world / "model", 1, backend="torch", device="cpu") as model:
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_every_backend_says_what_the_native_core_says(world, backend):
+    with gemkit.load(world / "model", 1, backend=backend, device="cpu") as model:
         ours = model.score(TEXT)
         assert np.abs(ours.logprobs - theirs(world, ours.ids, None)).max() < 2e-4
         text = model.generate(TEXT, max_tokens=8, temperature=0.0, ignore_eos=True)

@@ -30,12 +30,13 @@ def test_slots_and_positions():
         prompt_lengths=np.zeros(2, np.int32),
     )
     step = pad(batch, 4)
-    assert step.tokens.tolist() == [[10, 11, 12, 0], [20, 0, 0, 0]]
-    assert step.positions.tolist() == [[4, 5, 6, FAR], [2, FAR, FAR, FAR]]
-    assert step.last.tolist() == [2, 0] and step.rows.tolist() == [0, 1, 2, 4]
+    assert step.tokens.shape == (2, 16)
+    assert step.tokens[:, :4].tolist() == [[10, 11, 12, 0], [20, 0, 0, 0]] and not step.tokens[:, 4:].any()
+    assert step.positions[:, :4].tolist() == [[4, 5, 6, FAR], [2, FAR, FAR, FAR]]
+    assert step.last.tolist() == [2, 0] and step.rows.tolist() == [0, 1, 2, 16]
     # Page p of the batch is page p + 1 of the storage; page 0 takes what padding writes
-    assert step.write[0].tolist() == [[8, 9, 10, 0], [14, 0, 0, 0]]
-    assert step.write[1].tolist() == [[24, 25, 26, 0], [22, 0, 0, 0]]
+    assert step.write[0][:, :4].tolist() == [[8, 9, 10, 0], [14, 0, 0, 0]]
+    assert step.write[1][:, :4].tolist() == [[24, 25, 26, 0], [22, 0, 0, 0]]
     for read, seen, pages in zip(step.read, step.seen, (full, window), strict=True):
         assert read.shape == seen.shape and (seen == FAR).any(1).all()
         for b, last in enumerate((6, 2)):

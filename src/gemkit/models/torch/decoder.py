@@ -42,10 +42,15 @@ class LayerCache:
         return self.k[self.read_BS], self.v[self.read_BS], self.positions_BS
 
 
+def widen(x: Tensor) -> Tensor:
+    """float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last axis. The stored weight is w, the gain 1 + w; the type of x comes back."""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * (1.0 + w.float())).to(x.dtype)
+    x32 = widen(x)
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * (1.0 + widen(w))).to(x.dtype)
 
 
 def inverse_frequencies(head_dim: int, layer: LayerSpec, device: torch.device) -> Tensor:
@@ -57,8 +62,9 @@ def inverse_frequencies(head_dim: int, layer: LayerSpec, device: torch.device) -
 def rope(x_BTNH: Tensor, positions_BT: Tensor, layer: LayerSpec) -> Tensor:
     """Rotates by positions; element i pairs with element i + H/2."""
     frequencies = inverse_frequencies(x_BTNH.shape[-1], layer, x_BTNH.device)
-    angle_BT1H = (positions_BT.float()[..., None] * frequencies)[:, :, None]
-    first, second = x_BTNH.float().chunk(2, -1)
+    first, second = widen(x_BTNH).chunk(2, -1)
+    # A float32 product in float64 too: see the reference
+    angle_BT1H = (positions_BT.float()[..., None] * frequencies)[:, :, None].to(first.dtype)
     cos, sin = angle_BT1H.cos(), angle_BT1H.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_BTNH.dtype)
 
@@ -186,7 +192,7 @@ class Decoder(nn.Module):
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Logits float32 [..., V] of hidden states."""
         head_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return softcap(F.linear(x_BTD, head_VD).float(), self.config.final_logit_softcapping)
+        return softcap(widen(F.linear(x_BTD, head_VD)), self.config.final_logit_softcapping)
 
     def forward(
         self, tokens_BT: Tensor, positions_BT: Tensor | None = None, caches: list[LayerCache] | None = None

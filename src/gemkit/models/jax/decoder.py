@@ -1,0 +1,173 @@
+"""Gemma 1, 2 and 3 (text) in JAX: read it beside ``models/torch/decoder.py`` and ``models/keras/decoder.py``.
+
+Pure functions, in the order of ``arch/reference.py``, over a dictionary of arrays with the names of
+`gemkit.arch.tensors.manifest`, which are Hugging Face's. The configuration is static: ``jax.jit(forward,
+static_argnums=0)``. Norms, rotations, soft-caps and softmax are computed in float32, whatever the weights are (float64
+stays). Matrix products have the precision that JAX is set to: on a GPU or TPU, float32 is narrower unless
+``jax.default_matmul_precision("highest")`` says otherwise.
+
+Letters: B sequences, T new tokens, S visible tokens, D model width, F ffn width, N query heads, K key-value heads,
+G = N/K query heads per key-value head, H head width, V vocabulary. ``q_BTNH`` has the axes B, T, N, H.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gemkit.arch.config import LayerSpec, ModelConfig
+from gemkit.models.jax.attention import attend
+
+Params = Mapping[str, Array]
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values so far, and where the new ones go; see `gemkit.models.jax.runner`.
+
+    k, v: [slots, K, H]; donated to a jitted step, they are written in place.  write_BT: slot of each new token.
+    read_BS: slots to attend to.  positions_BS: their positions; past all queries where there is nothing to see.
+    """
+
+    k: Array
+    v: Array
+    write_BT: Array
+    read_BS: Array
+    positions_BS: Array
+
+    def update(self, k_BTKH: Array, v_BTKH: Array) -> LayerCache:
+        """The cache with the new keys and values stored."""
+        k = self.k.at[self.write_BT].set(k_BTKH.astype(self.k.dtype))
+        v = self.v.at[self.write_BT].set(v_BTKH.astype(self.v.dtype))
+        return self._replace(k=k, v=v)
+
+    def read(self) -> tuple[Array, Array, Array]:
+        """All keys and values that are read, [B, S, K, H], and their positions."""
+        return self.k[self.read_BS], self.v[self.read_BS], self.positions_BS
+
+
+def widen(x: Array) -> Array:
+    """float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def norm(x: Array, w: Array, eps: float) -> Array:
+    """Root-mean-square norm over the last axis. The stored weight is w, the gain 1 + w; the type of x comes back."""
+    x32 = widen(x)
+    mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(mean + eps) * (1.0 + widen(w))).astype(x.dtype)
+
+
+def inverse_frequencies(head_dim: int, layer: LayerSpec) -> np.ndarray:
+    """Rotary frequencies float32 [H/2] in radians per position."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    return np.float32(layer.rope_theta**-exponent) / np.float32(layer.rope_factor)
+
+
+def rope(x_BTNH: Array, positions_BT: Array, layer: LayerSpec) -> Array:
+    """Rotates by positions; element i pairs with element i + H/2."""
+    frequencies = inverse_frequencies(x_BTNH.shape[-1], layer)
+    first, second = jnp.split(widen(x_BTNH), 2, axis=-1)
+    # A float32 product in float64 too: see the reference
+    angle_BT1H = (positions_BT.astype(jnp.float32)[..., None] * frequencies)[:, :, None].astype(first.dtype)
+    cos, sin = jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BTNH.dtype)
+
+
+def softcap(x: Array, cap: float | None) -> Array:
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attention(
+    x_BTD: Array, p: Params, positions_BT: Array, layer: LayerSpec, c: ModelConfig, cache: LayerCache | None
+) -> tuple[Array, LayerCache | None]:
+    """Grouped-query attention; p holds the layer's parameters."""
+    B, T, _ = x_BTD.shape
+    N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    q_BTNH = (x_BTD @ p["self_attn.q_proj.weight"].T).reshape(B, T, N, H)
+    k_BSKH = (x_BTD @ p["self_attn.k_proj.weight"].T).reshape(B, T, K, H)
+    v_BSKH = (x_BTD @ p["self_attn.v_proj.weight"].T).reshape(B, T, K, H)
+    if c.qk_norm:
+        q_BTNH = norm(q_BTNH, p["self_attn.q_norm.weight"], c.rms_norm_eps)
+        k_BSKH = norm(k_BSKH, p["self_attn.k_norm.weight"], c.rms_norm_eps)
+    q_BTNH, k_BSKH = rope(q_BTNH, positions_BT, layer), rope(k_BSKH, positions_BT, layer)
+    positions_BS = positions_BT
+    if cache is not None:
+        cache = cache.update(k_BSKH, v_BSKH)
+        k_BSKH, v_BSKH, positions_BS = cache.read()
+    scale, cap, window = 1 / math.sqrt(c.query_pre_attn_scalar), c.attn_logit_softcapping, layer.sliding_window
+    mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, positions_BT, positions_BS, scale=scale, softcap=cap, window=window)
+    return mixed_BTNH.reshape(B, T, N * H) @ p["self_attn.o_proj.weight"].T, cache
+
+
+def mlp(x_BTD: Array, p: Params) -> Array:
+    """Gated feed-forward with the tanh form of GELU."""
+    gate_BTF = x_BTD @ p["mlp.gate_proj.weight"].T
+    gate_BTF = jax.nn.gelu(widen(gate_BTF), approximate=True).astype(x_BTD.dtype)
+    return (gate_BTF * (x_BTD @ p["mlp.up_proj.weight"].T)) @ p["mlp.down_proj.weight"].T
+
+
+def block(
+    x_BTD: Array, p: Params, positions_BT: Array, layer: LayerSpec, c: ModelConfig, cache: LayerCache | None
+) -> tuple[Array, LayerCache | None]:
+    """One layer."""
+    eps = c.rms_norm_eps
+    a_BTD, cache = attention(norm(x_BTD, p["input_layernorm.weight"], eps), p, positions_BT, layer, c, cache)
+    if not c.post_norms:
+        x_BTD = x_BTD + a_BTD
+        return x_BTD + mlp(norm(x_BTD, p["post_attention_layernorm.weight"], eps), p), cache
+    x_BTD = x_BTD + norm(a_BTD, p["post_attention_layernorm.weight"], eps)
+    m_BTD = mlp(norm(x_BTD, p["pre_feedforward_layernorm.weight"], eps), p)
+    return x_BTD + norm(m_BTD, p["post_feedforward_layernorm.weight"], eps), cache
+
+
+def hidden(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: Array,
+    positions_BT: Array | None = None,
+    caches: Sequence[LayerCache] | None = None,
+) -> tuple[Array, list[LayerCache] | None]:
+    """Hidden states [B, T, D] after the final norm, and the caches with the new tokens in them.
+
+    positions: 0, 1, 2, … if None. caches: one per layer.
+    """
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    x_BTD = params["model.embed_tokens.weight"][tokens_BT]
+    # √D in the activations' own type: 55.5, not 55.43, for D = 3072 in bfloat16
+    x_BTD = x_BTD * jnp.asarray(math.sqrt(x_BTD.shape[-1]), x_BTD.dtype)
+    written = []
+    for i, layer in enumerate(config.layers):
+        prefix = f"model.layers.{i}."
+        p = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+        x_BTD, cache = block(x_BTD, p, positions_BT, layer, config, caches[i] if caches else None)
+        written.append(cache)
+    return norm(x_BTD, params["model.norm.weight"], config.rms_norm_eps), written if caches else None
+
+
+def logits(config: ModelConfig, params: Params, x_BTD: Array) -> Array:
+    """Logits float32 [..., V] of hidden states."""
+    head_VD = params["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    return softcap(jnp.matmul(x_BTD, head_VD.T, preferred_element_type=wide), config.final_logit_softcapping)
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: Array,
+    positions_BT: Array | None = None,
+    caches: Sequence[LayerCache] | None = None,
+) -> tuple[Array, list[LayerCache] | None]:
+    """Logits float32 [B, T, V], and the caches; position t scores the token after ``tokens[:, t]``.
+
+    Example: ``forward(config, params, jnp.array([[2, 651, 6037]]))[0]`` has the shape [1, 3, V].
+    """
+    x_BTD, caches = hidden(config, params, tokens_BT, positions_BT, caches)
+    return logits(config, params, x_BTD), caches
