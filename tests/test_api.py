@@ -229,7 +229,7 @@ def test_import_is_fast_and_exports_are_there():
         times.append(
             float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60).stdout)
         )
-    assert min(times) < 0.02
+    assert min(times) < 0.04
     assert all(getattr(gemkit, name) is not None for name in gemkit.__all__)
     assert set(gemkit.__all__) <= set(dir(gemkit))
     with pytest.raises(AttributeError, match="nothing"):

@@ -171,7 +171,7 @@ def test_compiled_once_for_a_shape_and_no_slower_with_depth():
     run(1024)
     assert runner.compilations == 4
     shallow, deep = (min(run(first + n) for n in range(30)) for first in (10, 1024))
-    assert deep <= 1.5 * shallow + 2e-3
+    assert deep <= 1.5 * shallow + 4e-3
     assert runner.compilations == 4
     for first in range(0, 1200, 64):
         run(first)

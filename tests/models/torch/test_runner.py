@@ -147,7 +147,8 @@ def test_compiled_once_for_a_shape_and_no_slower_with_depth():
             times.append(time.perf_counter() - began)
         return min(times)  # the others had to share the processor
 
-    assert seconds(1024) <= 1.5 * seconds(10) + 2e-3
+    shallow, deep = seconds(10), seconds(1024)
+    assert deep <= 1.5 * shallow + 4e-3, (shallow, deep)
     torch._dynamo.reset()
     compiled = runner_of(case.config, case.params(), compile=True)
     compiled.reserve([20] * len(compiled.groups))
