@@ -28,11 +28,12 @@ ZIG_TARGETS := x86_64-windows-gnu x86_64-macos aarch64-macos
 export ZIG_GLOBAL_CACHE_DIR ?= $(CURDIR)/build/zig
 CTEST = $(BIN)/ctest --output-on-failure --no-tests=error --test-dir
 
-.PHONY: help run test test-native test-cross lint format bench constraints docs clean
+.PHONY: help run test test-native test-cross parity lint format bench constraints docs clean
 help:
 	@echo "make run          install gemkit with the demo model and generate text: PROMPT='...'"
 	@echo "make test         native tests (plain, sanitizers, emulated AVX-512), test-cross, then pytest: PYTEST_ARGS='...'"
 	@echo "make test-cross   native tests on emulated ARM; whether the code compiles for Windows and macOS"
+	@echo "make parity       every implementation against the reference, as a table, into docs/parity.md"
 	@echo "make lint         ruff and clang-format, check only; make format applies them"
 	@echo "make bench        speed against other engines (compiles llama.cpp: about a quarter of an hour)"
 	@echo "make docs         write the generated pages of docs/ anew"
@@ -81,6 +82,9 @@ endif
 	    -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/native/cmake/zig.cmake -DPython_EXECUTABLE=$(abspath $(BIN)/python) || exit 1; \
 	  $(BIN)/cmake --build build/$$target -j $(JOBS) || exit 1; \
 	done
+
+parity: $(VENV)/.test
+	$(BIN)/python tests/parity/grid.py --write
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -10,8 +10,10 @@ import hashlib
 import importlib
 import math
 import os
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +32,9 @@ Adapters = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 # By backend, the types that `dtype` may name.
 DTYPES = {
     "native": ("auto", "bfloat16", "float32", "int8"),
-    "torch": ("auto", "bfloat16", "float32", "float16"),
-    "jax": ("auto", "bfloat16", "float32", "float16"),
+    "torch": ("auto", "bfloat16", "float32", "float16", "int8", "int4"),
+    "jax": ("auto", "bfloat16", "float32", "float16", "int8", "int4"),
+    "keras": ("auto", "bfloat16", "float32", "float16"),
 }
 BACKENDS = tuple(DTYPES)
 
@@ -60,7 +63,9 @@ def load(
     not merged.
     backend: "native", gemkit's own engine on the CPU; "torch" or "jax", from the extras of these names, on `device`
     ("cpu", "cuda", …; by default an accelerator where there is one). There, "auto" is bfloat16 on accelerators that
-    have it and else float32, and "float16" is one more dtype, for Gemma 1.
+    have it and else float32, "float16" is for Gemma 1, and "int8" and "int4" are of the matrices alone. "keras", from
+    its extra: with the framework that KERAS_BACKEND names, or else one that is installed, where that puts it; "auto" is
+    Keras's own dtype policy.
     Raises GemkitError if there is no such model or its file is broken, UsageError for a bad value.
     """
     return Loading(
@@ -142,6 +147,8 @@ class Loading:
         from gemkit.api import Model
         from gemkit.weights.files import open_checkpoint
 
+        if self.backend == "keras":
+            _choose_keras_backend()
         try:
             module = importlib.import_module(f"gemkit.models.{self.backend}")
         except ModuleNotFoundError as error:
@@ -155,6 +162,16 @@ class Loading:
             )
             tokenizer = self._early.result() or _tokenizer(checkpoint)
             return Model(checkpoint, runner, tokenizer, self.threads, self.ctx_size)
+
+
+def _choose_keras_backend() -> None:
+    """Sets KERAS_BACKEND where nobody did: Keras would take TensorFlow, installed or not."""
+    if "KERAS_BACKEND" in os.environ or "keras" in sys.modules or Path.home().joinpath(".keras/keras.json").exists():
+        return
+    installed = [name for name in ("jax", "torch", "tensorflow") if find_spec(name)]
+    if not installed:
+        raise GemkitError("Keras needs JAX, PyTorch or TensorFlow: pip install 'gemkit[keras,jax]'")
+    os.environ["KERAS_BACKEND"] = installed[0]
 
 
 def find(path_or_name: str | os.PathLike[str], offline: bool = False) -> Path:
@@ -245,8 +262,8 @@ def _key_record(path: Path) -> Path | None:
     """Where the checksum of a file's vocabulary is remembered, under the file's name, size and time."""
     try:
         status = path.stat()
-        if not path.is_file():
-            return None
+        if path.suffix != ".gguf" or not path.is_file():
+            return None  # others may have their vocabulary in another file
         facts = f"{path.absolute()}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ino}"
         return cache_dir() / "tokenizers" / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.key"
     except (OSError, GemkitError):

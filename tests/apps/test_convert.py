@@ -1,6 +1,8 @@
-"""Converted models load in transformers and llama.cpp and say the same. Budget: 90 s."""
+"""Converted models load in transformers and llama.cpp and say the same. Budget: 110 s."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,16 +11,19 @@ from engine.vocabulary import vocabulary
 from parity.cases import CASES
 from parity.tolerances import relative_error
 from weights.files import tiny_config, tiny_params
+from weights.official_files import save_torch, torch_state
 
 import gemkit
 from gemkit.apps.convert import SAMPLE, convert, verify
 from gemkit.cli import main
 from gemkit.errors import GemkitError, UsageError
+from gemkit.text.spm_proto import write_model
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.demo import demo_path
 from gemkit.weights.files import open_checkpoint
 from gemkit.weights.gguf_writer import write_gguf
 from gemkit.weights.hf_writer import write_hf
+from gemkit.weights.orbax_writer import write_orbax
 from gemkit.weights.quant import GGMLType
 
 TEXT = "the sea was calm and the boats lay in the harbour"
@@ -46,6 +51,46 @@ def test_there_and_back_loses_nothing(tmp_path, model_type, kind):
     assert equal(start, folder) and equal(folder, back)
     found = verify(start, back, TEXT)
     assert found.tensor is None and found.same_ids and found.logits == found.kl == 0 and found.agreement == 1
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_through_a_flax_folder_and_back_loses_nothing(tmp_path, model_type):
+    start = write_gguf(tmp_path / "start.gguf", tiny(model_type, GGMLType.BF16))
+    folder = convert(start, tmp_path / "flax", "orbax")
+    back = convert(folder, tmp_path / "hf", "hf")
+    assert equal(start, folder) and equal(folder, back)
+    found = verify(start, folder, TEXT)
+    assert found.tensor is None and found.same_ids and found.logits == found.kl == 0 and found.agreement == 1
+    with gemkit.load(folder, threads=2) as one, gemkit.load(start, threads=2) as other:
+        assert (
+            one.generate(TEXT, max_tokens=4, temperature=0).ids == other.generate(TEXT, max_tokens=4, temperature=0).ids
+        )
+
+
+@pytest.mark.parametrize("name", ["gemma1_2b", "gemma3"])
+def test_googles_pytorch_checkpoints_are_a_source(tmp_path, name):
+    config = dataclasses.replace(CASES[name].config, vocab_size=len(vocabulary().pieces))
+    path = save_torch(tmp_path / "theirs" / "model.ckpt", torch_state(config), config)
+    (path.parent / "tokenizer.model").write_bytes(write_model(vocabulary()))
+    for to, target in (("hf", tmp_path / "hf"), ("gguf", tmp_path / "x.gguf"), ("orbax", tmp_path / "flax")):
+        written = convert(path, target, to)
+        found = verify(path, written, TEXT)
+        assert found.same_ids and found.logits == 0, to
+        assert to == "gguf" or found.tensor is None, to  # it holds 1 + w of norms, which rounds a random w
+
+
+def test_a_folder_is_not_taken_for_another_one_that_was_loaded_before(tmp_path):
+    """The packed copies of weights are found by what a checkpoint was read from."""
+    texts = []
+    for number in range(2):
+        config = tiny_config("gemma", head_dim=32, vocab_size=len(vocabulary().pieces))
+        checkpoint = Checkpoint.from_params(config, tiny_params(config, number), GGMLType.BF16, vocabulary())
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        folder = write_orbax(tmp_path / "model", checkpoint)
+        for _ in range(2):
+            with gemkit.load(folder, threads=2) as model:
+                texts.append(model.score(TEXT).logprobs.tolist())
+    assert texts[0] == texts[1] != texts[2] == texts[3]
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -118,6 +163,9 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path, monkey
     start = write_gguf(tmp_path / "start.gguf", tiny("gemma3_text"))
     with pytest.raises(UsageError, match="no int8 blocks"):
         convert(start, tmp_path / "x", "hf", "int8")
+    for dtype in ("int8", "float16"):
+        with pytest.raises(UsageError, match="float32 or bfloat16"):
+            convert(start, tmp_path / "x", "orbax", dtype)
     with pytest.raises(GemkitError, match="exists"):
         convert(start, start, "gguf")
     large = tiny("gemma")

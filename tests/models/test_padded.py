@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from gemkit.engine.runner import Batch
+from gemkit.engine.runner import Batch, StepResult
 from gemkit.engine.sampling import Sampling
-from gemkit.models.padded import FAR, TOP, bucket, needs_whole, pad
+from gemkit.models.padded import FAR, TOP, bucket, greedy, in_parts, needs_whole, pad, part, quarter, split, unpack
 
 NO_IDS = np.zeros(0, np.int32)
 
@@ -59,3 +59,80 @@ def test_slots_and_positions():
 )
 def test_when_the_largest_logits_are_enough(sampling, whole):
     assert needs_whole(sampling) == whole
+
+
+def test_only_the_likeliest_token_without_its_probability_is_greedy():
+    assert greedy(Sampling(logprobs=None)) and not greedy(Sampling(logprobs=0))
+    assert not greedy(Sampling(temperature=1.0, top_k=4, logprobs=None))
+    assert not greedy(Sampling(repetition_penalty=1.1, logprobs=None))
+
+
+def test_quarters():
+    sizes = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40]
+    assert sorted({quarter(n) for n in range(1, 41)}) == sizes
+    assert all(n <= quarter(n) <= 1.25 * n + 1 for n in range(1, 1000))
+
+
+def ragged(counts, firsts=None, page_size=4) -> Batch:
+    firsts = np.array(firsts if firsts is not None else [0] * len(counts), np.int32)
+    columns = int((firsts + counts).max() - 1) // page_size + 1
+    table = np.arange(len(counts) * columns, dtype=np.int32).reshape(len(counts), columns)
+    return Batch(
+        tokens=np.arange(sum(counts), dtype=np.int32),
+        starts=np.cumsum([0, *counts]).astype(np.int32),
+        positions=firsts,
+        pages=(table,),
+        sample=np.ones(len(counts), bool),
+        sampling=tuple(Sampling(seed=b) for b in range(len(counts))),
+        counters=np.arange(len(counts), dtype=np.int64),
+        history=(NO_IDS,) * len(counts),
+        prompt_lengths=np.arange(len(counts), dtype=np.int32),
+    )
+
+
+def test_one_array_holds_a_step():
+    step = pad(ragged([3, 1, 7], [5, 0, 2]), 4)
+    tokens, positions, last, places = unpack(step.flat(), step.sizes)
+    assert step.flat().dtype == np.int32 and step.sizes == (4, 16, (step.read[0].shape[1],))
+    for found, wanted in ((tokens, step.tokens), (positions, step.positions), (last, step.last)):
+        assert np.array_equal(found, wanted)
+    for found, wanted in zip(places[0], (step.write[0], step.read[0], step.seen[0]), strict=True):
+        assert np.array_equal(found, wanted)
+
+
+def test_a_window_needs_no_more_pages_than_it_spans():
+    """Position 40, a window of 16, pages of 4: at most 5 pages, and one for padding."""
+    batch = ragged([1], [40])
+    batch.pages[0][0, :6] = -1
+    assert pad(batch, 4).sizes == (1, 1, (32,))
+    assert pad(batch, 4, [16]).sizes == (1, 1, (24,))
+    assert pad(ragged([1], [40]), 4, [16]).sizes == (1, 1, (64,)), "a table that was not trimmed is read whole"
+    assert pad(ragged([1], [40]), 4, rounded=quarter).sizes == (1, 1, (48,))
+
+
+def test_tokens_are_split_from_long_chunks():
+    assert [rows.tolist() for rows in split(ragged([1, 200, 1]))] == [[1], [0, 2]]
+    for counts in ([1, 1, 1], [200, 100], [1, 30], [7]):
+        assert [rows.tolist() for rows in split(ragged(counts))] == [list(range(len(counts)))]
+
+
+def test_parts_are_put_together_again():
+    batch = ragged([1, 200, 1, 150], [3, 0, 9, 4])
+    seen = []
+
+    def step(some: Batch) -> StepResult:
+        seen.append(some)
+        width = 1 if len(seen) == 1 else 2
+        seeds = np.array([s.seed for s in some.sampling], np.int32)
+        tops = np.repeat(seeds[:, None], width, 1)
+        return StepResult(seeds, seeds / 2, tops, tops / np.float32(2))
+
+    whole = in_parts(step, batch)
+    assert [np.diff(some.starts).tolist() for some in seen] == [[200, 150], [1, 1]]
+    assert seen[0].tokens.tolist() == [*range(1, 201), *range(202, 352)] and seen[1].tokens.tolist() == [0, 201]
+    assert seen[1].positions.tolist() == [3, 9] and seen[1].prompt_lengths.tolist() == [0, 2]
+    assert whole.tokens.tolist() == [0, 1, 2, 3] and whole.logprobs.tolist() == [0, 0.5, 1, 1.5]
+    assert whole.top_ids.tolist() == [[0, 0], [1, -1], [2, 2], [3, -1]]
+    assert whole.top_logprobs[1].tolist() == [0.5, -np.inf]
+    again = part(batch, np.arange(4))
+    assert np.array_equal(again.tokens, batch.tokens) and np.array_equal(again.pages[0], batch.pages[0])

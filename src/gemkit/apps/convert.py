@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +21,12 @@ from gemkit.weights.dtype import convert as in_dtype
 from gemkit.weights.files import open_checkpoint
 from gemkit.weights.gguf_writer import write_gguf
 from gemkit.weights.hf_writer import write_hf
+from gemkit.weights.orbax_writer import write_orbax
 
-FORMATS = ("hf", "gguf")
+FORMATS = ("hf", "gguf", "orbax")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+
+_SLICE = 64  # tokens whose logits are held at a time: 67 MB for each model
 
 # Text for `verify` where the user gives none; any ordinary prose will do.
 SAMPLE = (
@@ -42,8 +46,9 @@ def convert(
 ) -> Path:
     """Writes the model at `source` (a path) to `target` and returns its path.
 
-    to: "hf", a folder with safetensors, or "gguf", a file. dtype: of the matrices; "auto" keeps what is stored, and for
-    "hf", which has no quantised types, takes float32 in their place, without loss. "int8" (Q8_0) is for "gguf".
+    to: "hf", a folder with safetensors, "gguf", a file, or "orbax", a folder as Google's Flax releases (its extra).
+    dtype: of the matrices; "auto" keeps what is stored, and for "hf" and "orbax", which have no quantised types, takes
+    float32 in their place, without loss. "int8" (Q8_0) is for "gguf", "float16" not for "orbax".
     Raises UsageError for a bad combination, GemkitError if the target exists or cannot be written.
     """
     if to not in FORMATS:
@@ -52,12 +57,16 @@ def convert(
         raise UsageError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
     if to == "hf" and dtype == "int8":
         raise UsageError("a Hugging Face folder has no int8 blocks: choose a float dtype, or --to gguf")
+    if to == "orbax" and dtype in ("int8", "float16"):
+        raise UsageError("Flax checkpoints are float32 or bfloat16: choose one of them, or --to gguf")
     if os.path.lexists(target):
         raise GemkitError(f"{target} exists: give another name, or delete it first")
     with open_checkpoint(source) as stored:
         checkpoint = in_dtype(stored, dtype)
         if to == "hf":
             return write_hf(target, checkpoint, progress=progress)
+        if to == "orbax":
+            return write_orbax(target, checkpoint, progress=progress)
         return write_gguf(target, checkpoint)
 
 
@@ -66,40 +75,89 @@ class Comparison:
     """How two models differ.
 
     tokens: compared. logits: max|Δ| / max|logit|. kl: mean divergence from the first's distribution, nats a token.
-    agreement: share of positions with the same likeliest token. tensor: the first tensor that differs, in the order of
-    the model, and by how much (max|Δ| / max|value|); None if all are equal.
-    same_ids: whether both tokenizers cut the text alike.
+    agreement: share of positions with the same likeliest token. perplexity: of the text, by each model.
+    tensor: the first tensor that differs, in the order of the model, and by how much (max|Δ| / max|value|); None if all
+    are equal. same_ids: whether both tokenizers cut the text alike.
     """
 
     tokens: int
     logits: float
     kl: float
     agreement: float
+    perplexity: tuple[float, float]
     tensor: tuple[str, float] | None
     same_ids: bool
 
 
-def verify(first: str | os.PathLike[str], second: str | os.PathLike[str], text: str = SAMPLE) -> Comparison:
-    """Loads both models and compares tensors, ids and logits (float32) on a text of at most 512 tokens."""
+def verify(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    text: str = SAMPLE,
+    *,
+    most: int = 512,
+    activations: str = "float32",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Comparison:
+    """Loads both models and compares tensors, ids and logits on at most `most` tokens of a text.
+
+    activations: as in `gemkit.load`; with "float32" both models take 4 bytes a parameter, and nothing is rounded.
+    progress: gets the tokens that are done, and their number. Raises GemkitError if there is nothing to compare.
+    """
     with open_checkpoint(first) as one, open_checkpoint(second) as other:
         if one.config.layers != other.config.layers or one.config.vocab_size != other.config.vocab_size:
             raise GemkitError(f"{first} and {second} are models of different shapes: nothing to compare")
-        most = min(512, one.config.max_position_embeddings)
+        most = min(most, one.config.max_position_embeddings)
         ids = [Tokenizer.from_vocabulary(c.vocabulary).encode(text)[:most] for c in (one, other) if c.vocabulary]
         if not ids:
             raise GemkitError(f"neither {first} nor {second} has a tokenizer: nothing to compare on")
         tokens = np.array(ids[0], np.int32)
-        logits = [_logits(checkpoint, tokens) for checkpoint in (one, other)]
+        if len(tokens) < 2:
+            raise GemkitError("the text is empty: give one of some sentences to compare on")
+        models = [_Scored(checkpoint, len(tokens), activations) for checkpoint in (one, other)]
+        sums = _Sums()
+        for start in range(0, len(tokens), _SLICE):
+            part = tokens[start : start + _SLICE]
+            sums.add(*(model.logits(part, start) for model in models), tokens[start + 1 : start + _SLICE + 1])
+            progress(start + len(part), len(tokens))
+        del models
         difference = _first_difference(one, other)
-    p, q = (values - np.logaddexp.reduce(values, axis=1, keepdims=True) for values in map(np.float64, logits))
     return Comparison(
         tokens=len(tokens),
-        logits=float(np.abs(logits[0] - logits[1]).max() / np.abs(logits[0]).max()),
-        kl=float((np.exp(p) * (p - q)).sum(1).mean()),
-        agreement=float((p.argmax(1) == q.argmax(1)).mean()),
+        logits=sums.difference / max(sums.largest, 1e-30),
+        kl=sums.kl / len(tokens),
+        agreement=sums.same / len(tokens),
+        perplexity=(sums.perplexity(0), sums.perplexity(1)),
         tensor=difference,
         same_ids=all(row == ids[0] for row in ids),
     )
+
+
+class _Sums:
+    """What is added up over the slices of a text."""
+
+    def __init__(self) -> None:
+        self.difference = self.largest = self.kl = 0.0
+        self.same = self.targets = 0
+        self.nll = [0.0, 0.0]
+
+    def add(self, one: np.ndarray, other: np.ndarray, targets: np.ndarray) -> None:
+        """The logits [T, V] of both models, which are overwritten, and the ids that follow [T or T - 1]."""
+        self.targets += len(targets)
+        for t, rows in enumerate(zip(one, other)):  # row by row: one fits into the processor's cache, a slice does not
+            self.largest = max(self.largest, float(rows[0].max()), -float(rows[0].min()))
+            difference = rows[0] - rows[1]
+            self.difference = max(self.difference, float(difference.max()), -float(difference.min()))
+            self.same += int(rows[0].argmax() == rows[1].argmax())
+            for i, row in enumerate(rows):
+                row -= row.max()
+                row -= np.float32(np.log(np.exp(row).sum(dtype=np.float64)))
+                if t < len(targets):
+                    self.nll[i] -= float(row[targets[t]])
+            np.subtract(*rows, out=difference)
+            self.kl += float(np.exp(rows[0]) @ difference)
+
+    def perplexity(self, model: int) -> float:
+        return math.exp(min(self.nll[model] / self.targets, 700))
 
 
 def _first_difference(one: Checkpoint, other: Checkpoint) -> tuple[str, float] | None:
@@ -110,20 +168,26 @@ def _first_difference(one: Checkpoint, other: Checkpoint) -> tuple[str, float] |
     return None
 
 
-def _logits(checkpoint: Checkpoint, tokens: np.ndarray) -> np.ndarray:
-    """float32 [T, V] of the native core with float32 activations."""
-    runner = NativeRunner(checkpoint.config, checkpoint.tensors, activations="float32")
-    pages = -(-len(tokens) // runner.page_size)
-    runner.reserve([pages] * len(runner.groups))
-    batch = Batch(
-        tokens=tokens,
-        starts=np.array([0, len(tokens)], np.int32),
-        positions=np.zeros(1, np.int32),
-        pages=tuple(np.arange(pages, dtype=np.int32)[None] for _ in runner.groups),
-        sample=np.zeros(1, bool),
-        sampling=(Sampling(),),
-        counters=np.zeros(1, np.int64),
-        history=(np.zeros(0, np.int32),),
-        prompt_lengths=np.zeros(1, np.int32),
-    )
-    return runner.logits(batch)
+class _Scored:
+    """A model on the native core, fed a text slice by slice."""
+
+    def __init__(self, checkpoint: Checkpoint, tokens: int, activations: str) -> None:
+        self._runner = NativeRunner(checkpoint.config, checkpoint.tensors, activations=activations)
+        pages = -(-tokens // self._runner.page_size)
+        self._runner.reserve([pages] * len(self._runner.groups))
+        self._pages = np.arange(pages, dtype=np.int32)[None]
+
+    def logits(self, tokens: np.ndarray, start: int) -> np.ndarray:
+        """float32 [T, V] of the tokens that begin at position `start`, after those of the calls before."""
+        batch = Batch(
+            tokens=tokens,
+            starts=np.array([0, len(tokens)], np.int32),
+            positions=np.array([start], np.int32),
+            pages=(self._pages,) * len(self._runner.groups),
+            sample=np.zeros(1, bool),
+            sampling=(Sampling(),),
+            counters=np.zeros(1, np.int64),
+            history=(np.zeros(0, np.int32),),
+            prompt_lengths=np.zeros(1, np.int32),
+        )
+        return self._runner.logits(batch)

@@ -6,20 +6,25 @@ from pathlib import Path
 
 import click
 
-from gemkit.cli.common import json_option, model_argument, print_json, table
+from gemkit.cli.common import json_option, model_argument, print_json, read_text, table
 from gemkit.errors import UsageError
 
 
 @click.command(short_help="Write a model in another format.")
 @model_argument
 @click.argument("target", metavar="TARGET", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(["hf", "gguf"]), required=True, help="A Hugging Face folder, or a GGUF file.")
+@click.option(
+    "--to",
+    type=click.Choice(["hf", "gguf", "orbax"]),
+    required=True,
+    help="A Hugging Face folder, a GGUF file, or a folder as Google's Flax releases.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
     default="auto",
     show_default=True,
-    help="Of the matrices; auto keeps what is stored. int8 (Q8_0) is for GGUF.",
+    help="Of the matrices; auto keeps what is stored. int8 (Q8_0) is for GGUF; Flax takes float32 or bfloat16.",
 )
 @click.option("--verify", "check", is_flag=True, help="Load the result and compare it with the original.")
 @click.option(
@@ -32,9 +37,11 @@ def command(
 ) -> None:
     """Writes MODEL to TARGET, which must not exist.
 
+    MODEL may also be one of Google's own checkpoints: a Flax/Orbax folder or a PyTorch .ckpt file.
+
     Tensors, tokenizer, chat template and stop ids go along; nothing half-written is left behind. Quantised weights
-    become float32 in a Hugging Face folder, which is exact. With --verify the result is loaded and compared: exit code
-    1 if ids differ, or if nothing was to be rounded and something was.
+    become float32 in a Hugging Face or Flax folder, which is exact. With --verify the result is loaded and compared:
+    exit code 1 if ids differ, or if nothing was to be rounded and something was.
     """
     if text_file is not None and not check:
         raise UsageError("--text-file is the text for --verify: give that too")
@@ -49,7 +56,7 @@ def command(
     record: dict[str, object] = {"path": str(path), "format": to}
     failed = False
     if check:
-        text = text_file.read_text(encoding="utf-8") if text_file else convert.SAMPLE
+        text = read_text(str(text_file)) if text_file else convert.SAMPLE
         found = convert.verify(source, path, text)
         record["verify"] = dataclasses.asdict(found)
         failed = not found.same_ids or (dtype == "auto" and found.tensor is not None)
@@ -71,6 +78,7 @@ def _report(found) -> str:
         ("largest difference of logits, relative", f"{found.logits:.1e}"),
         ("mean divergence, nats a token", f"{found.kl:.1e}"),
         ("same likeliest token", f"{found.agreement:.2%}"),
+        ("perplexity of the text", "{:.4f}, before {:.4f}".format(*reversed(found.perplexity))),
         ("first tensor that differs", where),
     ]
     return table(rows, ("compared with the original", ""))

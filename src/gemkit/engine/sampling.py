@@ -165,6 +165,18 @@ def kept(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray
     return ids, weights
 
 
+def draw(logits: np.ndarray, sampling: Sampling, counter: int) -> int:
+    """Returns the place of the token that is chosen from adjusted logits [V].
+
+    counter: how many tokens the request has generated, which is the number of the random number that is used.
+    """
+    if sampling.temperature == 0:
+        return int(np.argmax(logits))
+    ids, weights = kept(logits, sampling)
+    sums = np.cumsum(weights)
+    return int(ids[np.searchsorted(sums, uniform(sampling.seed, counter) * sums[-1], side="right")])
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Returns natural log-probabilities, float64 [V]."""
     shifted = logits.astype(np.float64) - np.float64(logits.max())
@@ -180,13 +192,7 @@ def sample(
     first ``prompt_length`` are the prompt; not read unless there is a penalty. The log-probabilities are those of the
     logits as given, before penalties, bias and temperature.
     """
-    adjusted = adjust(logits, sampling, history, prompt_length)
-    if sampling.temperature == 0:
-        token = int(np.argmax(adjusted))
-    else:
-        ids, weights = kept(adjusted, sampling)
-        sums = np.cumsum(weights)
-        token = int(ids[np.searchsorted(sums, uniform(sampling.seed, counter) * sums[-1], side="right")])
+    token = draw(adjust(logits, sampling, history, prompt_length), sampling, counter)
     logprobs = log_softmax(logits)
     top = np.argsort(-logits, kind="stable")[: sampling.logprobs or 0].astype(np.int32)
     return token, float(logprobs[token]), top, logprobs[top].astype(np.float32)

@@ -17,6 +17,7 @@ from gemkit.engine.runner import Batch
 from gemkit.engine.sampling import Sampling, sample
 from gemkit.errors import UsageError
 from gemkit.models.torch import TorchRunner
+from gemkit.models.torch.attention import attend_one, attend_plain, visible
 from gemkit.weights.checkpoint import Checkpoint
 
 NO_IDS = np.zeros(0, np.int32)
@@ -130,7 +131,7 @@ def test_the_engine_writes_the_references_text(monkeypatch):
         assert np.argmax(logits[start:], 1).tolist() == [token.id for token in request.tokens]
 
 
-def test_compiled_once_for_a_shape_and_no_slower_with_depth():
+def test_no_slower_with_depth():
     case = CASES["window"]
     runner = runner_of(case.config, case.params())
     runner.reserve([20] * len(runner.groups))
@@ -149,16 +150,71 @@ def test_compiled_once_for_a_shape_and_no_slower_with_depth():
 
     shallow, deep = seconds(10), seconds(1024)
     assert deep <= 1.5 * shallow + 4e-3, (shallow, deep)
+
+
+def test_compiled_once_for_all_layers_and_depths(monkeypatch):
+    """As on CUDA but for the capture: one graph a kind of layer, one for the head, and no more for more cache."""
+    monkeypatch.setattr("gemkit.models.torch.runner._FIRST_PAGES", 2)
     torch._dynamo.reset()
-    compiled = runner_of(case.config, case.params(), compile=True)
-    compiled.reserve([20] * len(compiled.groups))
-    torch._dynamo.utils.counters.clear()
-    plain, fast = (
-        [r.step(_one(r, ids[p : p + 1], p, Sampling())).tokens[0] for p in range(20)] for r in (runner, compiled)
-    )
-    assert plain == fast
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    case = CASES["window"]
+    kinds = len(set(case.config.layers))
+    plain, compiled = (runner_of(case.config, case.params(), dtype="int8", compile=c) for c in (False, True))
+    ids = np.random.default_rng(0).integers(0, case.config.vocab_size, 700)
+
+    def both(position: int) -> None:
+        one, two = (r.step(_one(r, ids[position : position + 1], position, Sampling())) for r in (plain, compiled))
+        assert one.tokens.tolist() == two.tokens.tolist()
+        assert one.logprobs[0] == pytest.approx(two.logprobs[0], abs=1e-4)
+
+    for runner in (plain, compiled):
+        runner.reserve([4] * len(runner.groups))
+    for position in (0, 1, 2):
+        both(position)
+    assert counters["stats"]["unique_graphs"] == kinds + 1
+    assert compiled.steps.recorded == 1
+    both(70)
+    both(200)
+    assert compiled.steps.recorded == 3, "one for each size of the cache"
+    for runner in (plain, compiled):
+        runner.reserve([20] * len(runner.groups))
+    both(3)
+    both(690)
+    assert compiled.steps.recorded == 2, "a cache that moved is recorded anew"
+    assert counters["stats"]["unique_graphs"] == kinds + 1
+    assert not counters["graph_break"]
+
+
+def test_one_query_a_sequence_has_a_form_of_its_own():
+    torch.manual_seed(0)
+    B, S, N, K, H = 3, 33, 4, 2, 16
+    q, k, v = (torch.randn(B, n, heads, H) * 2 for n, heads in ((1, N), (S, K), (S, K)))
+    at, key_at = torch.tensor([[3], [20], [32]]), torch.arange(S).expand(B, S)
+    for softcap, window in ((None, None), (5.0, 6)):
+        seen = visible(at, key_at, window)
+        expected = attend_plain(q, k, v, seen, scale=0.3, softcap=softcap)
+        found = attend_one(q, k, v, seen, scale=0.3, softcap=softcap)
+        assert relative_error(found, expected) <= FRAMEWORK_FLOAT32
+
+
+def test_tokens_beside_a_long_chunk_run_apart(monkeypatch):
+    case = CASES["gemma3"]
+    runner = runner_of(case.config, case.params())
+    runner.reserve([120] * len(runner.groups))
+    ids = np.random.default_rng(1).integers(0, case.config.vocab_size, 200)
+    shapes = []
+    hidden = runner.steps.hidden
+    decode = runner.steps.decode
+    monkeypatch.setattr(runner.steps, "hidden", lambda s, *more: shapes.append(s.tokens.shape) or hidden(s, *more))
+    monkeypatch.setattr(runner.steps, "decode", lambda s, *more: shapes.append(s.tokens.shape) or decode(s, *more))
+    parts = [(0, ids[:1], 0), (1, ids, 0), (2, ids[5:6], 0), (3, ids[7:8], 0)]
+    together = runner.step(make_batch(runner, parts, Sampling()))
+    assert shapes == [(1, 256), (4, 1)]
+    for b, part in enumerate(parts):
+        alone = runner.step(make_batch(runner, [part], Sampling()))
+        assert together.tokens[b] == alone.tokens[0]
+        assert together.logprobs[b] == pytest.approx(alone.logprobs[0], abs=1e-5)
 
 
 def _one(runner, ids, first, sampling=None) -> Batch:

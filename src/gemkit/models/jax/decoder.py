@@ -23,8 +23,9 @@ from jax import Array
 
 from gemkit.arch.config import LayerSpec, ModelConfig
 from gemkit.models.jax.attention import attend
+from gemkit.models.jax.linear import Quantised, linear, rows
 
-Params = Mapping[str, Array]
+Params = Mapping[str, Array | Quantised]
 
 
 class LayerCache(NamedTuple):
@@ -89,9 +90,9 @@ def attention(
     """Grouped-query attention; p holds the layer's parameters."""
     B, T, _ = x_BTD.shape
     N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    q_BTNH = (x_BTD @ p["self_attn.q_proj.weight"].T).reshape(B, T, N, H)
-    k_BSKH = (x_BTD @ p["self_attn.k_proj.weight"].T).reshape(B, T, K, H)
-    v_BSKH = (x_BTD @ p["self_attn.v_proj.weight"].T).reshape(B, T, K, H)
+    q_BTNH = linear(x_BTD, p["self_attn.q_proj.weight"]).reshape(B, T, N, H)
+    k_BSKH = linear(x_BTD, p["self_attn.k_proj.weight"]).reshape(B, T, K, H)
+    v_BSKH = linear(x_BTD, p["self_attn.v_proj.weight"]).reshape(B, T, K, H)
     if c.qk_norm:
         q_BTNH = norm(q_BTNH, p["self_attn.q_norm.weight"], c.rms_norm_eps)
         k_BSKH = norm(k_BSKH, p["self_attn.k_norm.weight"], c.rms_norm_eps)
@@ -102,14 +103,14 @@ def attention(
         k_BSKH, v_BSKH, positions_BS = cache.read()
     scale, cap, window = 1 / math.sqrt(c.query_pre_attn_scalar), c.attn_logit_softcapping, layer.sliding_window
     mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, positions_BT, positions_BS, scale=scale, softcap=cap, window=window)
-    return mixed_BTNH.reshape(B, T, N * H) @ p["self_attn.o_proj.weight"].T, cache
+    return linear(mixed_BTNH.reshape(B, T, N * H), p["self_attn.o_proj.weight"]), cache
 
 
 def mlp(x_BTD: Array, p: Params) -> Array:
     """Gated feed-forward with the tanh form of GELU."""
-    gate_BTF = x_BTD @ p["mlp.gate_proj.weight"].T
+    gate_BTF = linear(x_BTD, p["mlp.gate_proj.weight"])
     gate_BTF = jax.nn.gelu(widen(gate_BTF), approximate=True).astype(x_BTD.dtype)
-    return (gate_BTF * (x_BTD @ p["mlp.up_proj.weight"].T)) @ p["mlp.down_proj.weight"].T
+    return linear(gate_BTF * linear(x_BTD, p["mlp.up_proj.weight"]), p["mlp.down_proj.weight"])
 
 
 def block(
@@ -132,14 +133,15 @@ def hidden(
     tokens_BT: Array,
     positions_BT: Array | None = None,
     caches: Sequence[LayerCache] | None = None,
+    dtype: jnp.dtype = jnp.float32,
 ) -> tuple[Array, list[LayerCache] | None]:
     """Hidden states [B, T, D] after the final norm, and the caches with the new tokens in them.
 
-    positions: 0, 1, 2, … if None. caches: one per layer.
+    positions: 0, 1, 2, … if None. caches: one per layer. dtype: of activations where the weights are quantised.
     """
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    x_BTD = params["model.embed_tokens.weight"][tokens_BT]
+    x_BTD = rows(params["model.embed_tokens.weight"], tokens_BT, dtype)
     # √D in the activations' own type: 55.5, not 55.43, for D = 3072 in bfloat16
     x_BTD = x_BTD * jnp.asarray(math.sqrt(x_BTD.shape[-1]), x_BTD.dtype)
     written = []
@@ -155,7 +157,7 @@ def logits(config: ModelConfig, params: Params, x_BTD: Array) -> Array:
     """Logits float32 [..., V] of hidden states."""
     head_VD = params["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-    return softcap(jnp.matmul(x_BTD, head_VD.T, preferred_element_type=wide), config.final_logit_softcapping)
+    return softcap(linear(x_BTD, head_VD, wide), config.final_logit_softcapping)
 
 
 def forward(

@@ -17,21 +17,21 @@ from gemkit.engine.runner import Batch, PageGroup, StepResult, page_groups
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models import padded
 from gemkit.models.jax import decoder
-from gemkit.models.jax.load import load_params, pick_dtype
+from gemkit.models.jax.load import BITS, load_params, pick_dtype
 from gemkit.weights.checkpoint import Tensor
 
 _HEAD_ROWS = 32  # rows of logits at a time
 _FIRST_PAGES = 32  # a cache that grows is another shape: start with room for 2,000 tokens
 
 Kept = list[tuple[Array, Array]]  # k and v [slots, K, H] of each layer
-Place = tuple[np.ndarray, np.ndarray, np.ndarray]  # write [B, T], read [B, S], positions [B, S] of a page group
 
 
 class JaxRunner:
     """Runs a model with JAX, on the CPU, a GPU or a TPU.
 
     config, weights: as in a `Checkpoint`; memory holds the model and one tensor more while it loads.
-    device: "cpu", "cuda", "tpu", "cuda:1", …; None takes JAX's first. dtype: see `load.pick_dtype`.
+    device: "cpu", "cuda", "tpu", "cuda:1", …; None takes JAX's first. dtype: see `load.pick_dtype`; "int8" and "int4"
+    are of the matrices alone, see `linear`.
     threads: not in JAX's hands; it takes every core.
     compilations: how many shapes were compiled so far. The first step of a shape takes seconds.
     Raises UsageError for a device or type that cannot be had, GemkitError if memory is short.
@@ -50,20 +50,37 @@ class JaxRunner:
         threads: int | None = None,
         max_tokens_per_step: int = 512,
     ) -> None:
-        self.config = config
+        place = _device(device)
+        activations = pick_dtype(dtype, config, place)
+        params = _memory(load_params, config, weights, activations, place, BITS.get(dtype))
+        self._start(config, params, activations, place, max_tokens_per_step)
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, params: decoder.Params, dtype: np.dtype, *, max_tokens_per_step: int = 512
+    ) -> JaxRunner:
+        """A runner of parameters that are there already; dtype: of the activations."""
+        runner = cls.__new__(cls)
+        device = next(iter(params["model.norm.weight"].devices()))
+        runner._start(config, params, np.dtype(dtype), device, max_tokens_per_step)
+        return runner
+
+    def _start(
+        self, config: ModelConfig, params: decoder.Params, dtype: np.dtype, device: jax.Device, max_tokens_per_step: int
+    ) -> None:
+        self.config, self.params, self.dtype, self.device = config, params, dtype, device
         self.groups = page_groups(config)
         self.max_tokens_per_step = max_tokens_per_step
         self.adapter_count = 0
         self.compilations = 0
-        self.device = _device(device)
-        self.dtype = pick_dtype(dtype, config, self.device)
         self.activations = self.dtype.name
         self.path = f"jax {self.device.platform}"
         self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.params: dict[str, Array] = _memory(load_params, config, weights, self.dtype, self.device)
-        self._hidden = jax.jit(self._counted(partial(_hidden, config, self.groups)), donate_argnums=3)
+        model = (config, self.groups, self.dtype)
+        self._hidden = jax.jit(self._counted(partial(_hidden, *model)), static_argnums=0, donate_argnums=3)
+        self._decode = jax.jit(self._counted(partial(_decode, *model)), static_argnums=(0, 1), donate_argnums=4)
         self._take = jax.jit(self._counted(_take))
-        self._likeliest = jax.jit(self._counted(partial(_likeliest, config)))
+        self._likeliest = jax.jit(self._counted(partial(_likeliest, config)), static_argnums=0)
         self._scores = jax.jit(self._counted(partial(_scores, config)))
         self._cache: Kept = [self._empty(1) for _ in config.layers]
 
@@ -112,30 +129,43 @@ class JaxRunner:
     # --- steps ---------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch) -> StepResult:
-        step, hidden_BTD = self._run(batch)
-        wanted = np.flatnonzero(batch.sample)
-        found = []
-        for part, hidden_RD in self._parts(hidden_BTD, step.rows[batch.starts[wanted + 1] - 1]):
-            found += self._reduced(hidden_RD, [batch.sampling[b] for b in wanted[part]])
-        return padded.choose(found, batch, wanted)
+        return padded.in_parts(self._step, batch)
 
-    def _reduced(self, hidden_RD: Array, samplings: list) -> list[padded.Logits]:
-        logits_RV, *reduced = self._call(self._likeliest, self.params, hidden_RD)
-        top, ids, sums = map(np.asarray, reduced)
-        if not np.isfinite(sums[: len(samplings)]).all():
+    def _step(self, batch: Batch) -> StepResult:
+        wanted = np.flatnonzero(batch.sample)
+        few = all(padded.greedy(batch.sampling[b]) for b in wanted)
+        if len(batch.tokens) == len(batch.positions) <= _HEAD_ROWS:
+            step = self._padded(batch)
+            arguments = (step.sizes, few, self.params, step.flat(), self._cache)
+            logits_BV, packed, self._cache = self._call(self._decode, *arguments)
+            return padded.choose(self._known(logits_BV, packed, wanted, wanted, batch), batch, wanted)
+        step, hidden_BTD = self._run(batch)
+        known = []
+        for part, hidden_RD in self._parts(hidden_BTD, step.rows[batch.starts[wanted + 1] - 1]):
+            logits_RV, packed = self._call(self._likeliest, few, self.params, hidden_RD)
+            known += self._known(logits_RV, packed, np.arange(len(wanted[part])), wanted[part], batch)
+        return padded.choose(known, batch, wanted)
+
+    def _known(
+        self, logits_RV: Array, packed: Array, rows: np.ndarray, wanted: np.ndarray, batch: Batch
+    ) -> list[padded.Logits]:
+        """What `padded.choose` needs of some rows, which are those of the batch's sequences `wanted`."""
+        packed = np.asarray(packed)
+        k = packed.shape[1] // 2
+        top, ids, sums = packed[:, :k], packed[:, k : 2 * k].astype(np.int32), packed[:, -1].astype(np.float64)
+        if not np.isfinite(sums[rows]).all():
             raise GemkitError("the model produced logits that are not numbers; the weights are damaged or out of range")
-        log_sums = top[:, 0].astype(np.float64) + np.log(sums.astype(np.float64))
-        found = []
-        for r, sampling in enumerate(samplings):
-            whole = np.asarray(logits_RV[r]) if padded.needs_whole(sampling) else None
-            found.append(padded.Logits(ids[r], top[r], float(log_sums[r]), whole))
-        return found
+        known = []
+        for r, b in zip(rows, wanted, strict=True):
+            whole = np.asarray(logits_RV[r]) if padded.needs_whole(batch.sampling[b]) else None
+            known.append(padded.Logits(ids[r], top[r], float(top[r, 0]) + float(np.log(sums[r])), whole))
+        return known
 
     def logits(self, batch: Batch) -> np.ndarray:
         step, hidden_BTD = self._run(batch)
         out = np.empty((len(batch.tokens), self.config.vocab_size), np.float32)
         for part, hidden_RD in self._parts(hidden_BTD, step.rows):
-            logits_RV = self._call(self._likeliest, self.params, hidden_RD)[0]
+            logits_RV = self._call(self._likeliest, True, self.params, hidden_RD)[0]
             out[part] = np.asarray(logits_RV)[: len(out[part])]
         return out
 
@@ -165,16 +195,16 @@ class JaxRunner:
 
     def _run(self, batch: Batch) -> tuple[padded.Padded, Array]:
         """The padded step and the hidden states [B, T, D] after the final norm."""
-        step = padded.pad(batch, self.page_size)
+        step = self._padded(batch)
+        hidden_BTD, self._cache = self._call(self._hidden, step.sizes, self.params, step.flat(), self._cache)
+        return step, hidden_BTD
+
+    def _padded(self, batch: Batch) -> padded.Padded:
         for layer, (k, v) in enumerate(self._cache):
             # A step that was broken off took the cache with it; whoever used it starts over
             if k.is_deleted() or v.is_deleted():
                 self._cache[layer] = _memory(self._empty, len(k) // self.page_size)
-        places: list[Place] = list(zip(step.write, step.read, step.seen, strict=True))
-        hidden_BTD, self._cache = self._call(
-            self._hidden, self.params, step.tokens, step.positions, self._cache, places
-        )
-        return step, hidden_BTD
+        return padded.pad(batch, self.page_size, [group.window for group in self.groups])
 
     def _call(self, function: Callable, *arguments):
         with _precision(self.dtype):
@@ -187,17 +217,33 @@ class JaxRunner:
 def _hidden(
     config: ModelConfig,
     groups: Sequence[PageGroup],
+    dtype: np.dtype,
+    sizes: padded.Sizes,
     params: decoder.Params,
-    tokens_BT: Array,
-    positions_BT: Array,
+    flat: Array,
     kept: Kept,
-    places: Sequence[Place],
 ) -> tuple[Array, Kept]:
-    """Hidden states [B, T, D], and the cache with the new tokens in it."""
+    """Hidden states [B, T, D] of a `padded.Padded`, and the cache with the new tokens in it."""
+    tokens_BT, positions_BT, _, places = padded.unpack(flat, sizes)
     place = {layer: place for group, place in zip(groups, places, strict=True) for layer in group.layers}
     caches = [decoder.LayerCache(*kept[layer], *place[layer]) for layer in range(len(kept))]
-    hidden_BTD, caches = decoder.hidden(config, params, tokens_BT, positions_BT, caches)
+    hidden_BTD, caches = decoder.hidden(config, params, tokens_BT, positions_BT, caches, dtype)
     return hidden_BTD, [(cache.k, cache.v) for cache in caches]
+
+
+def _decode(
+    config: ModelConfig,
+    groups: Sequence[PageGroup],
+    dtype: np.dtype,
+    sizes: padded.Sizes,
+    few: bool,
+    params: decoder.Params,
+    flat: Array,
+    kept: Kept,
+) -> tuple[Array, Array, Kept]:
+    """`_hidden` and `_likeliest` of a step of one token a sequence, in one call."""
+    hidden_B1D, kept = _hidden(config, groups, dtype, sizes, params, flat, kept)
+    return *_likeliest(config, few, params, hidden_B1D[:, 0]), kept
 
 
 def _take(hidden_BTD: Array, rows_R: Array) -> Array:
@@ -205,12 +251,19 @@ def _take(hidden_BTD: Array, rows_R: Array) -> Array:
     return hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[rows_R]
 
 
-def _likeliest(config: ModelConfig, params: decoder.Params, hidden_RD: Array) -> tuple[Array, Array, Array, Array]:
-    """Logits [R, V], the largest [R, k], lower ids before equal ones, their ids, and Σ exp(logit - largest) [R]."""
+def _likeliest(config: ModelConfig, few: bool, params: decoder.Params, hidden_RD: Array) -> tuple[Array, Array]:
+    """Logits [R, V], and float32 [R, 2 k + 1]: the k largest, lower ids before equal ones, their ids, and
+    Σ exp(logit - largest). k is 1 if few."""
     logits_RV = decoder.logits(config, params, hidden_RD)
-    top_RK, ids_RK = jax.lax.top_k(logits_RV, min(padded.TOP, config.vocab_size))
+    if few:
+        ids_RK = logits_RV.argmax(-1, keepdims=True)
+        top_RK = jnp.take_along_axis(logits_RV, ids_RK, -1)
+    else:
+        top_RK, ids_RK = jax.lax.top_k(logits_RV, min(padded.TOP, config.vocab_size))
     # Not less top_RK[:, :1]: a second use of it makes XLA sort the whole vocabulary
-    return logits_RV, top_RK, ids_RK, jnp.exp(logits_RV - logits_RV.max(-1, keepdims=True)).sum(-1)
+    sums_R1 = jnp.exp(logits_RV - logits_RV.max(-1, keepdims=True)).sum(-1, keepdims=True)
+    # Ids are exact in float32, up to 2**24
+    return logits_RV, jnp.concatenate([top_RK, ids_RK.astype(top_RK.dtype), sums_R1], -1)
 
 
 def _scores(config: ModelConfig, params: decoder.Params, hidden_RD: Array, ids_R: Array) -> tuple[Array, Array]:

@@ -1,7 +1,8 @@
 """The one door to fast attention in PyTorch: `attend`, and its plain form, which all others must equal.
 
 SDPA is taken where there is no soft-cap. With one (Gemma 2), FlexAttention on CUDA, else the plain form: SDPA cannot
-soft-cap, and leaving the cap out would be another model.
+soft-cap, and leaving the cap out would be another model. Compiled for CUDA, one query a sequence is a form of its own,
+and a soft-cap the plain form, which the compiler fuses.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ def attend(
     window: int | None = None,
 ) -> Tensor:
     """Grouped-query attention [B, T, N, H] by the fastest form that gives the same."""
+    compiling, one = torch.compiler.is_compiling(), q_BTNH.shape[1] == 1
+    if compiling and one and q_BTNH.is_cuda:
+        seen_BTS = visible(positions_BT, positions_BS, window)
+        return attend_one(q_BTNH, k_BSKH, v_BSKH, seen_BTS, scale=scale, softcap=softcap)
     if softcap is None:
         return attend_sdpa(q_BTNH, k_BSKH, v_BSKH, visible(positions_BT, positions_BS, window), scale=scale)
-    if q_BTNH.is_cuda and q_BTNH.shape[1] > 1 and q_BTNH.dtype != torch.float64:
+    if q_BTNH.is_cuda and not one and not compiling and q_BTNH.dtype != torch.float64:
         return attend_flex(
             q_BTNH, k_BSKH, v_BSKH, positions_BT, positions_BS, scale=scale, softcap=softcap, window=window
         )
@@ -59,8 +64,28 @@ def attend_plain(
     return torch.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 
+def attend_one(
+    q_B1NH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visible_B1S: Tensor, *, scale: float, softcap: float | None = None
+) -> Tensor:
+    """One query a sequence as products and their sums: compiled, they copy no cache. Not for eager runs."""
+    (B, _, N, H), K = q_B1NH.shape, k_BSKH.shape[2]
+    wide = torch.promote_types(q_B1NH.dtype, torch.float32)
+    q_BKG1H = q_B1NH.view(B, K, N // K, 1, H).to(wide)
+    k_BK1SH, v_BK1SH = (x.transpose(1, 2)[:, :, None].to(wide) for x in (k_BSKH, v_BSKH))
+    scores_BKGS = (q_BKG1H * k_BK1SH).sum(-1) * scale
+    if softcap is not None:
+        scores_BKGS = softcap * torch.tanh(scores_BKGS / softcap)
+    scores_BKGS = scores_BKGS.masked_fill(~visible_B1S[:, None], torch.finfo(wide).min)
+    mixed_BKGH = (scores_BKGS.softmax(-1)[..., None] * v_BK1SH).sum(-2)
+    return mixed_BKGH.to(q_B1NH.dtype).view(B, 1, N, H)
+
+
 def attend_sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visible_BTS: Tensor, *, scale: float) -> Tensor:
     """PyTorch's own choice of kernels."""
+    (B, S, K, H), N = k_BSKH.shape, q_BTNH.shape[2]
+    if q_BTNH.is_cuda and K != N:
+        # Of the fast kernels, none takes a mask and shared heads
+        k_BSKH, v_BSKH = (x[:, :, :, None].expand(B, S, K, N // K, H).flatten(2, 3) for x in (k_BSKH, v_BSKH))
     mixed_BNTH = F.scaled_dot_product_attention(
         q_BTNH.transpose(1, 2),
         k_BSKH.transpose(1, 2),

@@ -10,6 +10,7 @@ G = N/K query heads per key-value head, H head width, V vocabulary. ``q_BTNH`` h
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from gemkit.arch.config import LayerSpec, ModelConfig
 from gemkit.models.torch.attention import attend
+from gemkit.models.torch.linear import Embedding, Linear, linear
 
 
 @dataclass
@@ -90,10 +92,10 @@ class Attention(nn.Module):
         N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.heads, self.layer = (N, K, H), layer
         self.scale, self.softcap = 1 / math.sqrt(c.query_pre_attn_scalar), c.attn_logit_softcapping
-        self.q_proj = nn.Linear(c.hidden_size, N * H, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, K * H, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, K * H, bias=False)
-        self.o_proj = nn.Linear(N * H, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, N * H, bias=False)
+        self.k_proj = Linear(c.hidden_size, K * H, bias=False)
+        self.v_proj = Linear(c.hidden_size, K * H, bias=False)
+        self.o_proj = Linear(N * H, c.hidden_size, bias=False)
         self.q_norm = Norm(H, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = Norm(H, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
@@ -118,9 +120,9 @@ class Mlp(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x_BTD), approximate="tanh") * self.up_proj(x_BTD))
@@ -155,16 +157,18 @@ class Stack(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, layer) for layer in c.layers)
         self.norm = Norm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, caches: list[LayerCache] | None) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, positions_BT: Tensor, caches: list[LayerCache] | None, run: Callable = Block.__call__
+    ) -> Tensor:
         x_BTD = self.embed_tokens(tokens_BT)
         # √D in the activations' own type: 55.5, not 55.43, for D = 3072 in bfloat16
-        x_BTD = x_BTD * torch.tensor(math.sqrt(x_BTD.shape[-1]), dtype=x_BTD.dtype, device=x_BTD.device)
+        x_BTD = x_BTD * torch.full((), math.sqrt(x_BTD.shape[-1]), dtype=x_BTD.dtype, device=x_BTD.device)
         for i, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, positions_BT, caches[i] if caches else None)
+            x_BTD = run(layer, x_BTD, positions_BT, caches[i] if caches else None)
         return self.norm(x_BTD)
 
 
@@ -179,20 +183,27 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Stack(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def hidden(
-        self, tokens_BT: Tensor, positions_BT: Tensor | None = None, caches: list[LayerCache] | None = None
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        caches: list[LayerCache] | None = None,
+        run: Callable = Block.__call__,
     ) -> Tensor:
-        """Hidden states [B, T, D] after the final norm. positions: 0, 1, 2, … if None. caches: one per layer."""
+        """Hidden states [B, T, D] after the final norm.
+
+        positions: 0, 1, 2, … if None. caches: one per layer. run: how a layer is called, as ``run(layer, x, …)``.
+        """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-        return self.model(tokens_BT, positions_BT, caches)
+        return self.model(tokens_BT, positions_BT, caches, run)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Logits float32 [..., V] of hidden states."""
         head_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return softcap(widen(F.linear(x_BTD, head_VD)), self.config.final_logit_softcapping)
+        return softcap(widen(linear(x_BTD, head_VD)), self.config.final_logit_softcapping)
 
     def forward(
         self, tokens_BT: Tensor, positions_BT: Tensor | None = None, caches: list[LayerCache] | None = None

@@ -8,28 +8,36 @@ import numpy as np
 import torch
 
 from gemkit.arch.config import ModelConfig
-from gemkit.arch.tensors import manifest
+from gemkit.arch.tensors import TensorSpec, manifest
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models.torch.decoder import Decoder
+from gemkit.models.torch.linear import Quantised, quantise
 from gemkit.weights.checkpoint import Tensor
 from gemkit.weights.quant import GGMLType
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BITS = {"int8": 8, "int4": 4}  # of the matrices; activations are those of "auto"
 
 
 def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     """The type to compute in: "auto" is bfloat16 on accelerators that have it, else float32.
 
-    Raises UsageError for float16 in Gemma 2 and 3, whose activations leave its range.
+    Raises UsageError for float16 in Gemma 2 and 3, whose activations leave its range, and for bfloat16 on a GPU that
+    only emulates it.
     """
-    if name == "auto":
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bfloat16 else torch.float32
+    if name == "auto" or name in BITS:
+        return torch.bfloat16 if device.type == "cuda" and _has_bfloat16() else torch.float32
     if name not in DTYPES:
-        raise UsageError(f"dtype is {name!r}; choose from auto, {', '.join(DTYPES)}")
+        raise UsageError(f"dtype is {name!r}; choose from auto, {', '.join((*DTYPES, *BITS))}")
     if name == "float16" and config.post_norms:
         raise UsageError("float16 overflows in Gemma 2 and 3: choose bfloat16, or float32 where there is none")
+    if name == "bfloat16" and device.type == "cuda" and not _has_bfloat16():
+        raise UsageError("this GPU has no bfloat16: choose auto or float32")
     return DTYPES[name]
+
+
+def _has_bfloat16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_decoder(
@@ -37,27 +45,52 @@ def load_decoder(
     weights: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    bits: int | None = None,
 ) -> Decoder:
     """A decoder with these weights; norms stay float32. weights: as in a `Checkpoint`.
 
-    Raises GemkitError that names a tensor that is missing or has another shape.
+    bits: 8 or 4, of the matrices; those of the vocabulary have 8 at least. None: all are of dtype.
+    Raises GemkitError that names a tensor that is missing, has another shape, or cannot have so few bits.
     """
     specs = manifest(config)
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    parameters = dict(decoder.named_parameters())
-    assert parameters.keys() == specs.keys()
+    decoder = empty_decoder(config)
     for name, spec in specs.items():
         tensor = weights.get(name)
         if tensor is None:
             raise GemkitError(f"the tensor {name} is missing: get the whole model")
         if tuple(tensor.shape) != spec.shape:
             raise GemkitError(f"the tensor {name} has shape {list(tensor.shape)}, not {list(spec.shape)}")
-        kind = torch.float32 if spec.dtype_floor == "float32" else dtype
-        place, _, leaf = name.rpartition(".")
-        value = to_torch(tensor).to(device=device, dtype=kind)
-        setattr(decoder.get_submodule(place), leaf, torch.nn.Parameter(value, requires_grad=False))
+        value = to_torch(tensor)
+        if bits is not None and spec.quantise:
+            try:
+                put(decoder, name, quantise(value.to(device), bits_of(spec, bits)))
+            except ValueError as error:
+                raise GemkitError(f"{name}: {error}; choose another dtype") from None
+        else:
+            put(decoder, name, value.to(device=device, dtype=torch.float32 if spec.dtype_floor == "float32" else dtype))
+    decoder.model.embed_tokens.dtype = dtype
     return decoder.eval()
+
+
+def empty_decoder(config: ModelConfig) -> Decoder:
+    """A decoder without memory, for `put` to fill."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    assert dict(decoder.named_parameters()).keys() == manifest(config).keys()
+    return decoder
+
+
+def put(decoder: Decoder, name: str, value: torch.Tensor | Quantised) -> None:
+    """Gives a parameter its value."""
+    place, _, leaf = name.rpartition(".")
+    module = decoder.get_submodule(place)
+    delattr(module, leaf)  # a parameter cannot become a module
+    setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False) if isinstance(value, torch.Tensor) else value)
+
+
+def bits_of(spec: TensorSpec, bits: int) -> int:
+    """Those of a tensor in a model of so many bits: each row of the vocabulary's matrices is a token of its own."""
+    return 8 if spec.letters[0] == "V" else bits
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,20 +11,24 @@ from gemkit.arch.config import ModelConfig
 from gemkit.engine.runner import Batch, StepResult, page_groups
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models import padded
-from gemkit.models.torch.decoder import Decoder, LayerCache
-from gemkit.models.torch.load import load_decoder, pick_dtype
+from gemkit.models.torch.decoder import Decoder
+from gemkit.models.torch.load import BITS, load_decoder, pick_dtype
+from gemkit.models.torch.steps import Steps, found
 from gemkit.weights.checkpoint import Tensor
 
-_HEAD_ROWS = 32  # rows of logits at a time
+_HEAD_ROWS = 64  # rows of logits at a time
+_FIRST_PAGES = 32  # a cache that grows is recorded anew: start with room for 2,000 tokens
 
 
 class TorchRunner:
     """Runs a model with PyTorch, on the CPU or an accelerator.
 
     config, weights: as in a `Checkpoint`; memory holds the model and one tensor more while it loads.
-    device: "cpu", "cuda", "cuda:1", …; None takes CUDA where there is one. dtype: see `load.pick_dtype`.
+    device: "cpu", "cuda", "cuda:1", …; None takes CUDA where there is one. dtype: see `load.pick_dtype`; "int8" and
+    "int4" are of the matrices alone, see `linear`.
     threads: on the CPU, of the whole process.
-    compile: compile the model; the first steps take long, and as many graphs are made as there are shapes.
+    compile: compile the model, and on CUDA record its steps (see `steps`); the first steps take long. None does so on
+    CUDA.
     Raises UsageError for a device or type that cannot be had, GemkitError if memory is short.
     """
 
@@ -38,39 +42,59 @@ class TorchRunner:
         *,
         device: str | None = None,
         dtype: str = "auto",
-        compile: bool = False,
+        compile: bool | None = None,
         threads: int | None = None,
         max_tokens_per_step: int = 512,
     ) -> None:
-        self.config = config
-        self.groups = page_groups(config)
+        place = _device(device)
+        activations = pick_dtype(dtype, config, place)
+        decoder: Decoder = _memory(load_decoder, config, weights, activations, place, BITS.get(dtype))
+        self._start(decoder, activations, place, compile, threads, max_tokens_per_step)
+
+    @classmethod
+    def of(
+        cls, decoder: Decoder, dtype: torch.dtype, *, compile: bool | None = None, max_tokens_per_step: int = 512
+    ) -> TorchRunner:
+        """A runner of a decoder that is there already; dtype: of its activations."""
+        runner = cls.__new__(cls)
+        device = next(decoder.parameters()).device
+        runner._start(decoder, dtype, device, compile, None, max_tokens_per_step)
+        return runner
+
+    def _start(
+        self,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        device: torch.device,
+        compile: bool | None,
+        threads: int | None,
+        max_tokens_per_step: int,
+    ) -> None:
+        self.decoder, self.dtype, self.device = decoder, dtype, device
+        self.config = decoder.config
+        self.groups = page_groups(self.config)
         self.max_tokens_per_step = max_tokens_per_step
         self.adapter_count = 0
-        self.device = _device(device)
-        self.dtype = pick_dtype(dtype, config, self.device)
-        self.activations = str(self.dtype).removeprefix("torch.")
-        self.path = f"torch {self.device.type}"
+        self.activations = str(dtype).removeprefix("torch.")
+        self.path = f"torch {device.type}"
         if threads is not None:
             torch.set_num_threads(threads)
         self.threads = torch.get_num_threads()
-        self.decoder: Decoder = _memory(load_decoder, config, weights, self.dtype, self.device)
-        self._hidden: Callable[..., torch.Tensor] = self.decoder.hidden
-        if compile:
-            self._hidden = torch.compile(self.decoder.hidden, dynamic=False)
-        self._cache: list[tuple[torch.Tensor, torch.Tensor]] = [self._empty(1) for _ in config.layers]
+        compiled = device.type == "cuda" if compile is None else compile
+        self.steps = Steps(decoder, self.groups, device, compiled)
+        self._cache: list[tuple[torch.Tensor, torch.Tensor]] = [self._empty(1) for _ in self.config.layers]
 
     @property
     def weight_bytes(self) -> int:
         """Memory of the weights."""
-        return sum(p.numel() * p.element_size() for p in self.decoder.parameters())
+        return sum(tensor.nbytes for tensor in (*self.decoder.parameters(), *self.decoder.buffers()))
 
     @property
     def token_bytes(self) -> int:
         """Bytes of weights that one token reads: an untied embedding gives a row alone."""
         if self.config.tie_word_embeddings:
             return self.weight_bytes
-        embedding = self.decoder.model.embed_tokens.weight
-        return self.weight_bytes - embedding.numel() * embedding.element_size()
+        return self.weight_bytes - self.decoder.model.embed_tokens.weight.nbytes
 
     def page_bytes(self, group: int) -> int:
         size = torch.empty((), dtype=self.dtype).element_size()
@@ -82,7 +106,9 @@ class TorchRunner:
             for layer in group.layers:
                 old = self._cache[layer]
                 if len(old[0]) < (count + 1) * self.page_size:
-                    self._cache[layer] = new = _memory(self._empty, count + 1)
+                    self.steps.forget()
+                    wanted = max(_FIRST_PAGES, padded.quarter(count + 1))
+                    self._cache[layer] = new = _memory(self._empty, wanted)
                     for kept, grown in zip(old, new):
                         grown[: len(kept)] = kept
 
@@ -94,33 +120,43 @@ class TorchRunner:
     # --- steps ---------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch) -> StepResult:
-        step, hidden_BTD = self._run(batch)
-        wanted = np.flatnonzero(batch.sample)
-        last = torch.from_numpy(step.last[wanted].astype(np.int64)).to(self.device)
-        rows = torch.from_numpy(wanted.astype(np.int64)).to(self.device)
-        found = []
-        with torch.inference_mode():
-            for first in range(0, len(wanted), _HEAD_ROWS):
-                part = slice(first, first + _HEAD_ROWS)
-                logits_RV = self.decoder.logits(hidden_BTD[rows[part], last[part]])
-                found += self._reduced(logits_RV, [batch.sampling[b] for b in wanted[part]])
-        return padded.choose(found, batch, wanted)
+        return padded.in_parts(self._step, batch)
 
-    def _reduced(self, logits_RV: torch.Tensor, samplings: list) -> list[padded.Logits]:
-        top_RK, ids_RK = logits_RV.topk(min(padded.TOP, logits_RV.shape[1]), dim=-1)
-        log_sums = None
-        if any(s.logprobs is not None for s in samplings):
-            log_sums = logits_RV.double().logsumexp(-1).cpu().numpy()
-        top, ids = top_RK.cpu().numpy(), ids_RK.cpu().numpy().astype(np.int32)
-        if not np.isfinite(top[:, 0]).all():
+    def _step(self, batch: Batch) -> StepResult:
+        step = self._padded(batch)
+        wanted = np.flatnonzero(batch.sample)
+        few = all(padded.greedy(batch.sampling[b]) for b in wanted)
+        known = []
+        with torch.inference_mode():
+            if step.tokens.shape[1] == 1 and len(step.tokens) <= _HEAD_ROWS:
+                logits_BV, packed = _memory(self.steps.decode, step, self._cache, few)
+                known = self._known(logits_BV, packed, wanted, batch)
+            else:
+                hidden_XD = _memory(self.steps.hidden, step, self._cache).flatten(0, 1)
+                last = step.rows[batch.starts[wanted + 1] - 1]
+                for first in range(0, len(wanted), _HEAD_ROWS):
+                    some = slice(first, first + _HEAD_ROWS)
+                    logits_RV, packed = self.steps.likeliest(hidden_XD[self._put(last[some])], few)
+                    known += self._known(logits_RV, packed, np.arange(len(last[some])), batch, wanted[some])
+        return padded.choose(known, batch, wanted)
+
+    def _known(
+        self,
+        logits_RV: torch.Tensor,
+        packed: torch.Tensor,
+        rows: np.ndarray,
+        batch: Batch,
+        wanted: np.ndarray | None = None,
+    ) -> list[padded.Logits]:
+        """What `padded.choose` needs of some rows, of the batch's sequences `wanted`."""
+        top, ids, log_sums = found(packed)
+        if not np.isfinite(top[rows, 0]).all():
             raise GemkitError("the model produced logits that are not numbers; the weights are damaged or out of range")
-        found = []
-        for r, sampling in enumerate(samplings):
-            order = np.lexsort((ids[r], -top[r]))
-            whole = logits_RV[r].cpu().numpy() if padded.needs_whole(sampling) else None
-            log_sum = None if log_sums is None else float(log_sums[r])
-            found.append(padded.Logits(ids[r][order], top[r][order], log_sum, whole))
-        return found
+        known = []
+        for r, b in zip(rows, rows if wanted is None else wanted, strict=True):
+            whole = logits_RV[int(r)].cpu().numpy() if padded.needs_whole(batch.sampling[b]) else None
+            known.append(padded.Logits(ids[r], top[r], float(log_sums[r]), whole))
+        return known
 
     def logits(self, batch: Batch) -> np.ndarray:
         step, hidden_BTD = self._run(batch)
@@ -146,22 +182,19 @@ class TorchRunner:
         return self._rows(step, hidden_BTD).float().cpu().numpy()
 
     def _rows(self, step: padded.Padded, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return hidden_BTD.flatten(0, 1)[torch.from_numpy(step.rows).to(self.device)]
+        return hidden_BTD.flatten(0, 1)[self._put(step.rows)]
+
+    def _put(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self.device)
+
+    def _padded(self, batch: Batch) -> padded.Padded:
+        return padded.pad(batch, self.page_size, [group.window for group in self.groups], padded.quarter)
 
     def _run(self, batch: Batch) -> tuple[padded.Padded, torch.Tensor]:
         """The padded step and the hidden states [B, T, D] after the final norm."""
-        step = padded.pad(batch, self.page_size)
-
-        def put(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array).to(self.device, torch.int64)
-
-        places = [tuple(map(put, group)) for group in zip(step.write, step.read, step.seen, strict=True)]
-        caches = [None] * len(self.config.layers)
-        for group, (write_BT, read_BS, seen_BS) in zip(self.groups, places, strict=True):
-            for layer in group.layers:
-                caches[layer] = LayerCache(*self._cache[layer], write_BT, read_BS, seen_BS)
+        step = self._padded(batch)
         with torch.inference_mode():
-            return step, _memory(self._hidden, put(step.tokens), put(step.positions), caches)
+            return step, _memory(self.steps.hidden, step, self._cache)
 
 
 def _device(name: str | None) -> torch.device:

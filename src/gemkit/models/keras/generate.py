@@ -1,0 +1,132 @@
+"""Generation with a Keras decoder, for a prompt or a batch of them.
+
+Every sequence has the pages of its prompt and answer from the start, and all sequences stay in the batch: so a prompt
+runs in one shape (or in chunks of `CHUNK`), every later token in another, and the backend compiles each once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gemkit.engine.runner import Batch
+from gemkit.engine.sampling import Sampling
+from gemkit.errors import UsageError
+from gemkit.models.keras.steps import Cached, Steps
+from gemkit.models.padded import bucket
+
+CHUNK = 512  # the most tokens of a prompt in one step
+
+
+class Generator:
+    """A decoder's steps, kept between answers because they are compiled."""
+
+    def __init__(self, decoder: Cached) -> None:
+        self._decoder = decoder
+        self._steps: Steps | None = None
+
+    @property
+    def steps(self) -> Steps:
+        if self._steps is None:
+            self._steps = Steps(self._decoder)
+        return self._steps
+
+    def generate(
+        self,
+        ids: Sequence[int] | Sequence[Sequence[int]],
+        max_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_ids: Sequence[int] | None = None,
+    ) -> list[int] | list[list[int]]:
+        """The new tokens of a prompt, or of each of a list of prompts; a stop token is the last.
+
+        ids: BOS included. temperature, top_k, top_p, seed: as in `gemkit.engine.sampling.Sampling`, whose tokens these
+        are; a prompt's do not depend on the others. stop_ids: the model's if None.
+        Raises UsageError for a bad value, and for a prompt that leaves no room in the model's context.
+        """
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, logprobs=None)
+        one = len(ids) > 0 and np.ndim(ids[0]) == 0
+        prompts = [self._checked(prompt) for prompt in ([ids] if one else ids)]
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+            raise UsageError(f"max_tokens is {max_tokens!r}; give a whole number from 1")
+        stop = set(self._decoder.config.stop_token_ids if stop_ids is None else stop_ids)
+        try:
+            found = self._generate(prompts, max_tokens, sampling, stop) if prompts else []
+        finally:
+            self.steps.clear()
+        return found[0] if one else found
+
+    def _checked(self, prompt: Sequence[int]) -> np.ndarray:
+        c = self._decoder.config
+        array = np.asarray(prompt)
+        if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
+            raise UsageError("a prompt is a row of one or more token ids")
+        if array.min() < 0 or array.max() >= c.vocab_size:
+            raise UsageError(f"the prompt has ids that the model lacks; they go from 0 to {c.vocab_size - 1}")
+        if len(array) >= c.max_position_embeddings:
+            raise UsageError(
+                f"the prompt has {len(array)} tokens and the context holds {c.max_position_embeddings}, "
+                "the answer included: shorten it"
+            )
+        return array.astype(np.int32)
+
+    def _generate(
+        self, prompts: list[np.ndarray], max_tokens: int, sampling: Sampling, stop: set[int]
+    ) -> list[list[int]]:
+        steps = self.steps
+        limits = [min(max_tokens, self._decoder.config.max_position_embeddings - len(prompt)) for prompt in prompts]
+        pages = [-(-(len(prompt) + limit) // steps.page_size) for prompt, limit in zip(prompts, limits)]
+        table = np.full((len(prompts), max(pages)), -1, np.int32)
+        for b, count in enumerate(pages):
+            table[b, :count] = sum(pages[:b]) + np.arange(count)
+        steps.reserve([sum(pages)] * len(steps.groups))
+        found: list[list[int]] = [[] for _ in prompts]
+
+        def run(which: list[int], parts: list[np.ndarray], firsts: list[int], sample: list[bool], T: int) -> None:
+            batch = _batch(parts, firsts, table[which], sample, sampling, [len(found[b]) for b in which], steps)
+            result = steps.step(batch, at_least=(bucket(len(prompts)), T, 1 + max(pages)))
+            for row, b in enumerate(which):
+                if sample[row]:
+                    found[b].append(int(result.tokens[row]))
+
+        longest = max(map(len, prompts))
+        T = min(bucket(longest), CHUNK)
+        for start in range(0, longest, T):
+            which = [b for b, prompt in enumerate(prompts) if start < len(prompt)]
+            parts = [prompts[b][start : start + T] for b in which]
+            run(which, parts, [start] * len(which), [len(prompts[b]) <= start + T for b in which], T)
+        everyone = list(range(len(prompts)))
+        while any(open := [answer[-1] not in stop and len(answer) < limit for answer, limit in zip(found, limits)]):
+            # Who has finished writes the last token again, where it stands or would stand
+            tokens = [np.array(answer[-1:], np.int32) for answer in found]
+            firsts = [len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts, found)]
+            run(everyone, tokens, firsts, open, 1)
+        return found
+
+
+def _batch(
+    parts: list[np.ndarray],
+    firsts: list[int],
+    table: np.ndarray,
+    sample: list[bool],
+    sampling: Sampling,
+    counters: list[int],
+    steps: Steps,
+) -> Batch:
+    count = len(parts)
+    return Batch(
+        tokens=np.concatenate(parts),
+        starts=np.cumsum([0, *map(len, parts)]).astype(np.int32),
+        positions=np.array(firsts, np.int32),
+        pages=(table,) * len(steps.groups),
+        sample=np.array(sample),
+        sampling=(sampling,) * count,
+        counters=np.array(counters, np.int64),
+        history=(np.zeros(0, np.int32),) * count,
+        prompt_lengths=np.zeros(count, np.int32),
+    )

@@ -1,0 +1,44 @@
+"""From a checkpoint to a `Decoder`, one tensor at a time: memory holds the model and one tensor more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gemkit.arch.config import ModelConfig
+from gemkit.arch.tensors import manifest
+from gemkit.errors import GemkitError, UsageError
+from gemkit.models.keras.decoder import Decoder
+from gemkit.weights.checkpoint import Tensor
+
+POLICIES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
+
+
+def check_dtype(name: str, config: ModelConfig) -> str:
+    """Returns the dtype policy's name.
+
+    Raises UsageError for one that is unknown, and for float16 in Gemma 2 and 3, whose activations leave its range.
+    """
+    if name not in POLICIES:
+        raise UsageError(f"dtype is {name!r}; choose from {', '.join(POLICIES)}")
+    if name.endswith("float16") and not name.endswith("bfloat16") and config.post_norms:
+        raise UsageError("float16 overflows in Gemma 2 and 3: choose bfloat16, or float32 where there is none")
+    return name
+
+
+def load_decoder(config: ModelConfig, weights: Mapping[str, Tensor], dtype: str = "float32") -> Decoder:
+    """A decoder with these weights; norms stay float32. weights: as in a `Checkpoint`. dtype: a dtype policy.
+
+    Raises GemkitError that names a tensor that is missing or has another shape.
+    """
+    specs = manifest(config)
+    for name, spec in specs.items():
+        if name not in weights:
+            raise GemkitError(f"the tensor {name} is missing: get the whole model")
+        if tuple(weights[name].shape) != spec.shape:
+            raise GemkitError(f"the tensor {name} has shape {list(weights[name].shape)}, not {list(spec.shape)}")
+    decoder = Decoder(config, initializer_range=0.0, dtype=check_dtype(dtype, config))
+    parameters = decoder.tensors()
+    assert parameters.keys() == specs.keys()
+    for name, parameter in parameters.items():
+        parameter.assign(weights[name].to_float32())
+    return decoder

@@ -1,0 +1,87 @@
+"""The demo model on one implementation, in float32, against logits that transformers left; prints the result as JSON.
+
+Usage: python real_worker.py BACKEND FOLDER, FOLDER with ``ids.npy`` and ``logits.npy``.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from gemkit.engine.runner import Batch, Runner
+from gemkit.engine.sampling import Sampling
+from gemkit.weights.demo import demo_path
+from gemkit.weights.gguf import read_gguf
+
+STEP = 128
+
+
+def new_runner(backend: str) -> Runner:
+    checkpoint = read_gguf(demo_path())
+    arguments = checkpoint.config, checkpoint.tensors
+    match backend.split("-")[0]:
+        case "native":
+            from gemkit.models.native import NativeRunner
+
+            return NativeRunner(*arguments, threads=2, activations="float32")
+        case "torch":
+            from gemkit.models.torch import TorchRunner
+
+            return TorchRunner(*arguments, device="cpu", dtype="float32", threads=2)
+        case "jax":
+            from gemkit.models.jax import JaxRunner
+
+            return JaxRunner(*arguments, device="cpu", dtype="float32")
+        case _:
+            from gemkit.models.keras import KerasRunner
+
+            return KerasRunner(*arguments, dtype="float32")
+
+
+def main() -> None:
+    backend, folder = sys.argv[1], Path(sys.argv[2])
+    ids, expected = np.load(folder / "ids.npy"), np.load(folder / "logits.npy", mmap_mode="r")
+    start = time.perf_counter()
+    runner = new_runner(backend)
+    loaded = time.perf_counter()
+    pages = -(-len(ids) // runner.page_size)
+    runner.reserve([pages] * len(runner.groups))
+    largest = scale = 0.0
+    turned = []  # margins of the likeliest token where another one is likeliest
+    for first in range(0, len(ids), STEP):
+        part = ids[first : first + STEP]
+        logits = runner.logits(
+            Batch(
+                tokens=part,
+                starts=np.array([0, len(part)], np.int32),
+                positions=np.array([first], np.int32),
+                pages=(np.arange(pages, dtype=np.int32)[None],) * len(runner.groups),
+                sample=np.zeros(1, bool),
+                sampling=(Sampling(),),
+                counters=np.zeros(1, np.int64),
+                history=(np.zeros(0, np.int32),),
+                prompt_lengths=np.zeros(1, np.int32),
+            )
+        )
+        for row, wanted in zip(logits, expected[first : first + STEP], strict=True):
+            largest, scale = max(largest, float(np.abs(row - wanted).max())), max(scale, float(np.abs(wanted).max()))
+            if (mine := row.argmax()) != (theirs := wanted.argmax()):
+                turned.append(float(wanted[theirs] - wanted[mine]))
+    error = largest / scale if np.isfinite(largest) else float("inf")
+    print(
+        json.dumps(
+            {
+                "error": error,
+                "scale": scale,
+                "turned": turned,
+                "load": round(loaded - start, 1),
+                "run": round(time.perf_counter() - loaded, 1),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
