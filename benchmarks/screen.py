@@ -19,7 +19,11 @@ from gemkit.engine.runner import Batch
 from gemkit.engine.sampling import Sampling
 
 LANES, WINDOW = 4, 256
-SETTINGS = {"greedy": Sampling(temperature=0.0), "top-k 64": Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=1)}
+# Log-probabilities would need the whole head
+SETTINGS = {
+    "greedy": Sampling(temperature=0.0, logprobs=None),
+    "top-k 64": Sampling(temperature=1.0, top_k=64, top_p=0.95, logprobs=None),
+}
 NONE = np.zeros(0, np.int32)
 
 
@@ -86,6 +90,8 @@ def main() -> int:
                     sums[name] = tuple(a + b for a, b in zip(sums[name], values, strict=True))
             for name, (compared, differ, counts) in sums.items():
                 panels = np.array(counts)
+                if not len(panels):
+                    raise SystemExit("the screen was not used: nothing was compared")
                 share = np.mean(panels < 0)
                 panels = panels[panels >= 0]
                 print(

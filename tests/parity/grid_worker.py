@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from engine.batches import PAGES, make_batch, one
 from parity.cases import CASES, Case, tokens
 from parity.grid import CACHED, MODES, stored
 
-from gemkit.engine.runner import Batch, Runner
-from gemkit.engine.sampling import Sampling
+from gemkit.engine.runner import Runner
 from gemkit.weights.checkpoint import Checkpoint
 
 # Tiny models with windows of 12 and 16: cuts inside, at and beyond them, single tokens, and a neighbour in each step
@@ -42,29 +42,13 @@ def weights(case: Case, params: dict[str, np.ndarray]) -> dict:
 def cached(runner: Runner, case: Case) -> np.ndarray:
     """Logits [T, V] of the case's tokens, cut into chunks, with another sequence in every step."""
     ids, other = case.tokens(), tokens(case.config, case.length, 99)
-    size, groups = runner.page_size, len(runner.groups)
-    pages = -(-case.length // size)
-    runner.reserve([2 * pages] * groups)
-    table = np.stack([np.arange(pages) + pages, np.arange(pages)]).astype(np.int32)
     assert sum(CUTS) == case.length
+    runner.reserve([2 * PAGES] * len(runner.groups))
     rows, at = [], 0
     for turn, count in enumerate(CUTS):
-        parts = [ids[at : at + count], other[at : at + count]]
-        order = [0, 1] if turn % 2 else [1, 0]
-        parts = [parts[b] for b in order]
-        batch = Batch(
-            tokens=np.concatenate(parts).astype(np.int32),
-            starts=np.array([0, count, 2 * count], np.int32),
-            positions=np.full(2, at, np.int32),
-            pages=(np.ascontiguousarray(table[order]),) * groups,
-            sample=np.zeros(2, bool),
-            sampling=(Sampling(),) * 2,
-            counters=np.zeros(2, np.int64),
-            history=(np.zeros(0, np.int32),) * 2,
-            prompt_lengths=np.zeros(2, np.int32),
-        )
-        first = order.index(0) * count
-        rows.append(runner.logits(batch)[first : first + count])
+        parts = [(1, ids[at : at + count], at), (0, other[at : at + count], at)]
+        first = turn % 2 * count
+        rows.append(runner.logits(make_batch(runner, parts[:: -1 if turn % 2 else 1]))[first : first + count])
         at += count
     return np.concatenate(rows)
 
@@ -73,25 +57,10 @@ def run_native(mode: str, case: Case, params: dict[str, np.ndarray]) -> np.ndarr
     from gemkit.models.native import NativeRunner
 
     runner = NativeRunner(case.config, weights(case, params), threads=2, activations="float32")
-    return cached(runner, case) if mode == "cached" else whole(runner, case)
-
-
-def whole(runner: Runner, case: Case) -> np.ndarray:
-    pages = -(-case.length // runner.page_size)
-    runner.reserve([pages] * len(runner.groups))
-    return runner.logits(
-        Batch(
-            tokens=case.tokens().astype(np.int32),
-            starts=np.array([0, case.length], np.int32),
-            positions=np.zeros(1, np.int32),
-            pages=(np.arange(pages, dtype=np.int32)[None],) * len(runner.groups),
-            sample=np.zeros(1, bool),
-            sampling=(Sampling(),),
-            counters=np.zeros(1, np.int64),
-            history=(np.zeros(0, np.int32),),
-            prompt_lengths=np.zeros(1, np.int32),
-        )
-    )
+    if mode == "cached":
+        return cached(runner, case)
+    runner.reserve([PAGES] * len(runner.groups))
+    return runner.logits(one(runner, case.tokens(), 0))
 
 
 def run_transformers(mode: str, case: Case, params: dict[str, np.ndarray]) -> np.ndarray:

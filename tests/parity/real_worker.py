@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gemkit.engine.runner import Batch, Runner
-from gemkit.engine.sampling import Sampling
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from engine.batches import PAGES, one
+
+from gemkit.engine.runner import Runner
 from gemkit.weights.demo import demo_path
 from gemkit.weights.gguf import read_gguf
 
@@ -46,25 +48,12 @@ def main() -> None:
     start = time.perf_counter()
     runner = new_runner(backend)
     loaded = time.perf_counter()
-    pages = -(-len(ids) // runner.page_size)
-    runner.reserve([pages] * len(runner.groups))
+    runner.reserve([PAGES] * len(runner.groups))
     largest = scale = 0.0
     turned = []  # margins of the likeliest token where another one is likeliest
     for first in range(0, len(ids), STEP):
         part = ids[first : first + STEP]
-        logits = runner.logits(
-            Batch(
-                tokens=part,
-                starts=np.array([0, len(part)], np.int32),
-                positions=np.array([first], np.int32),
-                pages=(np.arange(pages, dtype=np.int32)[None],) * len(runner.groups),
-                sample=np.zeros(1, bool),
-                sampling=(Sampling(),),
-                counters=np.zeros(1, np.int64),
-                history=(np.zeros(0, np.int32),),
-                prompt_lengths=np.zeros(1, np.int32),
-            )
-        )
+        logits = runner.logits(one(runner, part, first))
         for row, wanted in zip(logits, expected[first : first + STEP], strict=True):
             largest, scale = max(largest, float(np.abs(row - wanted).max())), max(scale, float(np.abs(wanted).max()))
             if (mine := row.argmax()) != (theirs := wanted.argmax()):

@@ -3,11 +3,9 @@
 Budget: 4 minutes on two cores, nearly all of it in one computation that every test shares.
 
 The text's "<unk>" is plain text here, never the control token: read as one, perplexity is almost twice as high.
-transformers gets the weights as gguf-py reads and dequantises them. llama.cpp is the library inside xllamacpp: that
-package's own doors report probabilities of generated tokens only, so its C functions are called.
+transformers gets the weights as gguf-py reads and dequantises them.
 """
 
-import ctypes
 import gc
 import math
 import os
@@ -21,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import xllamacpp
+from parity import llama_cpp
 from parity.tolerances import (
     LOGITS_FLOAT32_REAL,
     MEAN_KL,
@@ -131,64 +129,14 @@ def transformers_hidden(path: Path, ids: np.ndarray) -> tuple[torch.Tensor, torc
 # llama.cpp
 
 
-class _Parameters(ctypes.Structure):
-    """A parameter struct of llama.cpp, larger than any of them: only its first fields are touched."""
-
-    _fields_ = [("words", ctypes.c_uint32 * 256)]
-
-
-class _LlamaBatch(ctypes.Structure):
-    _fields_ = [
-        ("n_tokens", ctypes.c_int32),
-        ("token", ctypes.POINTER(ctypes.c_int32)),
-        ("embd", ctypes.c_void_p),
-        ("pos", ctypes.POINTER(ctypes.c_int32)),
-        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
-        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-        ("logits", ctypes.POINTER(ctypes.c_int8)),
-    ]
-
-
 def llama_cpp_nll(path: Path, ids: np.ndarray, vocabulary: int) -> float:
-    """Mean negative log-likelihood of ids[1:] by llama.cpp's C interface, 128 tokens at a time."""
-    step = 128
-    pointer = ctypes.c_void_p
-    (library_path,) = Path(xllamacpp.__path__[0]).glob("xllamacpp*.*d*" if os.name == "nt" else "xllamacpp*.so")
-    library = ctypes.CDLL(str(library_path))
-
-    def function(name: str, result, *arguments):
-        found = getattr(library, name)
-        found.restype, found.argtypes = result, arguments
-        return found
-
-    silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, pointer)(lambda *_: None)
-    function("llama_log_set", None, type(silent), pointer)(silent, None)
-    function("llama_backend_init", None)()
-    parameters = function("llama_context_default_params", _Parameters)()
-    assert list(parameters.words[:3]) == [512, 2048, 512], "the first fields are no longer n_ctx, n_batch and n_ubatch"
-    parameters.words[0], parameters.words[1], parameters.words[2] = TOKENS + step, step, step
-    defaults = function("llama_model_default_params", _Parameters)()
-    model = function("llama_model_load_from_file", pointer, ctypes.c_char_p, _Parameters)(os.fsencode(path), defaults)
-    assert model
-    context = function("llama_init_from_model", pointer, pointer, _Parameters)(model, parameters)
-    assert context and function("llama_n_ctx", ctypes.c_uint32, pointer)(context) >= TOKENS
-    function("llama_set_n_threads", None, pointer, ctypes.c_int32, ctypes.c_int32)(context, 2, 2)
-    batch = function("llama_batch_init", _LlamaBatch, *[ctypes.c_int32] * 3)(step, 0, 1)
-    decode = function("llama_decode", ctypes.c_int32, pointer, _LlamaBatch)
-    get_logits = function("llama_get_logits", ctypes.POINTER(ctypes.c_float), pointer)
+    """Mean negative log-likelihood of ids[1:]."""
     total, count = 0.0, 0
-    for first in range(0, len(ids), step):
-        batch.n_tokens = min(step, len(ids) - first)
-        for i in range(batch.n_tokens):
-            batch.token[i], batch.pos[i], batch.logits[i] = int(ids[first + i]), first + i, 1
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-        assert decode(context, batch) == 0
-        rows = torch.from_numpy(np.ctypeslib.as_array(get_logits(context), (batch.n_tokens, vocabulary)))
-        nll = negative_log_likelihood(rows, ids[first + 1 : first + 1 + batch.n_tokens])
-        total, count = total + nll.sum().item(), count + len(nll)
+    for rows in llama_cpp.logits(path, ids, vocabulary):
+        targets = ids[count + 1 : count + 1 + len(rows)]
+        total += negative_log_likelihood(torch.from_numpy(rows), targets).sum().item()
+        count += len(targets)
     assert count == len(ids) - 1
-    function("llama_free", None, pointer)(context)
-    function("llama_model_free", None, pointer)(model)
     return total / count
 
 

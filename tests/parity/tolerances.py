@@ -54,6 +54,12 @@ MEAN_KL_INT4 = 0.3
 # The same compared in bfloat16.
 BFLOAT16_PRODUCT = 2e-2
 
+# Squared error of searched scales against ggml's own on the same rows, and the perplexity of the files made with them.
+SEARCHED_ERROR_RATIO_TO_GGML = 1.002
+SEARCHED_PERPLEXITY_RATIO_TO_GGML = 1.005
+# What the likeliest token must be ahead by (in the logit) for llama.cpp, which rounds activations otherwise, to agree.
+QUANTIZED_MARGIN = 0.5
+
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     """max|actual - expected| / max|expected|; infinite where either is not finite, so that a NaN never passes."""

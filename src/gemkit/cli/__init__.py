@@ -11,7 +11,8 @@ import click
 from gemkit import __version__
 from gemkit.cli.common import failure
 
-VERBS = ("generate", "chat", "score", "show", "bench", "check", "doctor", "convert", "download", "ls", "rm")
+VERBS = ("generate", "replay", "chat", "score", "show", "bench", "check", "doctor", "convert", "quantize")
+VERBS += ("download", "ls", "rm")
 ALIASES = {"run": "generate"}
 
 

@@ -1,9 +1,11 @@
 """`gemkit generate MODEL --prompt TEXT`: write text, piece by piece."""
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -63,6 +65,11 @@ def _whole(name: str, default: int | None = None, *, help: str) -> Callable:
 @_whole("--seed", help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, type=Text(), help="Stop before this text; may be repeated.")
 @_whole("--logprobs", help="With --json: each token's log-probability and the N likeliest.")
+@click.option(
+    "--receipt",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write what `gemkit replay` needs to make the same text again.",
+)
 @click.option("--verbose", is_flag=True, help="Print rates, time to the first token and memory to standard error.")
 @load_options
 @json_option
@@ -74,6 +81,7 @@ def command(
     raw: bool,
     max_tokens: int,
     stop: tuple[str, ...],
+    receipt: Path | None,
     verbose: bool,
     load: dict,
     as_json: bool,
@@ -92,6 +100,8 @@ def command(
         raise UsageError("--suffix fills a gap in a text, which has no chat template: drop --raw and --system-prompt")
     if max_tokens < 1:
         raise UsageError(f"--max-tokens is {max_tokens}; give a whole number from 1")
+    if receipt is not None and load.get("backend", "native") != "native":
+        raise UsageError("--receipt is for the native backend, whose tokens are the same on every machine: drop one")
 
     from gemkit.loading import Loading
 
@@ -107,12 +117,19 @@ def command(
         load_seconds = time.perf_counter() - started
         ids = _prompt_ids(loaded, text, system_prompt, suffix, raw)
         settings.update(max_tokens=max_tokens, stop=stop)
+        if receipt is not None:
+            settings.setdefault("seed", int.from_bytes(os.urandom(4), "little"))
         if as_json:
             completion = loaded.generate(ids, **settings)
             usage = completion.usage
+            written = completion.ids
             print_json(_record(completion, logprobs is not None))
         else:
-            usage = _print_stream(loaded.stream(ids, **settings), len(ids))
+            usage, written = _print_stream(loaded.stream(ids, **settings), len(ids))
+        if receipt is not None:
+            from gemkit.apps.receipt import write_receipt
+
+            write_receipt(receipt, model, loaded, load, ids, settings, written)
         if verbose:
             from gemkit.weights.dtype import describe
 
@@ -121,19 +138,20 @@ def command(
         click.echo(f"{weights}\n{_rates(usage, load_seconds)}", err=True)
 
 
-def _print_stream(pieces: "Iterator[Piece]", prompt_tokens: int) -> "Usage":
-    """Print the pieces as they come and return what they took."""
+def _print_stream(pieces: "Iterator[Piece]", prompt_tokens: int) -> "tuple[Usage, list[int]]":
+    """Print the pieces as they come; return what they took, and their tokens."""
     from gemkit.api import Usage
 
     started = time.perf_counter()
-    times = []
+    times, ids = [], []
     for piece in pieces:
         times.append(time.perf_counter())
+        ids.append(piece.id)
         sys.stdout.write(piece)
         sys.stdout.flush()
     click.echo()
     rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-    return Usage(prompt_tokens, len(times), times[0] - started, rate)
+    return Usage(prompt_tokens, len(times), times[0] - started, rate), ids
 
 
 def _prompt_ids(model: "Model", text: str, system_prompt: str | None, suffix: str | None, raw: bool) -> list[int]:

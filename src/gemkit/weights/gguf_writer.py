@@ -24,19 +24,21 @@ from gemkit.weights.quant import GGMLType
 _FLOAT32, _INT32 = 6, 5
 # general.file_type of files whose matrices are mostly of one type; llama.cpp only displays it
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
-_FILE_TYPES |= {"Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "BF16": 32}
+_FILE_TYPES |= {"Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "BF16": 32, "Q4_K_M": 15, "Q5_K_M": 17}
 _GUESSED = 1024
 
 
-def write_gguf(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
+def write_gguf(path: str | os.PathLike[str], checkpoint: Checkpoint, file_type: str | None = None) -> Path:
     """Writes the file under a temporary name and renames it: there is a whole file, the old one, or none.
+
+    file_type: what the file calls itself, "Q4_0", "Q4_K_M", …; by default the type with the most bytes.
 
     Raises GemkitError if GGUF cannot state the configuration or the file cannot be written.
     """
     path = Path(path)
     config = checkpoint.config
     tensors = [_stored(name, checkpoint.tensors[name], config.post_norms) for name in manifest(config)]
-    header = _header(checkpoint, tensors)
+    header = _header(checkpoint, tensors, file_type)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with open(temporary, "xb") as file:
@@ -64,7 +66,7 @@ def _stored(name: str, tensor: Tensor, post_norms: bool) -> tuple[str, Tensor]:
     return row.gguf, tensor
 
 
-def _header(checkpoint: Checkpoint, tensors: list[tuple[str, Tensor]]) -> bytes:
+def _header(checkpoint: Checkpoint, tensors: list[tuple[str, Tensor]], file_type: str | None) -> bytes:
     """Everything before the tensors' data, padded."""
     pairs = _model_pairs(checkpoint.config)
     _check_expressible(checkpoint.config, pairs, tensors)
@@ -76,7 +78,7 @@ def _header(checkpoint: Checkpoint, tensors: list[tuple[str, Tensor]]) -> bytes:
         "general.name": (STRING, checkpoint.name or checkpoint.config.model_type),
         "general.license": (STRING, "gemma"),
         "general.quantization_version": (UINT32, 2),
-        "general.file_type": (UINT32, _FILE_TYPES.get(max(sizes, key=sizes.__getitem__), _GUESSED)),
+        "general.file_type": (UINT32, _FILE_TYPES.get(file_type or max(sizes, key=sizes.__getitem__), _GUESSED)),
     }
     if checkpoint.chat_template:
         pairs["tokenizer.chat_template"] = STRING, checkpoint.chat_template

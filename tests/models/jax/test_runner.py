@@ -6,6 +6,7 @@ from itertools import pairwise
 import jax
 import numpy as np
 import pytest
+from engine.batches import make_batch, one
 from engine.vocabulary import tokenizer, vocabulary
 from parity.cases import CASES, random_params
 from parity.tolerances import FRAMEWORK_FLOAT32, NATIVE_LOGPROB, relative_error
@@ -13,7 +14,6 @@ from weights.files import tiny_config
 
 from gemkit.arch import reference
 from gemkit.engine.engine import Engine
-from gemkit.engine.runner import Batch
 from gemkit.engine.sampling import Sampling, log_softmax, sample
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models.jax import JaxRunner
@@ -24,35 +24,6 @@ NO_IDS = np.zeros(0, np.int32)
 
 def runner_of(config, params, **options) -> JaxRunner:
     return JaxRunner(config, Checkpoint.from_params(config, params).tensors, **{"device": "cpu"} | options)
-
-
-def make_batch(runner, parts, sampling=None) -> Batch:
-    """parts: (place, ids, first position); places have pages of their own, pages out of a window's sight are gone."""
-    columns = max((first + len(ids) - 1) // runner.page_size + 1 for _, ids, first in parts)
-    tables = []
-    for group in runner.groups:
-        table = np.full((len(parts), columns), -1, np.int32)
-        for row, (place, ids, first) in enumerate(parts):
-            end = (first + len(ids) - 1) // runner.page_size + 1
-            start = 0 if group.window is None else max(0, first - group.window + 1) // runner.page_size
-            table[row, start:end] = place * 20 + np.arange(start, end)
-        tables.append(table)
-    count = len(parts)
-    return Batch(
-        tokens=np.concatenate([ids for _, ids, _ in parts]).astype(np.int32),
-        starts=np.cumsum([0, *(len(ids) for _, ids, _ in parts)]).astype(np.int32),
-        positions=np.array([first for *_, first in parts], np.int32),
-        pages=tuple(tables),
-        sample=np.full(count, sampling is not None),
-        sampling=(sampling or Sampling(),) * count,
-        counters=np.arange(count, dtype=np.int64),
-        history=tuple(np.tile(ids, 2).astype(np.int32) for _, ids, _ in parts),
-        prompt_lengths=np.array([len(ids) for _, ids, _ in parts], np.int32),
-    )
-
-
-def one(runner, ids, first, sampling=None) -> Batch:
-    return make_batch(runner, [(0, ids, first)], sampling)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from engine.batches import make_batch, one
 from engine.vocabulary import tokenizer, vocabulary
 from parity.cases import CASES, random_params
 from parity.tolerances import FRAMEWORK_FLOAT32, relative_error
@@ -13,7 +14,6 @@ from weights.files import tiny_config
 
 from gemkit.arch import reference
 from gemkit.engine.engine import Engine
-from gemkit.engine.runner import Batch
 from gemkit.engine.sampling import Sampling, sample
 from gemkit.errors import UsageError
 from gemkit.models.torch import TorchRunner
@@ -34,31 +34,6 @@ def one_thread():
 
 def runner_of(config, params, **options) -> TorchRunner:
     return TorchRunner(config, Checkpoint.from_params(config, params).tensors, device="cpu", **options)
-
-
-def make_batch(runner, parts, sampling=None) -> Batch:
-    """parts: (place, ids, first position); places have pages of their own, pages out of a window's sight are gone."""
-    columns = max((first + len(ids) - 1) // runner.page_size + 1 for _, ids, first in parts)
-    tables = []
-    for group in runner.groups:
-        table = np.full((len(parts), columns), -1, np.int32)
-        for row, (place, ids, first) in enumerate(parts):
-            end = (first + len(ids) - 1) // runner.page_size + 1
-            start = 0 if group.window is None else max(0, first - group.window + 1) // runner.page_size
-            table[row, start:end] = place * 20 + np.arange(start, end)
-        tables.append(table)
-    count = len(parts)
-    return Batch(
-        tokens=np.concatenate([ids for _, ids, _ in parts]).astype(np.int32),
-        starts=np.cumsum([0, *(len(ids) for _, ids, _ in parts)]).astype(np.int32),
-        positions=np.array([first for *_, first in parts], np.int32),
-        pages=tuple(tables),
-        sample=np.full(count, sampling is not None),
-        sampling=(sampling or Sampling(),) * count,
-        counters=np.arange(count, dtype=np.int64),
-        history=(NO_IDS,) * count,
-        prompt_lengths=np.zeros(count, np.int32),
-    )
 
 
 @pytest.mark.parametrize("name", ["gemma1_2b", "gemma2", "gemma3", "untied_embedding"])
@@ -138,13 +113,13 @@ def test_no_slower_with_depth():
     generator = np.random.default_rng(0)
     ids = generator.integers(0, case.config.vocab_size, 1100)
     for first in range(0, 1024, 256):
-        runner.hidden(_one(runner, ids[first : first + 256], first))
+        runner.hidden(one(runner, ids[first : first + 256], first))
 
     def seconds(first: int) -> float:
         times = []
         for position in range(first, first + 20):
             began = time.perf_counter()
-            runner.step(_one(runner, ids[position : position + 1], position, Sampling(logprobs=None)))
+            runner.step(one(runner, ids[position : position + 1], position, Sampling(logprobs=None)))
             times.append(time.perf_counter() - began)
         return min(times)  # the others had to share the processor
 
@@ -164,9 +139,10 @@ def test_compiled_once_for_all_layers_and_depths(monkeypatch):
     ids = np.random.default_rng(0).integers(0, case.config.vocab_size, 700)
 
     def both(position: int) -> None:
-        one, two = (r.step(_one(r, ids[position : position + 1], position, Sampling())) for r in (plain, compiled))
-        assert one.tokens.tolist() == two.tokens.tolist()
-        assert one.logprobs[0] == pytest.approx(two.logprobs[0], abs=1e-4)
+        token = ids[position : position + 1]
+        eager, graph = (r.step(one(r, token, position, Sampling())) for r in (plain, compiled))
+        assert eager.tokens.tolist() == graph.tokens.tolist()
+        assert eager.logprobs[0] == pytest.approx(graph.logprobs[0], abs=1e-4)
 
     for runner in (plain, compiled):
         runner.reserve([4] * len(runner.groups))
@@ -215,10 +191,6 @@ def test_tokens_beside_a_long_chunk_run_apart(monkeypatch):
         alone = runner.step(make_batch(runner, [part], Sampling()))
         assert together.tokens[b] == alone.tokens[0]
         assert together.logprobs[b] == pytest.approx(alone.logprobs[0], abs=1e-5)
-
-
-def _one(runner, ids, first, sampling=None) -> Batch:
-    return make_batch(runner, [(0, ids, first)], sampling)
 
 
 def test_a_device_that_is_not_there():
