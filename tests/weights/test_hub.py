@@ -258,6 +258,17 @@ def test_a_gguf_file_is_picked_by_name_glob_or_quantisation(world: World):
     assert world.left(models=True) == []
 
 
+def test_googles_own_checkpoints_come_from_there_too(world: World):
+    flax = {"2b/_METADATA": b"{}", "2b/d/0": b"arrays", "tokenizer.model": b"t"}
+    write(world.served / "hf/org/gemma-flax", flax)
+    write(world.served / "hf/org/gemma-torch", {"gemma-2b.ckpt": b"tensors", "tokenizer.model": b"t", "notes.md": b"x"})
+    for name, files in (("flax", set(flax)), ("torch", {"gemma-2b.ckpt", "tokenizer.model"})):
+        path = resolve(f"org/gemma-{name}")
+        assert {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} == files
+        assert resolve(f"org/gemma-{name}", offline=True) == path
+    assert [(entry.ready, entry.format) for entry in installed()] == [(True, "flax"), (True, "torch")]
+
+
 def test_a_hub_cannot_write_outside_its_folder(world: World):
     """The server's list always has ../outside.gguf and /etc/x.gguf."""
     shutil.copytree(world.served / "hf/google/gemma-2b", world.served / "hf/org/m")

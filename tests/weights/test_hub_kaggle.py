@@ -126,7 +126,7 @@ def test_keys_are_found_where_kaggle_puts_them(world: World, monkeypatch, where:
 def test_what_is_not_there_is_one_line(world: World, monkeypatch):
     fails("Kaggle has no model kaggle:google/gemma/transformers/9b", "kaggle:google/gemma/transformers/9b")
     fails("Kaggle has no model", f"{KAGGLE}/9")
-    write(world.served / "kaggle/google/gemma/pyTorch/2b/1", {"gemma-2b.ckpt": b"pickle", "tokenizer.model": b"t"})
+    write(world.served / "kaggle/google/gemma/pyTorch/2b/1", {"model.pt": b"pickle", "tokenizer.model": b"t"})
     fails("pickles", "kaggle:google/gemma/pyTorch/2b")
     world.fault("/get", "status", status=200, on="hub")  # with no JSON
     fails("check KAGGLE_API_ENDPOINT", KAGGLE)
@@ -158,3 +158,37 @@ def test_a_gguf_on_kaggle_is_a_file(world: World):
     path = resolve("kaggle:org/m/gguf/q4")
     assert path.name == "m-Q4_0.gguf" and path.read_bytes() == noise(5, 4000)
     assert not (Path(path).parent / "notes.txt").exists()
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_googles_own_checkpoints_come_whole(world: World):
+    """A .ckpt without the rest of its folder; a Flax tree with all of it, which only the version's mark proves."""
+    torch = {"gemma-2b.ckpt": noise(1, 9000), "config.json": b"{}", "tokenizer.model": b"t"}
+    write(world.served / "kaggle/google/gemma/pyTorch/2b/1", {**torch, "notes.md": b"x"})
+    path = resolve("kaggle:google/gemma/pyTorch/2b")
+    assert path == world.kaggle / "models/google/gemma/pyTorch/2b/1" and read(path) == torch
+    flax = {
+        "2b/_METADATA": b"{}",
+        "2b/manifest.ocdbt": noise(2, 500),
+        "2b/d/0": noise(3, 9000),
+        "tokenizer.model": b"t",
+    }
+    write(world.served / "kaggle/google/gemma/flax/2b/1", flax)
+    world.fault("2b/d/0", "status", status=503, times=99)
+    fails("run it again", "kaggle:google/gemma/flax/2b")
+    fails("not whole", "kaggle:google/gemma/flax/2b", offline=True)
+    world.calm()
+    path = resolve("kaggle:google/gemma/flax/2b")
+    assert read(path) == flax and resolve("kaggle:google/gemma/flax/2b", offline=True) == path
+    listed = {entry.name: (entry.ready, entry.format) for entry in installed()}
+    assert listed == {
+        "kaggle:google/gemma/flax/2b/1": (True, "flax"),
+        "kaggle:google/gemma/pyTorch/2b/1": (True, "torch"),
+    }
+    for name in listed:
+        remove(named(name))
+    assert world.left(models=True) == []

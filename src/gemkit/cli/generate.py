@@ -131,9 +131,7 @@ def command(
 
             write_receipt(receipt, model, loaded, load, ids, settings, written)
         if verbose:
-            from gemkit.weights.dtype import describe
-
-            weights = describe(loaded.checkpoint)
+            weights = _weights(loaded, load)
     if verbose:
         click.echo(f"{weights}\n{_rates(usage, load_seconds)}", err=True)
 
@@ -184,6 +182,17 @@ def _record(completion: "Completion", with_logprobs: bool) -> dict:
             for token, logprob, top in zip(completion.ids, completion.logprobs, completion.top_logprobs)
         ]
     return record
+
+
+def _weights(model: "Model", load: dict) -> str:
+    """What the weights are: as stored or converted in the native engine, as they lie in memory in the others."""
+    if load.get("backend", "native") == "native":
+        from gemkit.weights.dtype import describe
+
+        return describe(model.checkpoint)
+    runner = model.engine.runner
+    size = runner.weight_bytes / model.config.parameter_count()
+    return f"weights: {size:.2f} bytes a parameter, activations {runner.activations} ({runner.path})"
 
 
 def _rates(usage: "Usage", load_seconds: float) -> str:

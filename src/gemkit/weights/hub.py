@@ -17,7 +17,7 @@ from gemkit.weights.hub_names import HfName, KaggleName, Name, parse
 from gemkit.weights.hub_progress import Progress, on_terminal
 
 DEMO = "demo"
-_SUFFIXES = (".gguf", ".safetensors", ".json")
+_SUFFIXES = (".gguf", ".safetensors", ".json", ".ckpt")
 
 
 def resolve(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gemkit.errors import GemkitError
-from gemkit.weights.hub_names import INDEX, HfName, select
+from gemkit.weights.hub_names import INDEX, HfName, official, select
 
 
 def cache_folder() -> Path:
@@ -54,7 +54,7 @@ def whole(folder: Path, name: HfName) -> Path | None:
         return None
     if len(chosen) == 1 and chosen[0].lower().endswith(".gguf"):
         return folder / chosen[0]
-    return folder if is_whole(folder) else None
+    return folder if chosen == official(files) or is_whole(folder) else None
 
 
 def is_whole(folder: Path) -> bool:

@@ -21,7 +21,7 @@ from gemkit.errors import GemkitError
 from gemkit.weights.hub_fetch import Unreachable, fetch_all, pause, timeout, write_error
 from gemkit.weights.hub_hf_cache import is_whole
 from gemkit.weights.hub_item import Item, md5
-from gemkit.weights.hub_names import KaggleName, is_safe, select
+from gemkit.weights.hub_names import KaggleName, is_safe, official, select
 from gemkit.weights.hub_progress import Progress
 
 if TYPE_CHECKING:
@@ -78,6 +78,10 @@ def whole(folder: Path) -> Path | None:
         return None
     if len(chosen) == 1 and chosen[0].lower().endswith(".gguf"):
         return folder / chosen[0]
+    if chosen == official(files):
+        # Whether all of a Flax tree is there, only the mark of the version tells
+        is_file = any(name.endswith(".ckpt") for name in chosen)
+        return folder if is_file or _mark(folder, None).is_file() else None
     has_all = set(chosen) >= {path.name for path in folder.glob("*.safetensors")}
     return folder if has_all and is_whole(folder) else None
 

@@ -11,7 +11,7 @@ from gemkit.arch.config import STOP_TOKEN_IDS
 from gemkit.cache import cache_dir
 from gemkit.errors import GemkitError
 from gemkit.weights import hub_hf_cache, hub_kaggle
-from gemkit.weights.hub_names import HfName, KaggleName, quantisation
+from gemkit.weights.hub_names import HfName, KaggleName, official, quantisation
 
 _TYPES = {*STOP_TOKEN_IDS, "gemma3"}  # gemma3: the multimodal wrapper, whose text model gemkit reads
 
@@ -105,6 +105,8 @@ def _models(folder: Path) -> Iterator[tuple[Path, bool, str]]:
         dtype = next((d[k] for d in (config, text) for k in ("dtype", "torch_dtype") if isinstance(d.get(k), str)), "")
         if weights or not any(folder.rglob("*.gguf")):
             yield folder, hub_hf_cache.is_whole(folder), f"safetensors {dtype}".strip()
+    elif found := official(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()):
+        yield folder, True, "torch" if any(name.endswith(".ckpt") for name in found) else "flax"
     for path in sorted(folder.rglob("*.gguf")):
         if path.is_file() and _is_gemma(path):
             yield path, True, _gguf_format(path)

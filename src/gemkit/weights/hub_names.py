@@ -34,6 +34,8 @@ _SMALL = frozenset(
 )
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+# What only folders of Flax arrays have
+_FLAX = frozenset({"_METADATA", "manifest.ocdbt", "checkpoint"})
 _QUANT = re.compile(r"(?:^|[-._])((?:I?Q|TQ|MXFP)\d\w*|BF16|FP?16|FP?32)$", re.IGNORECASE)
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -128,7 +130,7 @@ def kaggle_handle(repo: str) -> str | None:
 
 
 def select(files: Iterable[str], selector: str | None, label: str) -> list[str]:
-    """Returns the files of a repository that gemkit needs: a Hugging Face model's, or one GGUF file.
+    """Returns the files of a repository that gemkit needs: a Hugging Face model's, one GGUF file, or Google's own.
 
     A repository with both means its safetensors, unless a selector picks a GGUF. label: the name, for messages.
     Raises GemkitError, or UsageError where a selector is missing or matches no file or several.
@@ -145,9 +147,26 @@ def select(files: Iterable[str], selector: str | None, label: str) -> list[str]:
         return [*(name for name in top if name in _SMALL), *index, *weights]
     if ggufs:
         return [_one(ggufs, None, label)]
+    if found := official(files):
+        return found
     pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     has = f" (only pickles such as {pickles[0]}, which may run code)" if pickles else ""
     raise GemkitError(f"{label} has no weights that gemkit reads{has}: look for a version in safetensors or GGUF")
+
+
+def official(files: Iterable[str]) -> list[str]:
+    """The files of one of Google's own checkpoints: a ``.ckpt`` and what stands beside it, or all of a Flax tree.
+
+    Without a tokenizer it is none. gemkit reads both without running code of theirs.
+    """
+    files = sorted(files)
+    if not any(name.rsplit("/", 1)[-1] == "tokenizer.model" for name in files):
+        return []
+    checkpoints = [name for name in files if "/" not in name and name.endswith(".ckpt")]
+    if len(checkpoints) == 1:
+        return [name for name in files if name in ("config.json", "tokenizer.model", checkpoints[0])]
+    is_flax = any(name.rsplit("/", 1)[-1] in _FLAX for name in files)
+    return files if is_flax and not checkpoints else []
 
 
 def quantisation(name: str) -> str | None:
