@@ -144,8 +144,8 @@ def test_every_backend_says_what_the_native_core_says(world, backend):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"backend": "onnx"}, "choose from native, torch, jax"),
-        ({"backend": "torch", "dtype": "int8"}, "with the backend torch choose from auto, bfloat16, float32, float16"),
+        ({"backend": "onnx"}, "choose from native, torch, jax, keras"),
+        ({"backend": "keras", "dtype": "int8"}, "with the backend keras choose from auto, bfloat16, float32, float16"),
         ({"dtype": "float16"}, "with the backend native choose from auto, bfloat16, float32, int8"),
         ({"device": "cuda"}, "the native backend runs on the CPU: choose backend torch or jax"),
         ({"backend": "torch", "activations": "float32"}, "are for the native backend"),
