@@ -21,7 +21,7 @@ std::string out_of_memory(const char* what, int64_t bytes) {
 }  // namespace
 
 Model::Model(const ModelPlan& plan, const Options& options, const Kernels& kernels)
-    : plan_(plan), options_(options), kernels_(kernels), team_(options.threads) {}
+    : plan_(plan), options_(options), kernels_(kernels), team_(options.threads), dealt_(plan.layers.size() * kPhases) {}
 
 std::unique_ptr<Model> Model::create(const ModelPlan& plan, const Options& options, const Kernels& kernels,
                                      std::string& error) {
@@ -198,6 +198,7 @@ std::string Model::check(const StepInput& in) {
 std::string Model::prepare(const StepInput& in) {
   if (std::string e = check(in); !e.empty()) return e;
   input_ = in;
+  for (auto& taken : dealt_) taken.store(0, std::memory_order_relaxed);
   token_sequence_.resize(static_cast<size_t>(in.tokens));
   int64_t longest = 0;
   for (int64_t s = 0; s < in.sequences; s++) {

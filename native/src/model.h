@@ -1,5 +1,6 @@
 // A loaded model: packed weights, the paged key-value cache, a team of threads, and the forward step.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -58,6 +59,9 @@ struct Seed {
   float value;
   int32_t panel;
 };
+
+// The parts of a layer that are dealt out among threads.
+enum Phase : size_t { kQueries, kAttention, kOutput, kGate, kDown, kPhases };
 
 // Wanted of a sequence's last new token.
 struct SampleRequest {
@@ -149,11 +153,14 @@ class Model {
   void forward(int rank, int size);
   void embed(Range tokens);
   void rotate_and_cache(const LayerPlan& layer, int64_t layer_in_group, Range tokens);
-  void attend(const LayerPlan& layer, int64_t layer_in_group, int rank, int size);
+  void attend(const LayerPlan& layer, int64_t layer_in_group, size_t phase, int rank, int size);
   void add_residual(int32_t norm, const float* y, int64_t ld, Range tokens);
   void normalise(int32_t norm, bool quantise, Range tokens);
-  void product(int32_t tensor, const float* x, int64_t ldx, const Activations& a, float* y, int64_t ldy, int rank,
-               int size);
+  void product(int32_t tensor, const float* x, int64_t ldx, const Activations& a, float* y, int64_t ldy, Range panels,
+               int rank);
+  bool deals(int size) const;
+  template <class Each>
+  void deal(int64_t panels, size_t phase, int rank, int size, Each each);
   bool quantised(int32_t tensor) const { return packed_[tensor].format->quantised(); }
   const float* vector(int32_t tensor) const { return vectors_[tensor].data(); }
   // Runs forward, then the head over `rows` in groups, calling each(first, count) with logits ready in logits_.
@@ -198,6 +205,7 @@ class Model {
 
   // The step being run.
   StepInput input_;
+  std::vector<std::atomic<int64_t>> dealt_;         // by layer and phase: how much has been taken
   std::vector<int32_t> token_sequence_;             // [tokens]
   std::vector<std::vector<const uint8_t*>> pages_;  // [group] pointers [sequences][table width]
 };

@@ -13,6 +13,8 @@ namespace gemkit {
 namespace {
 
 constexpr int64_t kVocabChunk = 8192;  // logits summed as one piece
+constexpr int64_t kDealtTokens = 16;   // a step of fewer reads more than it computes: equal shares read best
+constexpr int64_t kLeastPanels = 2;    // every piece passes over all activations
 
 }  // namespace
 
@@ -53,11 +55,29 @@ void Model::add_residual(int32_t norm, const float* y, int64_t ld, Range tokens)
   }
 }
 
-// y[t] = x[t]·w for all tokens and this thread's rows of w, with the adapters of each token's sequence.
-void Model::product(int32_t tensor, const float* x, int64_t ldx, const Activations& a, float* y, int64_t ldy, int rank,
-                    int size) {
+// Whether work goes to whoever is free: cores differ, and some are taken away for a while. An adapter's first product
+// would be repeated for each piece.
+bool Model::deals(int size) const { return size > 1 && input_.tokens >= kDealtTokens && !input_.adapters; }
+
+// Runs each(range) over [0, panels) on all threads together.
+template <class Each>
+void Model::deal(int64_t panels, size_t phase, int rank, int size, Each each) {
+  if (!deals(size)) return each(share(panels, rank, size));
+  std::atomic<int64_t>& taken = dealt_[phase];
+  int64_t begin = taken.load(std::memory_order_relaxed);
+  while (begin < panels) {
+    // Large pieces first, so that there are few, and small ones last, so that all end together
+    const int64_t end = std::min(panels, begin + std::max(kLeastPanels, (panels - begin) / (2 * size)));
+    if (!taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+    each(Range{begin, end});
+    begin = taken.load(std::memory_order_relaxed);
+  }
+}
+
+// y[t] = x[t]·w for all tokens and some rows of w, with the adapters of each token's sequence.
+void Model::product(int32_t tensor, const float* x, int64_t ldx, const Activations& a, float* y, int64_t ldy,
+                    Range panels, int rank) {
   const Packed& w = packed_[tensor];
-  const Range panels = share(w.panels(), rank, size);
   const Product main{&w, &a, x, ldx, y, ldy};
   kernels_.matmul(main, 0, input_.tokens, panels.begin, panels.end);
   if (!input_.adapters) return;
@@ -107,18 +127,20 @@ void Model::rotate_and_cache(const LayerPlan& layer, int64_t layer_in_group, Ran
 }
 
 // Query tiles (tokens by heads of one kv head) are dealt out in turn: later tokens see more and cost more.
-void Model::attend(const LayerPlan& layer, int64_t layer_in_group, int rank, int size) {
+void Model::attend(const LayerPlan& layer, int64_t layer_in_group, size_t phase, int rank, int size) {
   const int64_t H = plan_.head_dim, N = plan_.heads, K = plan_.kv_heads, G = N / K, q_ld = padded(N * H);
   const int64_t element = options_.float_activations ? 4 : 2, block = kPagePositions * H * element;
   const int64_t even = (input_.tokens * N + 4 * size - 1) / (4 * size);
   const int64_t tile = input_.tokens == 1 ? std::min<int64_t>(kAttendQueries, (G + size - 1) / size)
                                           : std::min<int64_t>(kAttendQueries, even);
-  int64_t item = 0;
+  auto take = [&] { return dealt_[phase].fetch_add(1, std::memory_order_relaxed); };
+  int64_t item = 0, mine = deals(size) ? take() : rank;
   for (int64_t s = 0; s < input_.sequences; s++) {
     const int64_t first = input_.starts[s], count = input_.starts[s + 1] - first;
     for (int64_t n = 0; n < K; n++)
       for (int64_t at = 0; at < count * G; at += tile) {
-        if (item++ % size != rank) continue;
+        if (item++ != mine) continue;
+        mine = deals(size) ? take() : mine + size;
         const float* queries[kAttendQueries];
         float* out[kAttendQueries];
         int64_t positions[kAttendQueries];
@@ -150,35 +172,51 @@ void Model::forward(int rank, int size) {
     const LayerPlan& l = plan_.layers[i];
     normalise(l.input_norm, quantised(l.q_proj) || quantised(l.k_proj) || quantised(l.v_proj), mine);
     team_.barrier();
-    product(l.q_proj, normed_, D, normed_int8_, q_, q_ld, rank, size);
-    product(l.k_proj, normed_, D, normed_int8_, k_, kv_ld, rank, size);
-    product(l.v_proj, normed_, D, normed_int8_, v_, kv_ld, rank, size);
+    const size_t phase = i * kPhases;
+    const int64_t q_panels = packed_[l.q_proj].panels(), kv_panels = packed_[l.k_proj].panels();
+    auto project = [&](int32_t tensor, float* y, int64_t ldy, Range panels) {
+      if (panels.begin < panels.end) product(tensor, normed_, D, normed_int8_, y, ldy, panels, rank);
+    };
+    if (deals(size)) {
+      deal(q_panels + 2 * kv_panels, phase + kQueries, rank, size, [&](Range r) {
+        const int64_t k = q_panels, v = q_panels + kv_panels;
+        project(l.q_proj, q_, q_ld, {r.begin, std::min(r.end, k)});
+        project(l.k_proj, k_, kv_ld, {std::max(r.begin, k) - k, std::min(r.end, v) - k});
+        project(l.v_proj, v_, kv_ld, {std::max(r.begin, v) - v, r.end - v});
+      });
+    } else {
+      project(l.q_proj, q_, q_ld, share(q_panels, rank, size));
+      project(l.k_proj, k_, kv_ld, share(kv_panels, rank, size));
+      project(l.v_proj, v_, kv_ld, share(kv_panels, rank, size));
+    }
     team_.barrier();
     rotate_and_cache(l, layer_in_group_[i], mine);
     team_.barrier();
-    attend(l, layer_in_group_[i], rank, size);
+    attend(l, layer_in_group_[i], phase + kAttention, rank, size);
     team_.barrier();
     if (quantised(l.o_proj)) {
       for (int64_t t = mine.begin; t < mine.end; t++) kernels_.quantise(attended_ + t * q_ld, attended_int8_, t);
       team_.barrier();
     }
-    product(l.o_proj, attended_, q_ld, attended_int8_, y_, D, rank, size);
+    deal(packed_[l.o_proj].panels(), phase + kOutput, rank, size,
+         [&](Range r) { product(l.o_proj, attended_, q_ld, attended_int8_, y_, D, r, rank); });
     team_.barrier();
     add_residual(l.post_attention_norm, y_, D, mine);
     normalise(l.pre_ffn_norm, quantised(l.gate_proj) || quantised(l.up_proj), mine);
     team_.barrier();
-    product(l.gate_proj, normed_, D, normed_int8_, gate_, F, rank, size);
-    product(l.up_proj, normed_, D, normed_int8_, up_, F, rank, size);
-    const Range rows = share(packed_[l.gate_proj].panels(), rank, size);
-    for (int64_t t = 0; t < T; t++)
-      kernels_.gelu_multiply(gate_ + t * F + rows.begin * kPanelRows, up_ + t * F + rows.begin * kPanelRows,
-                             (rows.end - rows.begin) * kPanelRows);
+    deal(packed_[l.gate_proj].panels(), phase + kGate, rank, size, [&](Range r) {
+      product(l.gate_proj, normed_, D, normed_int8_, gate_, F, r, rank);
+      product(l.up_proj, normed_, D, normed_int8_, up_, F, r, rank);
+      const int64_t first = r.begin * kPanelRows, count = (r.end - r.begin) * kPanelRows;
+      for (int64_t t = 0; t < T; t++) kernels_.gelu_multiply(gate_ + t * F + first, up_ + t * F + first, count);
+    });
     team_.barrier();
     if (quantised(l.down_proj)) {
       for (int64_t t = mine.begin; t < mine.end; t++) kernels_.quantise(gate_ + t * F, gate_int8_, t);
       team_.barrier();
     }
-    product(l.down_proj, gate_, F, gate_int8_, y_, D, rank, size);
+    deal(packed_[l.down_proj].panels(), phase + kDown, rank, size,
+         [&](Range r) { product(l.down_proj, gate_, F, gate_int8_, y_, D, r, rank); });
     team_.barrier();
     add_residual(l.post_ffn_norm, y_, D, mine);
   }
