@@ -131,7 +131,7 @@ def test_an_adapter_on_the_command_line(world, capsys):
     assert code == 1 and "adapter_config.json" in err
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("backend", ["torch", "jax", "keras"])
 def test_every_backend_says_what_the_native_core_says(world, backend):
     with gemkit.load(world / "model", 1, backend=backend, device="cpu") as model:
         ours = model.score(TEXT)
