@@ -21,7 +21,11 @@ std::string out_of_memory(const char* what, int64_t bytes) {
 }  // namespace
 
 Model::Model(const ModelPlan& plan, const Options& options, const Kernels& kernels)
-    : plan_(plan), options_(options), kernels_(kernels), team_(options.threads), dealt_(plan.layers.size() * kPhases) {}
+    : plan_(plan),
+      options_(options),
+      kernels_(kernels),
+      team_(options.threads),
+      dealt_(plan.layers.size() * kPhases + 1) {}
 
 std::unique_ptr<Model> Model::create(const ModelPlan& plan, const Options& options, const Kernels& kernels,
                                      std::string& error) {
@@ -109,6 +113,49 @@ std::string Model::load() {
       inverse_frequencies_.push_back(static_cast<float>(std::pow(r.base, exponent)) / static_cast<float>(r.factor));
     }
   return {};
+}
+
+// Pages of a mapped file are small: at full speed a good part of the time goes into finding them. What every token
+// reads is therefore copied into huge pages, a piece at a time, and steps go on between.
+int64_t Model::take_in(bool mapped) {
+  if (!huge_pages()) return 0;
+  std::vector<size_t> wanted;
+  const std::vector<bool> of_adapter = adapter_tensors(plan_);
+  size_t bytes = 0;
+  auto aligned = [](size_t size) { return (size + 63) / 64 * 64; };
+  bool with_screen = false;
+  {
+    const std::lock_guard<std::mutex> lock(step_mutex_);
+    if (!options_.image && !has_screen()) return 0;
+    if (taken_in_.data) return 0;
+    with_screen = has_screen();
+    for (size_t i = 0; options_.image && i < packed_.size(); i++)
+      if (packed_[i].format && !of_adapter[i] && !(with_screen && static_cast<int32_t>(i) == plan_.head))
+        wanted.push_back(i), bytes += aligned(packed_[i].bytes());
+  }
+  const size_t screen_size = with_screen ? static_cast<size_t>(screen_bytes()) : 0;
+  Arena arena;
+  if (!arena.allocate(bytes + screen_size)) return 0;
+  uint8_t* to = arena.data;
+  auto copy = [&](const uint8_t* from, size_t size) {
+    for (size_t at = 0; at < size; at += kHugePage) {
+      const size_t piece = std::min(kHugePage, size - at);
+      std::memcpy(to + at, from + at, piece);
+      if (mapped) let_go(from + at, piece);
+    }
+  };
+  for (size_t i : wanted) {
+    const size_t size = packed_[i].bytes();
+    copy(packed_[i].data, size);
+    const std::lock_guard<std::mutex> lock(step_mutex_);
+    packed_[i].data = to;
+    to += aligned(size);
+  }
+  if (with_screen) copy(screen_data_, screen_size);
+  const std::lock_guard<std::mutex> lock(step_mutex_);
+  if (with_screen) screen_ = screen_at(packed_[plan_.head], to);
+  taken_in_ = std::move(arena);
+  return static_cast<int64_t>(bytes + screen_size);
 }
 
 std::string Model::allocate_scratch() {

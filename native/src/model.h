@@ -94,6 +94,10 @@ class Model {
   int64_t screen_bytes() const;
   std::string make_screen(uint8_t* data);
   std::string attach_screen(const uint8_t* data, int64_t bytes);
+  // Moves what every token reads of an image and a screen given by others into huge pages, beside steps if need be.
+  // mapped: those are a file's pages, which the process then lets go of. Returns the bytes moved: 0 where there are no
+  // huge pages, no memory or nothing to move.
+  int64_t take_in(bool mapped);
   // Bytes of weights that one greedy token of one sequence reads, rows that the screen leaves over not counted.
   int64_t token_bytes() const;
   bool has_screen() const { return screen_.plane.format != nullptr; }
@@ -173,7 +177,7 @@ class Model {
   const Kernels& kernels_;
   Team team_;
   std::vector<Packed> packed_;
-  Arena weights_, adapter_weights_;
+  Arena weights_, adapter_weights_, taken_in_;
   const uint8_t* image_ = nullptr;
   int64_t image_bytes_ = 0;
   std::vector<std::vector<float>> vectors_;
@@ -183,6 +187,7 @@ class Model {
   int64_t weight_bytes_ = 0, scratch_bytes_ = 0;
 
   Screen screen_;
+  const uint8_t* screen_data_ = nullptr;
   bool use_screen_ = true;
   std::vector<ScreenRow> screen_work_;
   std::vector<int32_t> screen_counts_;
@@ -205,7 +210,7 @@ class Model {
 
   // The step being run.
   StepInput input_;
-  std::vector<std::atomic<int64_t>> dealt_;         // by layer and phase: how much has been taken
+  std::vector<std::atomic<int64_t>> dealt_;         // by layer and phase, then the screen: how much has been taken
   std::vector<int32_t> token_sequence_;             // [tokens]
   std::vector<std::vector<const uint8_t*>> pages_;  // [group] pointers [sequences][table width]
 };

@@ -341,6 +341,8 @@ NB_MODULE(_native, m) {
             raise_if(error);
           },
           "screen"_a.noconvert(), nb::keep_alive<1, 2>())
+      .def("take_in", &Model::take_in, "mapped"_a, nb::call_guard<nb::gil_scoped_release>(),
+           "Moves what every token reads of a given image and screen into huge pages; the bytes moved.")
       .def("use_screen", &Model::use_screen, "use"_a)
       .def("take_screen_counts", &Model::take_screen_counts)
       .def_prop_ro("weight_bytes", &Model::weight_bytes)

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <thread>
@@ -18,6 +19,7 @@
 #include <unistd.h>
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/prctl.h>
 #if defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -103,6 +105,31 @@ inline void populate(const uint8_t* data, size_t bytes) {
   madvise(const_cast<uint8_t*>(data) - skip, bytes + skip, kPopulateRead);
 #else
   (void)data, (void)bytes;
+#endif
+}
+
+// Lets go of a mapped file's whole pages; whoever reads them again brings them back.
+inline void let_go(const uint8_t* data, size_t bytes) {
+#if defined(__linux__)
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), at = reinterpret_cast<uintptr_t>(data);
+  const size_t begin = (at + page - 1) / page * page, end = (at + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Whether asking for huge pages can get them.
+inline bool huge_pages() {
+#if defined(__linux__)
+  char text[64] = {};
+  std::FILE* file = std::fopen("/sys/kernel/mm/transparent_hugepage/enabled", "r");
+  if (!file) return false;
+  const size_t read = std::fread(text, 1, sizeof text - 1, file);
+  std::fclose(file);
+  return read > 0 && !std::strstr(text, "[never]") && prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 0;
+#else
+  return false;
 #endif
 }
 

@@ -19,6 +19,7 @@ constexpr float kMargin = 1.0001f;
 constexpr float kDeviations = 8.0f;
 // Beyond this share of its panels a row is cheaper to compute in full.
 constexpr int64_t kLimitDivisor = 2;
+constexpr int64_t kLeastScreened = 128;  // panels taken at once: each piece begins new streams of reads
 // A soft-cap flattens differences: near it, and within this distance, the screen decides nothing.
 constexpr float kFlat = 0.998f, kCapSlack = 0.02f;
 
@@ -187,6 +188,7 @@ std::string Model::attach_screen(const uint8_t* data, int64_t bytes) {
     return "the screen is not that of this model";
   const std::lock_guard<std::mutex> lock(step_mutex_);
   screen_ = screen_at(packed_[plan_.head], data);
+  screen_data_ = data;
   return {};
 }
 
@@ -217,7 +219,9 @@ void Model::screen_rows(const std::vector<SampleRequest>& wanted, int rank, int 
     if (plan_.final_softcap > 0) kernels_.softcap(y, plan_.final_softcap, kPanelRows);
   };
   if (rank == 0) begin_screen(wanted);
-  kernels_.matmul({&screen_.plane, &normed_int8_, nullptr, 0, logits_, ld}, 0, M, mine.begin, mine.end);
+  deal_out(dealt_.back(), panels, kLeastScreened, size, [&](Range r) {
+    kernels_.matmul({&screen_.plane, &normed_int8_, nullptr, 0, logits_, ld}, 0, M, r.begin, r.end);
+  });
   team_.barrier();
 
   // The panels with the largest values of the copy, and those of tokens whose logits are changed by hand, come first.

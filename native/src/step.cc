@@ -63,15 +63,7 @@ bool Model::deals(int size) const { return size > 1 && input_.tokens >= kDealtTo
 template <class Each>
 void Model::deal(int64_t panels, size_t phase, int rank, int size, Each each) {
   if (!deals(size)) return each(share(panels, rank, size));
-  std::atomic<int64_t>& taken = dealt_[phase];
-  int64_t begin = taken.load(std::memory_order_relaxed);
-  while (begin < panels) {
-    // Large pieces first, so that there are few, and small ones last, so that all end together
-    const int64_t end = std::min(panels, begin + std::max(kLeastPanels, (panels - begin) / (2 * size)));
-    if (!taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-    each(Range{begin, end});
-    begin = taken.load(std::memory_order_relaxed);
-  }
+  deal_out(dealt_[phase], panels, kLeastPanels, size, each);
 }
 
 // y[t] = x[t]·w for all tokens and some rows of w, with the adapters of each token's sequence.

@@ -1,6 +1,9 @@
 // A fixed team of threads that runs one function at a time, all members together, with barriers inside.
-// Waiting spins briefly (the next phase is usually microseconds away), then gives way to other threads, then sleeps.
+// Waiting spins briefly (the next phase is usually microseconds away), then gives way to other threads for some
+// milliseconds, then sleeps. Long spins are poison where another program holds a core: two members then share the other,
+// and each would spin away the time that the one it waits for needs. Sleeping within a step costs a wake-up each time.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -14,7 +17,7 @@ class Team {
  public:
   using Body = void (*)(void* context, int rank, int size);
 
-  explicit Team(int size) : size_(size < 1 ? 1 : size), spins_(size_ > usable_cores() ? 16 : 4096) {
+  explicit Team(int size) : size_(size < 1 ? 1 : size), spins_(size_ > usable_cores() ? 16 : 128) {
     for (int rank = 1; rank < size_; rank++) workers_.emplace_back([this, rank] { work(rank); });
   }
   ~Team() {
@@ -59,14 +62,13 @@ class Team {
   }
 
  private:
-  static constexpr int kYields = 32;
+  static constexpr int kYields = 20000;
 
   void wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
     for (int i = 0; i < spins_; i++) {
       if (value.load(std::memory_order_acquire) != old) return;
       cpu_relax();
     }
-    // Beside more threads than cores, giving way costs less than sleeping and being woken
     for (int i = 0; i < kYields; i++) {
       if (value.load(std::memory_order_acquire) != old) return;
       std::this_thread::yield();
@@ -101,5 +103,18 @@ struct Range {
   int64_t begin, end;
 };
 inline Range share(int64_t n, int rank, int size) { return {n * rank / size, n * (rank + 1) / size}; }
+
+// Runs each(range) over [0, n) on all threads of a team that call this with the same counter, zero at first: large
+// pieces first, so that there are few, and small ones last, so that all end together.
+template <class Each>
+void deal_out(std::atomic<int64_t>& taken, int64_t n, int64_t least, int size, Each each) {
+  int64_t begin = taken.load(std::memory_order_relaxed);
+  while (begin < n) {
+    const int64_t end = std::min(n, begin + std::max(least, (n - begin) / (2 * size)));
+    if (!taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+    each(Range{begin, end});
+    begin = taken.load(std::memory_order_relaxed);
+  }
+}
 
 }  // namespace gemkit

@@ -16,7 +16,7 @@ void test_phases(int size) {
   std::vector<int> done(static_cast<size_t>(size));
   const auto begin = std::chrono::steady_clock::now();
   for (int run = 0; run < kRuns; run++) {
-    if (run % 10 == 9) std::this_thread::sleep_for(std::chrono::milliseconds(3));  // so that the others fall asleep
+    if (run % 10 == 9) std::this_thread::sleep_for(std::chrono::milliseconds(40));  // so that the others fall asleep
     auto body = [&](int rank, int count) {
       CHECK(count == size, "%d members, not %d", count, size);
       for (int phase = 0; phase < kPhases; phase++) {
@@ -56,10 +56,29 @@ void test_shares() {
     }
 }
 
+// Each piece goes to one member, none is left, and no piece but the last is smaller than asked for.
+void test_dealing(int size) {
+  for (int64_t n : {0, 1, 5, 64, 10007})
+    for (int64_t least : {1, 2, 100}) {
+      Team team(size);
+      std::atomic<int64_t> taken{0};
+      std::vector<std::atomic<int>> times(static_cast<size_t>(n));
+      auto body = [&](int, int count) {
+        deal_out(taken, n, least, count, [&](Range r) {
+          CHECK(r.end - r.begin >= least || r.end == n, "a piece of %d", int(r.end - r.begin));
+          for (int64_t i = r.begin; i < r.end; i++) times[static_cast<size_t>(i)]++;
+        });
+      };
+      team.run(body);
+      for (const auto& t : times) CHECK(t == 1, "%d members, %d dealt: one went out %d times", size, int(n), t.load());
+    }
+}
+
 }  // namespace
 
 int main() {
   test_shares();
+  for (int size : {1, 2, 3, 8}) test_dealing(size);
   for (int size : {1, 2, 3, 8}) {
     {
       Team idle(size);

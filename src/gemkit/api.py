@@ -156,9 +156,10 @@ class Model:
         return self._engine
 
     def settle(self) -> None:
-        """Waits until what a first load prepares for later ones is done; by itself it is done beside the work."""
+        """Waits until what a first load prepares for later ones, and what makes this one fast, is done; by itself it is
+        done beside the work."""
         if self._store is not None:
-            self._store.finish()
+            self._store.settle()
 
     def close(self) -> None:
         """Frees the weights and the cache; the model cannot be used any more."""

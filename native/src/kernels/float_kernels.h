@@ -120,31 +120,34 @@ static void rope(float* x, const float* cosine, const float* sine, int64_t half)
   });
 }
 
+// Four bytes, the lowest first.
+GEMKIT_INLINE void store_spare(int8_t* to, uint32_t bytes) {
+  for (int i = 0; i < 4; i++) to[i] = static_cast<int8_t>(bytes >> 8 * i & 255);
+}
+
 static void quantise(const float* x, const Activations& a, int64_t row) {
   ActivationBlock* block = a.blocks + row * a.per_row;
   const f32x16 magic = set1(kRoundMagic);
+  auto clamped = [](f32x16 v) { return min(max(v, set1(-127.0f)), set1(127.0f)); };
   for (int64_t b = 0; b < a.per_row; b++, x += kBlock, block++) {
-    f32x16 v0 = load(x), v1 = load(x + 16);
-    f32x16 a0 = abs(v0), a1 = abs(v1);
-    const float largest = reduce_max(max(a0, a1));
+    const f32x16 v0 = load(x), v1 = load(x + 16), a0 = abs(v0), a1 = abs(v1);
+    const auto [largest, second] = largest2(a0, a1);
     const uint32_t at_largest = equal_mask(a0, set1(largest)) | equal_mask(a1, set1(largest)) << 16;
-    const int k = at_largest ? lowest_bit(at_largest) : 0;  // none is equal where the values are NaN
-    alignas(64) float magnitude[kBlock];
-    store(magnitude, a0), store(magnitude + 16, a1);
-    magnitude[k] = 0;
-    const float second = reduce_max(max(load(magnitude), load(magnitude + 16)));
+    const int k = at_largest ? lowest_bit(at_largest) : 0;                  // none is equal where the values are NaN
     const float reach = second > 0.5f * largest ? second : 0.5f * largest;  // 127 steps
     const float inverse = reach > 0 ? 127.0f / reach : 0.0f;
-    store_i8(block->q, min(max(fma(v0, set1(inverse), magic) - magic, set1(-127.0f)), set1(127.0f)));
-    store_i8(block->q + 16, min(max(fma(v1, set1(inverse), magic) - magic, set1(-127.0f)), set1(127.0f)));
+    const f32x16 q0 = clamped(fma(v0, set1(inverse), magic) - magic);
+    const f32x16 q1 = clamped(fma(v1, set1(inverse), magic) - magic);
+    store_i8(block->q, q0), store_i8(block->q + 16, q1);
+    // Sums of whole numbers are exact in any order; from the registers, not from the bytes just written
     const float whole = fused(x[k], inverse, kRoundMagic) - kRoundMagic;
-    const int rest = whole >= -254.0f && whole <= 254.0f ? static_cast<int>(whole) - block->q[k] : 0;
-    std::memset(block->spare, 0, sizeof block->spare);
-    block->spare[k % 4] = static_cast<int8_t>(rest);
-    block->quad = k / 4;
-    int32_t first = 0, last = 0;
-    for (int i = 0; i < 16; i++) first += block->q[i], last += block->q[16 + i];
+    const float kept = whole < -127.0f ? -127.0f : whole > 127.0f ? 127.0f : whole;
+    const int rest = whole >= -254.0f && whole <= 254.0f ? static_cast<int>(whole - kept) : 0;
+    int32_t first = static_cast<int32_t>(reduce_add(q0)), last = static_cast<int32_t>(reduce_add(q1));
     (k < 16 ? first : last) += rest;
+    const uint32_t spare = static_cast<uint32_t>(static_cast<uint8_t>(rest)) << 8 * (k % 4);
+    store_spare(block->spare, spare);
+    block->quad = k / 4;
     block->sum = first + last;
     block->first_sum = first;
     block->scale = reach / 127.0f;

@@ -338,9 +338,13 @@ GEMKIT_INLINE void prefetch(const uint8_t* p) {
 }
 
 GEMKIT_INLINE int lowest_bit(uint32_t mask) {
+#if defined(__GNUC__)
+  return __builtin_ctz(mask);
+#else
   int i = 0;
   for (; !(mask & 1); i++) mask >>= 1;
   return i;
+#endif
 }
 
 // Fixed tree: lane i with i+8, then i+4, i+2, i+1.
@@ -392,6 +396,42 @@ GEMKIT_INLINE uint32_t equal_mask(f32x16 a, f32x16 b) {
   uint32_t mask = 0;
   for (int i = 0; i < 16; i++) mask |= static_cast<uint32_t>(a.v[i] == b.v[i]) << i;
   return mask;
+}
+#endif
+
+// The two largest of the 32 values of a and b; equal ones count apart.
+struct Largest2 {
+  float first, second;
+};
+#if defined(GEMKIT_AVX512) || defined(GEMKIT_AVX2)
+GEMKIT_INLINE Largest2 largest2(f32x16 a, f32x16 b) {
+  const f32x16 high = max(a, b), low = min(a, b);
+  const __m256 h8 = lower8(high), g8 = upper8(high);
+  const __m256 first8 = _mm256_max_ps(h8, g8),
+               second8 = _mm256_max_ps(_mm256_min_ps(h8, g8), _mm256_max_ps(lower8(low), upper8(low)));
+  __m128 h = _mm256_castps256_ps128(first8), g = _mm256_extractf128_ps(first8, 1);
+  __m128 first = _mm_max_ps(h, g);
+  __m128 second =
+      _mm_max_ps(_mm_min_ps(h, g), _mm_max_ps(_mm256_castps256_ps128(second8), _mm256_extractf128_ps(second8, 1)));
+  h = first, g = _mm_movehl_ps(first, first);
+  first = _mm_max_ps(h, g), second = _mm_max_ps(_mm_min_ps(h, g), _mm_max_ps(second, _mm_movehl_ps(second, second)));
+  h = first, g = _mm_shuffle_ps(first, first, 1);
+  first = _mm_max_ss(h, g);
+  second = _mm_max_ss(_mm_min_ss(h, g), _mm_max_ss(second, _mm_shuffle_ps(second, second, 1)));
+  return {_mm_cvtss_f32(first), _mm_cvtss_f32(second)};
+}
+#else
+GEMKIT_INLINE Largest2 largest2(f32x16 a, f32x16 b) {
+  auto larger_of = [](float x, float y) { return x > y ? x : y; };
+  auto smaller_of = [](float x, float y) { return x < y ? x : y; };
+  float first[16], second[16];
+  store(first, max(a, b)), store(second, min(a, b));
+  for (int w = 8; w; w /= 2)
+    for (int i = 0; i < w; i++) {
+      second[i] = larger_of(smaller_of(first[i], first[i + w]), larger_of(second[i], second[i + w]));
+      first[i] = larger_of(first[i], first[i + w]);
+    }
+  return {first[0], second[0]};
 }
 #endif
 

@@ -83,6 +83,43 @@ def test_the_second_start_maps_the_image_and_gives_the_same_bits(cache, model, m
     assert again.tobytes() == first.tobytes()
 
 
+def huge_pages() -> bool:
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return switch.exists() and "[never]" not in switch.read_text()
+
+
+def test_what_is_read_often_moves_to_huge_pages_between_steps(cache, model, monkeypatch):
+    start(model)
+    refuse_to_pack(monkeypatch)
+    monkeypatch.setattr(PackedStore, "take_in", lambda self, model: None)
+    with read_gguf(model) as checkpoint:
+        store = PackedStore.of(checkpoint.source, checkpoint.tensors)
+        runner = NativeRunner(checkpoint.config, checkpoint.tensors, store=store, threads=2)
+    loaded = gemkit.Model(checkpoint, runner, tokenizer())
+    want = loaded.score(IDS).logprobs.tobytes()
+    moved = []
+    thread = threading.Thread(target=lambda: moved.append(runner._model.take_in(True)))
+    thread.start()
+    found = [loaded.score(IDS).logprobs.tobytes() for _ in range(20)]
+    thread.join()
+    assert {*found, loaded.score(IDS).logprobs.tobytes()} == {want}
+    assert (moved[0] >= runner.weight_bytes) == huge_pages()
+    assert runner._model.take_in(True) == 0, "once is enough"
+
+
+def test_settling_takes_in_and_an_early_end_does_not(cache, model, monkeypatch):
+    start(model)
+    calls = []
+    monkeypatch.setattr(packed, "_yield_to_others", lambda: calls.append("taken in"))
+    for end, expected in (("close", []), ("settle", ["taken in"])):
+        loaded = gemkit.load(model, threads=1)
+        getattr(loaded, end)()
+        assert calls == expected
+    monkeypatch.setattr(packed, "free_memory", lambda: 0)
+    gemkit.load(model, threads=1).settle()
+    assert calls == ["taken in"], "with memory short the file's pages serve"
+
+
 def test_float_activations_and_the_switch_keep_nothing(cache, model, monkeypatch):
     with gemkit.load(model, threads=1, activations="float32"):
         pass

@@ -6,6 +6,8 @@ seconds to make, so a model that was never loaded before decodes its first token
 Under ``cache_dir()/packed`` lie images, named by the SHA-256 of the model's files and by their layout, so that copies
 of a model share one, and a record for each model (JSON) that names its image and tells by size and time whether the
 model's files are still those. An image is written whole under another name, then renamed; processes share its memory.
+A file's pages are small, and finding them costs a sixth of the speed: once a model has been in use for a second, what
+every token reads is copied into huge pages, where the system has them and memory is ample.
 GEMKIT_PACKED=0 switches all of this off.
 """
 
@@ -22,7 +24,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +32,13 @@ import numpy as np
 from gemkit import _native
 from gemkit.cache import cache_dir, try_atomic_write
 from gemkit.models.native.plan import Weight
+from gemkit.models.native.room import free_memory
 from gemkit.models.native.runner import IMAGE_VERSION
 
 _PAGE = 4096  # bytes before the image: a line of JSON, padded; the screen begins at a multiple of it
 _BLOCK = 1 << 22
 _STALE_SECONDS = 3600
+_AMPLE = 4  # times what is taken in: memory that has to be free
 _GRACE = 1.0  # seconds before the work begins: a model that was just loaded has its first token to give
 
 
@@ -53,7 +57,7 @@ class PackedStore:
         key = hashlib.sha256(f"{self.source}\n{self.layout}".encode()).hexdigest()
         self.record = self.folder / f"{key[:32]}.json"
         self._thread: threading.Thread | None = None
-        self._cancelled, self._hurry = threading.Event(), threading.Event()
+        self._cancelled, self._hurry, self._over = threading.Event(), threading.Event(), threading.Event()
 
     @classmethod
     def of(cls, source: Path | None, weights: Mapping[str, Weight]) -> PackedStore | None:
@@ -75,12 +79,14 @@ class PackedStore:
 
     def keep(self, model: _native.Model) -> None:
         """Gives the model a screen and writes both beside what else the process does; a full disk is no error."""
-        self._thread = threading.Thread(target=self._keep, args=(model,), name="gemkit-packed", daemon=True)
-        self._thread.start()
-        atexit.register(self.finish)
+        self._begin(self._keep, model)
 
-    def finish(self) -> None:
-        """Waits until all is written; an interrupt gives it up and leaves nothing behind."""
+    def take_in(self, model: _native.Model) -> None:
+        """Moves what was found into huge pages, beside what else the process does."""
+        self._begin(self._take_in, model)
+
+    def settle(self) -> None:
+        """Waits until all is written and taken in; an interrupt gives the writing up and leaves nothing behind."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -92,6 +98,23 @@ class PackedStore:
             self._cancelled.set()
             thread.join()
             raise
+
+    def finish(self) -> None:
+        """The same before an end: what only this process would have gained from is not begun any more."""
+        self._over.set()
+        self.settle()
+
+    def _begin(self, work: Callable[[_native.Model], None], model: _native.Model) -> None:
+        self._thread = threading.Thread(target=work, args=(model,), name="gemkit-packed", daemon=True)
+        self._thread.start()
+        atexit.register(self.finish)
+
+    def _take_in(self, model: _native.Model, mapped: bool = True) -> None:
+        self._hurry.wait(_GRACE)
+        free = free_memory()
+        if not self._over.is_set() and (free is None or free > _AMPLE * model.token_bytes):
+            _yield_to_others()
+            model.take_in(mapped)
 
     def _map(self, path: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
         with open(path, "rb") as file:
@@ -108,7 +131,7 @@ class PackedStore:
     def _keep(self, model: _native.Model) -> None:
         self._hurry.wait(_GRACE)
         _yield_to_others()
-        screen = None
+        screen = kept = None
         try:
             facts = self._facts()
             name = f"{self._digest()[:32]}-{self.layout[:16]}.packed"
@@ -127,6 +150,7 @@ class PackedStore:
             return
         if screen is not None and screen.size:
             model.attach_screen(screen)
+            self._take_in(model, mapped=kept is not None)
 
     def _is_kept(self, path: Path) -> bool:
         try:

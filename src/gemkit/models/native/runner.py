@@ -38,6 +38,9 @@ class PackedStore(Protocol):
     def keep(self, model: _native.Model) -> None:
         """Takes a model whose image is to be kept, and gives it a screen."""
 
+    def take_in(self, model: _native.Model) -> None:
+        """Takes a model made of what was found, and moves that into faster memory."""
+
 
 class NativeRunner:
     """Runs a model on the CPU; results are the same bits for every batch, chunk and thread count.
@@ -85,8 +88,8 @@ class NativeRunner:
         self._model = self._call(
             _native.Model.create, plan, self.threads, activations == "float32", max_tokens_per_step, image, screen
         )
-        if store is not None and image is None:
-            store.keep(self._model)
+        if store is not None:
+            (store.keep if image is None else store.take_in)(self._model)
 
     @staticmethod
     def _call(function, *arguments):
