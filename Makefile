@@ -5,6 +5,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 PROMPT ?= Once upon a time, in a small village by the sea,
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 JOBS ?= 2
 
 BIN := $(VENV)/bin
@@ -35,7 +36,7 @@ help:
 	@echo "make test-cross   native tests on emulated ARM; whether the code compiles for Windows and macOS"
 	@echo "make parity       every implementation against the reference, as a table, into docs/parity.md"
 	@echo "make lint         ruff and clang-format, check only; make format applies them"
-	@echo "make bench        speed against other engines (compiles llama.cpp: about a quarter of an hour)"
+	@echo "make bench        speed beside other engines: installs them, measures for half an hour: BENCH_ARGS='...'"
 	@echo "make docs         write the generated pages of docs/ anew"
 	@echo "make constraints  resolve constraints/*.txt anew"
 	@echo "make clean        remove $(VENV), build/ and caches"
@@ -97,7 +98,8 @@ format: $(VENV)/.lint
 	find native -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+	.venv-bench/bin/python benchmarks/plots.py
 
 docs: $(VENV)/.test
 	$(BIN)/python tests/test_docs.py --write
@@ -137,10 +139,19 @@ $(VENV)/.test: $(VENV)/.tools pyproject.toml $(CONSTRAINTS) $(NATIVE)
 	@$(INSTALL) --no-build-isolation -e '.[demo,test]'
 	@touch $@ $(VENV)/.run
 
+# OpenVINO's converter wants other versions, and so an environment of its own within the first. It needs no torchvision,
+# and does not start with one that was built for another torch.
+BENCH_PIP = env -u PIP_CONSTRAINT .venv-bench$(1)/bin/python -m pip install -q
 $(VENV)/.bench: $(VENV)/.run
-	@echo "installing the engine to compare with; llama.cpp is compiled for this machine"
+	@echo "installing the engines to compare with; llama.cpp is compiled for this machine"
 	$(PYTHON) -m venv .venv-bench
-	CMAKE_ARGS="-DGGML_NATIVE=ON" .venv-bench/bin/python -m pip install -q --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(call BENCH_PIP) --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	$(PYTHON) -m venv .venv-bench/openvino
+	$(if $(TORCH_INDEX),$(call BENCH_PIP) --index-url $(TORCH_INDEX) torch==2.13.0)
+	$(if $(TORCH_INDEX),$(call BENCH_PIP,/openvino) --index-url $(TORCH_INDEX) torch==2.13.0)
+	$(call BENCH_PIP) torch==2.13.0 transformers==5.23.0 ctranslate2==4.8.5 matplotlib==3.11.2
+	$(call BENCH_PIP,/openvino) torch==2.13.0 transformers==5.0.0 optimum-intel==2.2.0 openvino-genai==2026.4.1.0
+	.venv-bench/openvino/bin/python -m pip uninstall -q -y torchvision
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv $(CONSTRAINTS)

@@ -2,11 +2,15 @@
 
 A worker reads one JSON object a line and answers each with one:
 
-    {"model": path, "threads": n, "text": prompt, flags…}     -> {"version": text, facts…}
+    {"model": path, "threads": n, "text": prompt, "context": n, "sequences": n, flags…}  -> {"version": text, facts…}
     {"do": "prefill", "ids": [prompt]}                        -> {"seconds": s, "ids": [next]}
-    {"do": "decode", "ids": [prompt], "tokens": n}            -> {"seconds": s of n tokens, "ids": [n + 1 tokens]}
+    {"do": "decode", "ids": [prompt], "tokens": n, "ways": [way…]}
+                                     -> {"seconds": [s of n tokens for each way], "ids": [the n + 1 greedy tokens]}
+    {"do": "batch", "prompts": [[prompt]…], "tokens": n}      -> {"seconds": s of n tokens of each, side by side}
     {"do": "memory"}                                          -> {"megabytes": peak resident memory so far}
     {"do": "limits"}  (gemkit alone)                          -> {"bandwidth": GB/s, "int8": 10^9 operations/s}
+
+A way is "greedy" or "sampled": top-k 64, top-p 0.95, temperature 1.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +27,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from works import GREEDY, SAMPLED, Session, Task
+
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 # Sixteen tokens with <bos>.
 PROMPT = "The harbour was quiet that morning, and the boats lay still in the cool"
 
@@ -39,16 +47,38 @@ def llamacpp_first(way: str) -> Callable[[str, str, int, list[int]], list[str]]:
     return lambda python, model, threads, ids: [python, script, way, model, str(threads), *map(str, ids)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Engine:
-    """name; worker: its script; flags: settings to choose the best of, for prefill and for decode apart; first: the
-    ways to the first token of a fresh process, as functions (python, model, threads, ids) -> command."""
+    """name; worker: its script; first: the ways to the first token of a fresh process, as functions (python, model,
+    threads, ids) -> command; flags: by the first word of a session's model, or by its kind, settings to choose the best
+    of, for each kind of work apart.
+
+    convert: what peers/convert.py calls its files; None: it reads GGUF. Then it runs no other types than the demo's.
+    deepest: the longest prompt it is given. ways: of choosing tokens that it is asked for. rest: seconds that its
+    threads may spin after an answer. note: for the report.
+    """
 
     name: str
     worker: Path
-    first: dict[str, Callable[[str, str, int, list[int]], list[str]]]
-    flags: tuple[dict, ...] = ({},)
-    python: str = field(default=sys.executable)
+    first: dict[str, Callable[[str, str, int, list[int]], list[str]]] = field(default_factory=dict)
+    flags: dict[str, tuple[dict, ...]] = field(default_factory=dict)
+    python: str = sys.executable
+    convert: str | None = None
+    deepest: int = 1 << 30
+    ways: tuple[str, ...] = (GREEDY, SAMPLED)
+    batches: bool = True
+    rest: float = 0.02
+    note: str = ""
+
+    def can(self, session: Session, task: Task) -> bool:
+        if task.kind == "first":
+            return bool(self.first)
+        if self.convert and session.model != "demo":
+            return False
+        return task.size <= self.deepest and (self.batches or task.kind != "batch")
+
+    def choices(self, session: Session) -> tuple[dict, ...]:
+        return self.flags.get(session.kind or session.model.split()[0], ({},))
 
 
 OURS = Engine("gemkit", HERE / "ours.py", {"gemkit generate": gemkit_first})
@@ -56,29 +86,107 @@ OURS = Engine("gemkit", HERE / "ours.py", {"gemkit generate": gemkit_first})
 
 def llamacpp(python: str) -> Engine:
     flags = [{"ubatch": u, "flash": f} for u, f in itertools.product((128, 256, 512), (False, True))]
+    few = ({"ubatch": 512, "flash": False}, {"ubatch": 512, "flash": True})
+    # Weights in the file's own layout, once: repacking them helps on most machines
+    plain = {"ubatch": 512, "flash": True, "repack": False}
+    unified = [{**each, "unified": both} for each, both in itertools.product(few, (False, True))]
     return Engine(
         "llama.cpp",
         HERE / "peers" / "llamacpp.py",
         {way: llamacpp_first(way) for way in ("minimal", "mapped", "class")},
-        # Weights in the file's own layout, once: repacking them helps on most machines
-        (*flags, {"ubatch": 512, "flash": True, "repack": False}),
+        {"demo": (*flags, plain), "Q8_0": (*few, plain), "2B": few, "batch": tuple(unified)},
         python,
+        note="The same files.",
     )
+
+
+def ctranslate2(python: str) -> Engine:
+    return Engine(
+        "CTranslate2",
+        HERE / "peers" / "ctranslate2_int8.py",
+        python=python,
+        convert="ctranslate2",
+        deepest=2048,
+        note="Its int8 weights, a scale a row, made of the same model.",
+    )
+
+
+def transformers(python: str) -> Engine:
+    return Engine(
+        "transformers",
+        HERE / "peers" / "hf.py",
+        python=python,
+        convert="hf",
+        deepest=512,
+        ways=(GREEDY,),
+        batches=False,
+        note="float32, the weights of the same model.",
+    )
+
+
+def openvino(python: str) -> Engine:
+    return Engine(
+        "OpenVINO GenAI",
+        HERE / "peers" / "openvino_genai_int8.py",
+        python=python,
+        convert="openvino",
+        deepest=2048,
+        batches=False,
+        note="Its 8-bit weights, a scale a row, made of the same model; its cache is of 8 bits by default.",
+    )
+
+
+# Who is looked for: its name, the module that must be there, the folder of .venv-bench that its environment is in.
+PEERS = {
+    "llama.cpp": (llamacpp, "llama_cpp", ""),
+    "CTranslate2": (ctranslate2, "ctranslate2", ""),
+    "transformers": (transformers, "transformers", ""),
+    "OpenVINO GenAI": (openvino, "openvino_genai", "openvino"),
+}
+# Peers that cannot run here, and why.
+ABSENT = {
+    "onnxruntime-genai": "0.18.0's model builder fails on Gemma 3 with transformers 5 (KeyError: 'rope_type') and "
+    "cannot be imported with transformers 4",
+}
+
+
+def installed(names: list[str] | None = None) -> tuple[list[Engine], dict[str, str]]:
+    """The peers that are there, and why the others are not. Raises SystemExit if none is."""
+    found, missing = [], {}
+    for name, (make, module, folder) in PEERS.items():
+        if names and name not in names:
+            continue
+        python = os.environ.get("GEMKIT_PEER_PYTHON" + (f"_{folder.upper()}" if folder else ""))
+        python = python or str(ROOT / ".venv-bench" / folder / "bin" / "python")
+        look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+        if shutil.which(python) is None:
+            missing[name] = f"there is no {python}"
+        elif subprocess.run([python, "-c", look]).returncode:
+            missing[name] = f"{python} has no {module}"
+        else:
+            found.append(make(python))
+    if not found:
+        reason = "; ".join(dict.fromkeys(missing.values()))
+        raise SystemExit(f"bench: {reason}: run `make bench`, or set GEMKIT_PEER_PYTHON")
+    return found, missing
+
+
+class Gone(SystemExit):
+    """A worker ended."""
 
 
 class Worker:
     """An engine in a process that lives for many requests."""
 
-    def __init__(self, engine: Engine, model: str, threads: int, flags: dict):
+    def __init__(self, engine: Engine, model: str, threads: int, flags: dict, context: int = 1024, sequences: int = 1):
         self.engine, self.flags = engine, flags
         self.process = subprocess.Popen(
             [engine.python, str(engine.worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.about = self.ask(model=model, threads=threads, text=PROMPT, **flags)
+        self.about = self.ask(model=model, threads=threads, text=PROMPT, context=context, sequences=sequences, **flags)
 
     def ask(self, **request: object) -> dict:
         """Raises SystemExit if the worker is gone; its reason is on standard error."""
-        time.sleep(0.02)  # the other engine's threads spin for a moment after its answer
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
@@ -86,11 +194,15 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise SystemExit(f"bench: the worker of {self.engine.name} ended with exit code {self.process.wait()}")
+            raise Gone(f"bench: the worker of {self.engine.name} ended with exit code {self.process.wait()}")
+        time.sleep(self.engine.rest)  # its threads spin for a moment after the answer
         return json.loads(line)
 
     def close(self) -> None:
-        self.process.stdin.close()
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass
         self.process.wait()
         self.process.stdout.close()
 

@@ -1,13 +1,15 @@
-// Times the quantised products alone, by type and number of rows, on one thread:  kernels [rows] [cols]
-// Prints GB/s of packed weights and 10^9 operations a second (2 per multiply-add), best of several; every path this
-// machine runs.
+// Times the quantised products alone, on one thread:  kernels [ladder]   or   kernels rows cols
+// First two ladders from the plain loop to the kernel in use (ladder.h), then every type and number of rows: GB/s of
+// packed weights and 10^9 operations a second (2 per multiply-add), best of several; every path this machine runs.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "ladder.h"
 #include "os.h"
 
 using namespace gemkit;
@@ -17,6 +19,9 @@ static double seconds() {
 }
 
 int main(int argc, char** argv) {
+  if (argc < 3) {
+    if (const int code = run_ladders(); code || (argc == 2 && !std::strcmp(argv[1], "ladder"))) return code;
+  }
   const int64_t rows = argc > 1 ? std::atoll(argv[1]) : 8192, cols = argc > 2 ? std::atoll(argv[2]) : 2048;
   if (rows % kPanelRows || cols % kSuper)
     return std::fprintf(stderr, "rows must be a multiple of 16 and cols of 256\n"), 2;

@@ -17,7 +17,7 @@
 namespace gemkit {
 
 constexpr int64_t kHeadRows = 32;    // rows of logits held at a time
-constexpr size_t kScreenRows = 4;    // most sequences of a step whose head is screened
+constexpr size_t kScreenRows = 32;   // most sequences of a step whose head is screened
 constexpr int64_t kScreenTop = 128;  // largest top-k that is
 constexpr int kImageVersion = 2;     // to be raised whenever the packed layout changes
 
@@ -101,7 +101,7 @@ class Model {
   // Bytes of weights that one greedy token of one sequence reads, rows that the screen leaves over not counted.
   int64_t token_bytes() const;
   bool has_screen() const { return screen_.plane.format != nullptr; }
-  void use_screen(bool use) { use_screen_ = use; }
+  void use_screen(bool use);
   // Panels computed for each screened row since the last call, -1 where the whole head had to be.
   std::vector<int32_t> take_screen_counts();
 
@@ -148,6 +148,7 @@ class Model {
   void head_rows(const std::vector<int64_t>& rows, float* logits_to, int rank, int size);
   bool can_screen(const std::vector<SampleRequest>& wanted) const;
   void screen_rows(const std::vector<SampleRequest>& wanted, int rank, int size);
+  void weigh_screen(size_t rows);
   std::string measure_inputs(std::vector<float>& usual);
   void begin_screen(const std::vector<SampleRequest>& wanted);
   static void keep_largest(const ScreenRow& row, Range panels, std::vector<Seed>& best);
@@ -189,6 +190,7 @@ class Model {
   Screen screen_;
   const uint8_t* screen_data_ = nullptr;
   bool use_screen_ = true;
+  int screen_losses_ = 0, screen_pause_ = 0;  // steps in a row that it did not help; steps yet without it
   std::vector<ScreenRow> screen_work_;
   std::vector<int32_t> screen_counts_;
   std::mutex step_mutex_;

@@ -189,12 +189,32 @@ std::string Model::attach_screen(const uint8_t* data, int64_t bytes) {
   const std::lock_guard<std::mutex> lock(step_mutex_);
   screen_ = screen_at(packed_[plan_.head], data);
   screen_data_ = data;
+  screen_losses_ = screen_pause_ = 0;
   return {};
 }
 
 std::vector<int32_t> Model::take_screen_counts() {
   const std::lock_guard<std::mutex> lock(step_mutex_);
   return std::move(screen_counts_);
+}
+
+void Model::use_screen(bool use) {
+  const std::lock_guard<std::mutex> lock(step_mutex_);
+  use_screen_ = use;
+  screen_losses_ = screen_pause_ = 0;
+}
+
+// After so many steps in a row most of whose rows took the whole head, the screen is left out for a while: with some
+// weights, random ones for one, it never decides.
+void Model::weigh_screen(size_t rows) {
+  constexpr int kLosses = 8, kPause = 512;
+  size_t lost = 0;
+  for (size_t m = 0; m < rows; m++) {
+    const std::vector<char>& failed = screen_work_[m].failed;
+    lost += std::find(failed.begin(), failed.end(), 1) != failed.end();
+  }
+  screen_losses_ = 2 * lost > rows ? screen_losses_ + 1 : 0;
+  if (screen_losses_ >= kLosses) screen_pause_ = kPause, screen_losses_ = kLosses - 1;
 }
 
 bool Model::can_screen(const std::vector<SampleRequest>& wanted) const {
@@ -264,20 +284,24 @@ void Model::screen_rows(const std::vector<SampleRequest>& wanted, int rank, int 
     if (count > limit) row.failed[1 + rank] = 1;
   }
   team_.barrier();
+  // Rows that take the whole head take it together, and so do those between them
+  int64_t first_failed = M, last_failed = -1;
   for (int64_t m = 0; m < M; m++) {
     ScreenRow& row = screen_work_[m];
     const bool failed = std::any_of(row.failed.begin(), row.failed.end(), [](char f) { return f != 0; });
-    if (failed) {
-      kernels_.matmul({&head, &normed_int8_, normed_, D, logits_, ld}, m, m + 1, mine.begin, mine.end);
-      if (plan_.final_softcap > 0)
-        kernels_.softcap(logits_ + m * ld + mine.begin * kPanelRows, plan_.final_softcap,
-                         (mine.end - mine.begin) * kPanelRows);
-    }
+    if (failed) first_failed = std::min(first_failed, m), last_failed = m;
     if (rank == 0 && screen_counts_.size() < (size_t{1} << 20)) {
       int32_t count = static_cast<int32_t>(row.first.size());
       for (int32_t c : row.counts) count += c;
       screen_counts_.push_back(failed ? -1 : count);
     }
+  }
+  if (first_failed <= last_failed) {
+    kernels_.matmul({&head, &normed_int8_, normed_, D, logits_, ld}, first_failed, last_failed + 1, mine.begin,
+                    mine.end);
+    for (int64_t m = first_failed; plan_.final_softcap > 0 && m <= last_failed; m++)
+      kernels_.softcap(logits_ + m * ld + mine.begin * kPanelRows, plan_.final_softcap,
+                       (mine.end - mine.begin) * kPanelRows);
   }
   team_.barrier();
 }

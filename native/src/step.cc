@@ -317,7 +317,8 @@ std::string Model::step(const StepInput& input, const std::vector<SampleRequest>
   out.assign(wanted.size(), {});
   const int64_t V = plan_.vocab, ld = padded(V);
   std::unique_lock<std::mutex> lock(step_mutex_);  // a screen may be attached at any time
-  if (can_screen(wanted)) {
+  if (can_screen(wanted) && screen_pause_-- <= 0) {
+    screen_pause_ = 0;
     if (std::string e = prepare(input); !e.empty()) return e;
     auto run = [&](int rank, int size) {
       forward(rank, size);
@@ -329,6 +330,7 @@ std::string Model::step(const StepInput& input, const std::vector<SampleRequest>
       }
     };
     team_.run(run);
+    weigh_screen(wanted.size());
     return chosen(wanted, out);
   }
   lock.unlock();

@@ -1,7 +1,8 @@
 // A fixed team of threads that runs one function at a time, all members together, with barriers inside.
 // Waiting spins briefly (the next phase is usually microseconds away), then gives way to other threads for some
-// milliseconds, then sleeps. Long spins are poison where another program holds a core: two members then share the other,
-// and each would spin away the time that the one it waits for needs. Sleeping within a step costs a wake-up each time.
+// milliseconds, then sleeps. Long spins are poison where another program holds a core: two members then share the
+// other, and each would spin away the time that the one it waits for needs. Sleeping within a step costs a wake-up each
+// time.
 #pragma once
 #include <algorithm>
 #include <atomic>

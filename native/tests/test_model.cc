@@ -290,17 +290,21 @@ void test_screen(int64_t hidden, float softcap, bool flat) {
                                    request(1, 5, 1, false), request(0.8, 64, 1.2, true)})
       cases.push_back({r, r, r});
     cases.push_back({request(0, 0, 1, false), request(1, 20, 1, false), request(0, 0, 2, true)});
+    auto three = [&](int turn) {
+      Call call;
+      for (int s = 0; s < 2; s++) call.add(s, ids, 0, 20 + 9 * turn + s);
+      call.ids.push_back(ids[static_cast<size_t>(turn)]), call.starts.push_back(call.starts.back() + 1);
+      call.positions.push_back(0);
+      for (auto& t : call.tables)
+        for (int p = 0; p < 6; p++) t.push_back(p < 1 ? 11 : -1);
+      return call;
+    };
     int screened = 0, whole = 0;
     for (auto& wanted : cases)
       for (int turn = 0; turn < 3; turn++) {
         for (size_t s = 0; s < 3; s++)
           wanted[s].sequence = static_cast<int64_t>(s), wanted[s].params.seed = static_cast<uint64_t>(turn) * 3 + s;
-        Call call;
-        for (int s = 0; s < 2; s++) call.add(s, ids, 0, 20 + 9 * turn + s);
-        call.ids.push_back(ids[static_cast<size_t>(turn)]), call.starts.push_back(call.starts.back() + 1);
-        call.positions.push_back(0);
-        for (auto& t : call.tables)
-          for (int p = 0; p < 6; p++) t.push_back(p < 1 ? 11 : -1);
+        Call call = three(turn);
         std::vector<SampleOutput> through, full;
         model->use_screen(true);
         CHECK(model->step(call.make(), wanted, through).empty(), "step");
@@ -312,6 +316,15 @@ void test_screen(int64_t hidden, float softcap, bool flat) {
           CHECK(through[s].token == full[s].token, "%s: %d through the screen, %d by the whole head", k->name,
                 through[s].token, full[s].token);
       }
+    // Where it never decides it is left out after a while
+    model->use_screen(true);
+    for (int turn = 0; turn < 12; turn++) {
+      Call call = three(turn % 3);
+      std::vector<SampleOutput> got;
+      CHECK(model->step(call.make(), cases[0], got).empty(), "step");
+    }
+    const size_t tried = model->take_screen_counts().size();
+    CHECK(tried == (flat ? 8u : 12u) * 3, "%s: %d rows were screened", k->name, static_cast<int>(tried));
     CHECK(flat ? whole > 0 : screened > 20, "%s: %d rows screened, %d not", k->name, screened, whole);
   }
 }

@@ -28,9 +28,10 @@ def test_the_report_is_json_and_complete():
 
 
 def test_a_model_that_does_not_fit_is_a_problem_and_the_longest_context_is_said(monkeypatch):
-    weights = memory.fit(str(demo_path()), None, None)["weights"]
+    found = memory.fit(str(demo_path()), None, None)
+    weights = found["weights"]
     config = preset("gemma-3-270m").config
-    free = weights + memory.ROOM + memory.cache_bytes(config, 5000)
+    free = weights + found["screen"] + memory.ROOM + memory.cache_bytes(config, 5000)
     monkeypatch.setattr(doctor, "system_memory", lambda: (free, free))
     report = doctor.examine(str(demo_path()))
     assert report["model"]["fits"] is False and report["model"]["longest"] == 5000

@@ -111,7 +111,8 @@ def test_show(capsys):
     memory = record["memory"]
     assert sum(group["layers"] for group in memory["cache"]) == 18
     cache = sum(group["bytes"] for group in memory["cache"])
-    assert memory["total"] == memory["weights"] + memory["screen"] + cache + memory["activations"]
+    parts = sum(memory[part] for part in ("program", "weights", "screen", "activations"))
+    assert memory["running"] == parts + cache and memory["total"] == max(memory["running"], memory["loading"])
     assert record["tensors"][0]["name"] == "model.embed_tokens.weight"
     out = run(capsys, "show", "demo", "--ctx-size", "2048")[0]
     assert "268,098,176" in out and "model.embed_tokens.weight" in out and "2,048 tokens" in out

@@ -2,7 +2,7 @@
 // in int16 without saturating: at most 8 quads of 4-bit codes, 4 of 5-bit, 2 of 6-bit.
 #define GEMKIT_ISA avx2
 #define GEMKIT_AVX2 1
-#define GEMKIT_FUSED_ROWS 4
+#define GEMKIT_FUSED_ROWS 3
 #define GEMKIT_TILE_ROWS 4
 #include "int8_driver.h"
 
@@ -67,26 +67,22 @@ GEMKIT_INLINE void one_quad(const RecordCodes<F>& source, int quad, __m256i& cod
   if constexpr (F::R == 4) low = _mm256_and_si256(_mm256_srl_epi16(load256(residual + 64 * (quad / 2)), by), nibble);
 }
 
-// The same from an unpacked chunk: 64 bytes a quad (R = 4: 64 of high, then 64 of low nibbles).
+// The same from an unpacked chunk, 64 bytes a quad; 8-bit codes lie there less their offset, whole (whole_sums).
 template <class F>
 struct ChunkCodes {
   const uint8_t* block;
   int half;
-  inline __attribute__((always_inline)) void quads(int j, __m256i (&codes)[2], __m256i (&low)[2]) const {
-    for (int i = 0; i < 2; i++) {
-      const int q = 2 * j + i;
-      const uint8_t* p = block + (F::R == 4 ? 128 : 64) * q + 32 * half;
-      codes[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
-      if constexpr (F::R == 4) low[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(p + 64));
-    }
+  inline __attribute__((always_inline)) __m256i quad(int q) const {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(block + 64 * q + 32 * half));
+  }
+  inline __attribute__((always_inline)) void quads(int j, __m256i (&codes)[2], __m256i (&)[2]) const {
+    for (int i = 0; i < 2; i++) codes[i] = quad(2 * j + i);
   }
 };
 
 template <class F>
-GEMKIT_INLINE void one_quad(const ChunkCodes<F>& source, int quad, __m256i& codes, __m256i& low) {
-  const uint8_t* p = source.block + (F::R == 4 ? 128 : 64) * quad + 32 * source.half;
-  codes = load256(p);
-  if constexpr (F::R == 4) low = load256(p + 64);
+GEMKIT_INLINE void one_quad(const ChunkCodes<F>& source, int quad, __m256i& codes, __m256i&) {
+  codes = source.quad(quad);
 }
 
 // Adds to sums[sub-block][half][m] what the spare part of each row's largest value contributes.
@@ -162,12 +158,51 @@ GEMKIT_INLINE void block_sums(const Codes (&source)[Halves], const ActivationBlo
   spare_sums<F, M, Halves>(source, a, sums);
 }
 
-// f += (sum − offset · sum q) · scale · scale_x, with the roundings of the contract.
-template <class F>
+// The same for 8-bit codes less their offset: |w| · (q with the sign of w). Two such products just fit into int16
+// (2 · 128 · 127), so each is widened at once. That still takes fewer instructions than two nibbles apart.
+template <int M, int Halves, class Codes>
+GEMKIT_INLINE void whole_sums(const Codes (&source)[Halves], const ActivationBlock* const* a,
+                              __m256i (&sums)[1][Halves][M]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  auto product = [&](__m256i w, __m256i size, __m256i x) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(x, w)), ones);
+  };
+#pragma GCC unroll 8
+  for (int q = 0; q < 8; q++) {
+    __m256i w[Halves], size[Halves];
+#pragma GCC unroll 4
+    for (int h = 0; h < Halves; h++) w[h] = source[h].quad(q), size[h] = _mm256_abs_epi8(w[h]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const __m256i x = broadcast4(a[m]->q + 4 * q);
+#pragma GCC unroll 4
+      for (int h = 0; h < Halves; h++) {
+        const __m256i s = product(w[h], size[h], x);
+        sums[0][h][m] = q == 0 ? s : _mm256_add_epi32(sums[0][h][m], s);
+        GEMKIT_PIN(sums[0][h][m]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    const __m256i x = broadcast4(a[m]->spare);
+    const int quad = a[m]->quad;
+#pragma GCC unroll 4
+    for (int h = 0; h < Halves; h++) {
+      const __m256i w = source[h].quad(quad);
+      sums[0][h][m] = _mm256_add_epi32(sums[0][h][m], product(w, _mm256_abs_epi8(w), x));
+    }
+  }
+}
+
+// f += (sum − offset · sum q) · scale · scale_x, with the roundings of the contract; Centred: the codes had no offset
+// any more.
+template <class F, bool Centred>
 GEMKIT_INLINE __m256 fold(__m256 f, __m256i sum, int32_t activation_sum, __m256 scale, __m256 shifted_scale,
                           float scale_x) {
   __m256i start = _mm256_set1_epi32(kMagicBits);
-  if constexpr (F::kOffsetLog2 >= 0) start = _mm256_set1_epi32(kMagicBits - (activation_sum << F::kOffsetLog2));
+  if constexpr (F::kOffsetLog2 >= 0 && !Centred)
+    start = _mm256_set1_epi32(kMagicBits - (activation_sum << F::kOffsetLog2));
   const __m256 biased = _mm256_castsi256_ps(_mm256_add_epi32(sum, start));
   return _mm256_fmadd_ps(_mm256_fmadd_ps(biased, scale, shifted_scale), _mm256_set1_ps(scale_x), f);
 }
@@ -200,7 +235,7 @@ GEMKIT_INLINE int32_t activation_sum(const ActivationBlock& a, int sub) {
 }
 
 // Folds a block's sums into f[half][m], given its scales and minima.
-template <class F, int M, int Halves, class Scale, class Minimum>
+template <class F, int M, int Halves, bool Centred, class Scale, class Minimum>
 GEMKIT_INLINE void fold_block(__m256 (&f)[Halves][M], const __m256i (&sums)[F::kSub][Halves][M],
                               const ActivationBlock* const* a, Scale scale_of, Minimum minimum_of) {
   const __m256 magic = _mm256_set1_ps(-kRoundMagic);
@@ -211,7 +246,8 @@ GEMKIT_INLINE void fold_block(__m256 (&f)[Halves][M], const __m256i (&sums)[F::k
       const __m256 scale = scale_of(sub, h), shifted = _mm256_mul_ps(scale, magic);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++)
-        f[h][m] = fold<F>(f[h][m], sums[sub][h][m], activation_sum<F>(*a[m], sub), scale, shifted, a[m]->scale);
+        f[h][m] =
+            fold<F, Centred>(f[h][m], sums[sub][h][m], activation_sum<F>(*a[m], sub), scale, shifted, a[m]->scale);
     }
     if constexpr (F::kMinimum) {
       const __m256 minimum = minimum_of(h);
@@ -253,7 +289,7 @@ GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64
       for (int h = 0; h < kHalves; h++) source[h] = {record[(h0 + h) / 2], (h0 + h) % 2};
       __m256i sums[F::kSub][kHalves][M];
       block_sums<F, M, kHalves>(source, a, sums);
-      fold_block<F, M, kHalves>(
+      fold_block<F, M, kHalves, false>(
           f[h0 / kHalves], sums, a,
           [&](int sub, int h) { return record_scale<F>(record[(h0 + h) / 2], super[(h0 + h) / 2], sub, (h0 + h) % 2); },
           [&](int h) { return record_minimum<F>(record[(h0 + h) / 2], super[(h0 + h) / 2], (h0 + h) % 2); });
@@ -289,9 +325,12 @@ static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chun
         __m256i codes[2], low[2];
         source.quads(j, codes, low);
         for (int i = 0; i < 2; i++) {
-          uint8_t* to = chunk.codes + (F::R == 4 ? 1024 : 512) * b + (F::R == 4 ? 128 : 64) * (2 * j + i) + 32 * half;
+          if constexpr (F::R == 4) {
+            const __m256i code = _mm256_or_si256(_mm256_slli_epi16(codes[i], 4), low[i]);
+            codes[i] = _mm256_xor_si256(code, _mm256_set1_epi8(-128));  // less 128
+          }
+          uint8_t* to = chunk.codes + 512 * b + 64 * (2 * j + i) + 32 * half;
           _mm256_store_si256(reinterpret_cast<__m256i*>(to), codes[i]);
-          if constexpr (F::R == 4) _mm256_store_si256(reinterpret_cast<__m256i*>(to + 64), low[i]);
         }
       }
       for (int h = 0; h < F::kSub; h++)
@@ -301,44 +340,37 @@ static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chun
   }
 }
 
-// Halves [h0, h0 + Halves) of the panel; the 8-bit form needs two partial sums a row and so takes one half at a time.
-template <class F, int M, int Halves>
-GEMKIT_NOINLINE static void tile_halves(const Chunk& chunk, int count, const ActivationBlock* const* rows,
-                                        float* const* y, bool first, int h0) {
+template <class F, int M>
+GEMKIT_NOINLINE static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y,
+                                 bool first) {
+  constexpr int Halves = 2;
   const ActivationBlock* a[M];
   alignas(32) float f[Halves][M][8];
   for (int i = 0; i < M; i++) {
     a[i] = rows[i];
     for (int h = 0; h < Halves; h++)
-      _mm256_store_ps(f[h][i], first ? _mm256_setzero_ps() : _mm256_loadu_ps(y[i] + 8 * (h0 + h)));
+      _mm256_store_ps(f[h][i], first ? _mm256_setzero_ps() : _mm256_loadu_ps(y[i] + 8 * h));
   }
   for (int b = 0; b < count; b++) {
     ChunkCodes<F> source[Halves];
-    for (int h = 0; h < Halves; h++) source[h] = {chunk.codes + (F::R == 4 ? 1024 : 512) * b, h0 + h};
+    for (int h = 0; h < Halves; h++) source[h] = {chunk.codes + 512 * b, h};
     __m256i sums[F::kSub][Halves][M];
-    block_sums<F, M, Halves>(source, a, sums);
+    if constexpr (F::R == 4)
+      whole_sums<M, Halves>(source, a, sums);
+    else
+      block_sums<F, M, Halves>(source, a, sums);
     __m256 g[Halves][M];
     for (int h = 0; h < Halves; h++)
       for (int i = 0; i < M; i++) g[h][i] = _mm256_load_ps(f[h][i]);
-    fold_block<F, M, Halves>(
-        g, sums, a, [&](int sub, int h) { return _mm256_load_ps(chunk.scale[b * F::kSub + sub] + 8 * (h0 + h)); },
-        [&](int h) { return _mm256_load_ps(chunk.minimum[b] + 8 * (h0 + h)); });
+    fold_block<F, M, Halves, F::R == 4>(
+        g, sums, a, [&](int sub, int h) { return _mm256_load_ps(chunk.scale[b * F::kSub + sub] + 8 * h); },
+        [&](int h) { return _mm256_load_ps(chunk.minimum[b] + 8 * h); });
     for (int h = 0; h < Halves; h++)
       for (int i = 0; i < M; i++) _mm256_store_ps(f[h][i], g[h][i]);
     for (int i = 0; i < M; i++) a[i]++;
   }
   for (int i = 0; i < M; i++)
-    for (int h = 0; h < Halves; h++) _mm256_storeu_ps(y[i] + 8 * (h0 + h), _mm256_load_ps(f[h][i]));
-}
-
-template <class F, int M>
-static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y, bool first) {
-  if constexpr (F::R == 4) {
-    tile_halves<F, M, 1>(chunk, count, rows, y, first, 0);
-    tile_halves<F, M, 1>(chunk, count, rows, y, first, 1);
-  } else {
-    tile_halves<F, M, 2>(chunk, count, rows, y, first, 0);
-  }
+    for (int h = 0; h < Halves; h++) _mm256_storeu_ps(y[i] + 8 * h, _mm256_load_ps(f[h][i]));
 }
 
 static int64_t peak_int8(int64_t rounds) {

@@ -26,6 +26,8 @@ class Text(click.ParamType):
 
 def failure(error: Exception) -> click.ClickException:
     """Return what the command line says of an error: one line, with its exit code."""
+    if isinstance(error, MemoryError):
+        error = GemkitError("not enough memory; close other programs or use a smaller model or context.")
     known = isinstance(error, GemkitError | OSError)
     result = click.ClickException(str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)")
     result.exit_code = 2 if isinstance(error, UsageError) else 1

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemkit.cli.common import json_option, load_options, megabytes, model_argument, print_json, table
+from gemkit.cli.common import json_option, load_options, megabytes, model_argument, peak_memory, print_json, table
 
 if TYPE_CHECKING:
     from gemkit.api import Model
@@ -32,6 +32,8 @@ def command(model: str, load: dict, as_json: bool) -> None:
 
 
 def _record(model: "Model") -> dict:
+    from gemkit.apps.memory import plan
+
     checkpoint, config = model.checkpoint, model.config
     counts = config.parameter_counts()
     tensors = _tensors(checkpoint)
@@ -48,7 +50,7 @@ def _record(model: "Model") -> dict:
         "layers": _layers(config),
         "tensors": tensors,
         "bytes_by_type": dict(sorted(types.items(), key=lambda item: -item[1])),
-        "memory": _memory(model),
+        "memory": plan(model, peak_memory()),
         "activations": model.engine.runner.activations,
         "kernels": model.engine.runner.path,
         "threads": model.engine.runner.threads,
@@ -100,33 +102,6 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def _memory(model: "Model") -> dict:
-    """Bytes for one sequence as long as the context: a sliding layer keeps only the pages that its window touches."""
-    runner, allocator, ctx_size = model.engine.runner, model.engine.allocator, model.ctx_size
-    cache = []
-    for number, group in enumerate(runner.groups):
-        pages = allocator.peak(number, ctx_size, runner.max_tokens_per_step)
-        cache.append(
-            {
-                "window": group.window,
-                "layers": len(group.layers),
-                "pages": pages,
-                "page_size": runner.page_size,
-                "bytes": pages * runner.page_bytes(number),
-            }
-        )
-    screen = getattr(runner, "screen_bytes", 0)
-    total = runner.weight_bytes + screen + sum(group["bytes"] for group in cache) + runner.scratch_bytes
-    return {
-        "ctx_size": ctx_size,
-        "weights": runner.weight_bytes,
-        "screen": screen,
-        "cache": cache,
-        "activations": runner.scratch_bytes,
-        "total": total,
-    }
-
-
 def _print(record: dict) -> None:
     config, parameters, memory = record["config"], record["parameters"], record["memory"]
     tuned = {True: "instruction-tuned", False: "pretrained", None: "tuning unknown"}[record["instruction_tuned"]]
@@ -162,12 +137,16 @@ def _print(record: dict) -> None:
     click.echo(table(rows, ("type", "size")) + "\n")
     click.echo(f"memory for one sequence of {memory['ctx_size']:,} tokens")
     rows = [("weights", megabytes(memory["weights"]))]
+    if memory["program"]:
+        rows.insert(0, ("Python, libraries, vocabulary", megabytes(memory["program"])))
     if memory["screen"]:
         rows.append(("screen of the head", megabytes(memory["screen"])))
     for group in memory["cache"]:
         kind = "full attention" if group["window"] is None else f"window {group['window']}"
         rows.append((f"cache, {group['layers']} layers, {kind}: {group['pages']} pages", megabytes(group["bytes"])))
     rows.append((f"activations, {record['activations']}", megabytes(memory["activations"])))
+    if memory["loading"] > memory["running"]:
+        rows.append(("more, while the model is loaded", megabytes(memory["loading"] - memory["running"])))
     click.echo(table([*rows, ("total", megabytes(memory["total"]))], ("part", "size")))
 
 

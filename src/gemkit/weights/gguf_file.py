@@ -8,6 +8,7 @@ Format: ``docs/gguf.md`` of the ggml library, versions 2 and 3, little-endian.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import math
 import mmap
@@ -103,7 +104,8 @@ class GGUFFile:
                     self._fail("it is too short to be a GGUF file")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise GemkitError(f"{self.path} cannot be read ({error.strerror or error}): check the path") from None
+            remedy = "close other programs" if error.errno == errno.ENOMEM else "check the path"
+            raise GemkitError(f"{self.path} cannot be read ({error.strerror or error}): {remedy}") from None
         self._size = len(self._map)
         self._at = 0
         try:

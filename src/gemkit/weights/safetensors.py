@@ -8,6 +8,7 @@ file. Format: "Format" in the README of github.com/huggingface/safetensors; size
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import mmap
 import os
@@ -92,7 +93,8 @@ class SafetensorsFile:
                     self._fail("it is too short to be a safetensors file")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise GemkitError(f"{self.path} cannot be read ({error.strerror or error}): check the path") from None
+            remedy = "close other programs" if error.errno == errno.ENOMEM else "check the path"
+            raise GemkitError(f"{self.path} cannot be read ({error.strerror or error}): {remedy}") from None
         try:
             self._parse(len(self._map))
         except BaseException:

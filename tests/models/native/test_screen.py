@@ -74,10 +74,9 @@ def test_what_needs_the_whole_head_reads_it(model, prompts, settings):
     assert runner.take_screen_counts() == []
 
 
-def test_batches_beyond_the_screen_choose_the_same(model, prompts):
-    """Up to four sequences go through the screen, more read the head once for all."""
-    one_by_one = [model.generate(ids, max_tokens=12, ignore_eos=True, temperature=0.0).ids for ids in prompts]
-    together = [
-        completion.ids for completion in model.generate(prompts, max_tokens=12, ignore_eos=True, temperature=0.0)
-    ]
-    assert together == one_by_one
+def test_a_batch_goes_through_the_screen_and_chooses_the_same(model, prompts):
+    runner, settings = model.engine.runner, {"max_tokens": 6, "ignore_eos": True, "temperature": 0.0}
+    one_by_one = [model.generate(ids, **settings).ids for ids in prompts]
+    runner.take_screen_counts()
+    assert [completion.ids for completion in model.generate(prompts, **settings)] == one_by_one
+    assert len(runner.take_screen_counts()) == 6 * len(prompts)

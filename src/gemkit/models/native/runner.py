@@ -12,10 +12,14 @@ from gemkit.arch.config import ModelConfig
 from gemkit.engine.runner import Batch, StepResult, page_groups
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models.native.plan import LowRank, Weight, build_plan
+from gemkit.models.native.room import check_room
 
 ACTIVATIONS = ("int8", "float32")
 
 IMAGE_VERSION: int = _native.image_version
+
+# As in the core: rows of logits held at a time (model.h), queries whose scores a thread holds (kernels/kernels.h)
+_HEAD_ROWS, _ATTEND_QUERIES = 32, 6
 
 _NO_IDS = np.zeros(0, np.int32)
 _NO_VALUES = np.zeros(0, np.float32)
@@ -84,7 +88,12 @@ class NativeRunner:
         if activations == "float32":
             store = None
         image, screen = (store.find() if store is not None else None) or (None, None)
+        # Whether the packed weights are a file's pages, and whether there will be a screen if there is none yet
+        self.mapped, self._screens = image is not None, store is not None
         plan = build_plan(config, weights, adapters, packed=image is not None)
+        whole = activations == "float32"
+        check_room("the weights", sum(4 * m * n if whole else data.nbytes for _, m, n, data in plan["tensors"]))
+        self._pages = [0] * len(self.groups)
         self._model = self._call(
             _native.Model.create, plan, self.threads, activations == "float32", max_tokens_per_step, image, screen
         )
@@ -114,9 +123,25 @@ class NativeRunner:
         return self._model.screen_bytes if self._model.has_screen else 0
 
     @property
+    def planned_screen_bytes(self) -> int:
+        """Memory of the head's screen that there is, or will be once a first load has made it."""
+        return self._model.screen_bytes if self._screens or self._model.has_screen else 0
+
+    @property
     def scratch_bytes(self) -> int:
         """Memory reserved for activations and logits, touched as far as steps need it."""
         return self._model.scratch_bytes
+
+    def activation_bytes(self, positions: int) -> int:
+        """What of it the tokens of one sequence touch, and the scores of its attention over so many positions."""
+        spare = (_HEAD_ROWS - 1) * (-(-self.config.vocab_size // 16) * 16) * 4
+        scores = self.threads * _ATTEND_QUERIES * (-(-positions // self.page_size) * self.page_size) * 4
+        return self.scratch_bytes - spare + scores
+
+    @property
+    def private_weight_bytes(self) -> int:
+        """Memory of the packed weights that no other process shares: all of it, or what a mapped file does not hold."""
+        return self.weight_bytes - (self._model.image().nbytes if self.mapped else 0)
 
     def use_screen(self, use: bool) -> None:
         """Whether tokens may be chosen by way of the head's screen, where there is one; they are the same."""
@@ -127,8 +152,13 @@ class NativeRunner:
         return self._model.take_screen_counts()
 
     def reserve(self, pages: Sequence[int]) -> None:
+        more = [max(0, count - before) for count, before in zip(pages, self._pages)]
+        check_room(
+            "pages of the key-value cache", sum(count * self.page_bytes(group) for group, count in enumerate(more))
+        )
         for group, count in enumerate(pages):
             self._call(self._model.reserve, group, count)
+            self._pages[group] = max(count, self._pages[group])
 
     def page_bytes(self, group: int) -> int:
         return self._call(self._model.page_bytes, group)
