@@ -1,5 +1,6 @@
 // Chooses the kernel table at run time. No instruction-set flags here: this file runs before the choice.
 #include <cstring>
+#include <vector>
 
 #include "kernels/kernels.h"
 #include "os.h"
@@ -74,12 +75,47 @@ constexpr int kFirstAutomatic = 0;
 
 }  // namespace
 
+bool agrees_with_portable(const Kernels& k) {
+  constexpr int64_t kRows = kPanelRows, kCols = kSuper, kTokens = 13;
+  const Kernels& portable = *portable_kernels();
+  uint32_t state = 1;
+  auto random = [&state] { return (state = state * 1664525 + 1013904223) >> 16; };
+  std::vector<float> x(kTokens * kCols);
+  for (float& v : x) v = (static_cast<float>(random() % 2001) - 1000) / 250;
+  for (int64_t t = 0; t < kTokens; t++) x[static_cast<size_t>(t * kCols + 37 * t % kCols)] = 60;  // outliers
+  for (GgmlType type : {kQ4_0, kQ5_0, kQ8_0, kQ4_K, kQ6_K}) {
+    Packed w;
+    w.format = find_format(type), w.rows = kRows, w.cols = kCols;
+    std::vector<uint8_t> file(static_cast<size_t>(kRows * kCols / w.format->file_elements * w.format->file_bytes));
+    for (uint8_t& byte : file) byte = static_cast<uint8_t>(random() & 0x3f);  // small codes, and scales that are finite
+    Arena packed, blocks[2];
+    if (!packed.allocate(w.bytes())) return true;
+    pack_panels(*w.format, file.data(), w, packed.data, 0, 1);
+    w.data = packed.data;
+    std::vector<float> y[2] = {std::vector<float>(kTokens * kRows), std::vector<float>(kTokens * kRows)};
+    for (int i = 0; i < 2; i++) {
+      const Kernels& path = i ? k : portable;
+      if (!blocks[i].allocate(kTokens * kCols / kBlock * sizeof(ActivationBlock))) return true;
+      const Activations a{blocks[i].as<ActivationBlock>(), kCols / kBlock};
+      for (int64_t t = 0; t < kTokens; t++) path.quantise(x.data() + t * kCols, a, t);
+      const Product product{&w, &a, nullptr, 0, y[i].data(), kRows};
+      path.matmul(product, 0, 1, 0, 1);        // one row
+      path.matmul(product, 1, kTokens, 0, 1);  // more than a tile
+    }
+    if (std::memcmp(y[0].data(), y[1].data(), y[0].size() * sizeof(float))) return false;
+  }
+  return true;
+}
+
 const Kernels* select_kernels(const char* forced, const char** error) {
   *error = nullptr;
   if (!forced || !*forced) {
-    const Path* path = kPaths + kFirstAutomatic;
-    while (!path->runs()) path++;
-    return path->table();
+    static const Kernels* const chosen = [] {
+      const Path* path = kPaths + kFirstAutomatic;
+      while (!path->runs() || !agrees_with_portable(*path->table())) path++;
+      return path->table();
+    }();
+    return chosen;
   }
   *error = "GEMKIT_ISA must be one of " GEMKIT_PATHS;
   for (const Path& path : kPaths) {

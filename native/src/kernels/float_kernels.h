@@ -147,6 +147,7 @@ static void quantise(const float* x, const Activations& a, int64_t row) {
     (k < 16 ? first : last) += rest;
     const uint32_t spare = static_cast<uint32_t>(static_cast<uint8_t>(rest)) << 8 * (k % 4);
     store_spare(block->spare, spare);
+    store_spare(block->halves[0], k < 16 ? spare : 0), store_spare(block->halves[1], k < 16 ? 0 : spare);
     block->quad = k / 4;
     block->sum = first + last;
     block->first_sum = first;

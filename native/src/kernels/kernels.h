@@ -14,7 +14,7 @@
 
 namespace gemkit {
 
-// One block of a quantised row.
+// One block of a quantised row: a line of the cache.
 struct ActivationBlock {
   int8_t q[kBlock];
   int8_t spare[4];    // second part of the largest value, at its place in its quad; the other three are 0
@@ -22,7 +22,8 @@ struct ActivationBlock {
   int32_t sum;        // of q and spare
   int32_t first_sum;  // of the first 16 columns
   float scale;
-  float scaled_sum;  // fl(scale · sum)
+  float scaled_sum;     // fl(scale · sum)
+  int8_t halves[2][4];  // spare for the 16 columns that it belongs to, zeros for the other 16
 };
 
 // Quantised rows: blocks[m * per_row + b].
@@ -117,8 +118,13 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
 
-// The best table this machine can run. `forced` (GEMKIT_ISA: portable, avx2, avx512, neon) chooses another; nullptr
-// with a message in `error` if that is not one of this architecture's or cannot run here.
+// Whether a table's quantised products have the portable ones' bits on this machine, for a few small ones: less than a
+// millisecond. Some paths were compiled for processors that their tests only had in emulation.
+bool agrees_with_portable(const Kernels& kernels);
+
+// The best table that this machine can run and whose products prove equal to the portable ones. `forced` (GEMKIT_ISA:
+// portable, avx2, avx512, neon) chooses another; nullptr with a message in `error` if that is not one of this
+// architecture's or cannot run here.
 const Kernels* select_kernels(const char* forced, const char** error);
 
 }  // namespace gemkit

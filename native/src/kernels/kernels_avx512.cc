@@ -7,18 +7,13 @@
 #define GEMKIT_TILE_ROWS 3
 #else
 #define GEMKIT_FUSED_ROWS 8
-#define GEMKIT_TILE_ROWS 12
+#define GEMKIT_TILE_ROWS 10  // as many chains as the products' latency takes; their pointers fit the registers
 #endif
 #include "int8_driver.h"
 
 namespace gemkit::avx512 {
 
 GEMKIT_INLINE __m512i load512(const uint8_t* p) { return _mm512_loadu_si512(reinterpret_cast<const __m512i*>(p)); }
-GEMKIT_INLINE __m512i broadcast4(const int8_t* p) {
-  int32_t v;
-  std::memcpy(&v, p, 4);
-  return _mm512_set1_epi32(v);
-}
 GEMKIT_INLINE __m512i shifted(__m512i v, int by) {
   return by >= 0 ? _mm512_sll_epi16(v, _mm_cvtsi32_si128(by)) : _mm512_srl_epi16(v, _mm_cvtsi32_si128(-by));
 }
@@ -51,47 +46,63 @@ struct RecordCodes {
 template <class F>
 struct ChunkCodes {
   const uint8_t* block;
-  inline __attribute__((always_inline)) __m512i quad(int q) const { return load512(block + 64 * q); }
+  inline __attribute__((always_inline)) __m512i quad(int64_t q) const { return load512(block + 64 * q); }
 };
 
-template <class F>
-GEMKIT_INLINE int32_t start_of_sum(const ActivationBlock& a, int sub) {
-  if constexpr (F::kOffsetLog2 < 0) return kMagicBits;
-  const int32_t sum = F::kSub == 1 ? a.sum : sub == 0 ? a.first_sum : a.sum - a.first_sum;
-  return kMagicBits - sum * (1 << (F::kOffsetLog2 < 0 ? 0 : F::kOffsetLog2));
+// sum += codes · q, one quad of activations for all sixteen rows.
+GEMKIT_INLINE void add_products(__m512i& sum, __m512i codes, const int8_t* q) {
+#if defined(__GNUC__) && !defined(GEMKIT_SIMDE)
+  // GCC 12 broadcasts by an instruction of its own, and the processor issues few enough as it is
+  asm volatile("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const int8_t (*)[4]>(q)));
+#else
+  int32_t x;
+  std::memcpy(&x, q, sizeof x);
+  sum = _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(x));
+#endif
 }
 
-// Biased sums of code · q over a block, sums[sub-block][m], as floats 1.5·2^23 + dot.
-template <class F, int M, class Codes>
-GEMKIT_INLINE void block_sums(const Codes& source, const ActivationBlock* const* a, __m512i (&sums)[F::kSub][M]) {
-  for (int h = 0; h < F::kSub; h++)
-    for (int m = 0; m < M; m++) sums[h][m] = _mm512_set1_epi32(start_of_sum<F>(*a[m], h));
-#pragma GCC unroll 8
-  for (int q = 0; q < 8; q++) {
-    const __m512i codes = source.quad(q);
+// f[m] += (the block's product), with the roundings of the contract. Sums begin at the float 1.5·2^23 as bits, less the
+// offset's share, so that they need no conversion.
+template <class F, int M, class Codes, class Scale, class Minimum>
+GEMKIT_INLINE void add_block(const Codes& source, const ActivationBlock* const (&a)[M], Scale scale_of,
+                             Minimum minimum_of, f32x16 (&f)[M]) {
+  const __m512i start = _mm512_set1_epi32(kMagicBits);
+#pragma GCC unroll 2
+  for (int sub = 0; sub < F::kSub; sub++) {
+#if defined(__GNUC__)
+    if (F::kSub > 1) asm volatile("" ::: "memory");  // else both halves begin at once and do not fit the registers
+#endif
+    __m512i sums[M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      __m512i& sum = sums[F::kSub == 2 ? q / 4 : 0][m];
-      sum = _mm512_dpbusd_epi32(sum, codes, broadcast4(a[m]->q + 4 * q));
-      GEMKIT_PIN(sum);
+      sums[m] = start;
+      if constexpr (F::kOffsetLog2 >= 0) {
+        const int32_t sum = F::kSub == 1 ? a[m]->sum : sub == 0 ? a[m]->first_sum : a[m]->sum - a[m]->first_sum;
+        sums[m] = _mm512_sub_epi32(start, _mm512_slli_epi32(_mm512_set1_epi32(sum), F::kOffsetLog2));
+      }
     }
-  }
+    constexpr int kQuads = 8 / F::kSub;
+#pragma GCC unroll 8
+    for (int q = sub * kQuads; q < (sub + 1) * kQuads; q++) {
+      const __m512i codes = source.quad(q);
 #pragma GCC unroll 16
-  for (int m = 0; m < M; m++) {
-    const int quad = a[m]->quad;
-    const __m512i codes = source.quad(quad), x = broadcast4(a[m]->spare);
-    if constexpr (F::kSub == 2) {
-      const __m512i zero = _mm512_setzero_si512();
-      sums[0][m] = _mm512_dpbusd_epi32(sums[0][m], codes, quad < 4 ? x : zero);
-      sums[1][m] = _mm512_dpbusd_epi32(sums[1][m], codes, quad < 4 ? zero : x);
-    } else {
-      sums[0][m] = _mm512_dpbusd_epi32(sums[0][m], codes, x);
+      for (int m = 0; m < M; m++) add_products(sums[m], codes, a[m]->q + 4 * q);
     }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      const int64_t quad = a[m]->quad;
+      add_products(sums[m], source.quad(quad), F::kSub == 1 ? a[m]->spare : a[m]->halves[sub]);
+    }
+    const f32x16 scale = scale_of(sub), shifted_scale = scale * set1(-kRoundMagic);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+      f[m] = fma(fma({_mm512_castsi512_ps(sums[m])}, scale, shifted_scale), set1(a[m]->scale), f[m]);
   }
-}
-
-GEMKIT_INLINE f32x16 fold(f32x16 f, __m512i biased, f32x16 scale, f32x16 shifted_scale, float scale_x) {
-  return fma(fma({_mm512_castsi512_ps(biased)}, scale, shifted_scale), set1(scale_x), f);
+  if constexpr (F::kMinimum) {
+    const f32x16 minimum = minimum_of();
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) f[m] = fma(minimum, set1(a[m]->scaled_sum), f[m]);
+  }
 }
 
 template <class F>
@@ -115,25 +126,20 @@ GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64
   const Packed& w = *product.w;
   const ActivationBlock* a[M];
   f32x16 f[M];
+#pragma GCC unroll 16
   for (int i = 0; i < M; i++) a[i] = product.a->blocks + (m + i) * product.a->per_row, f[i] = zero();
-  const f32x16 magic = set1(-kRoundMagic);
   const uint8_t *record = w.panel(p), *super = record;
   for (int64_t b = 0; b < w.blocks(); b++) {
     if (F::kQuant && b % 8 == 0) super = record, record += F::kSuperBytes;
     for (int line = 0; line < F::kRecord; line += 64) __builtin_prefetch(record + kAhead + line);
-    __m512i sums[F::kSub][M];
-    block_sums<F, M>(RecordCodes<F>{record}, a, sums);
-    for (int h = 0; h < F::kSub; h++) {
-      const f32x16 scale = record_scale<F>(record, super, h), shifted_scale = scale * magic;
-      for (int i = 0; i < M; i++) f[i] = fold(f[i], sums[h][i], scale, shifted_scale, a[i]->scale);
-    }
-    if constexpr (F::kMinimum) {
-      const f32x16 minimum = record_minimum<F>(record, super);
-      for (int i = 0; i < M; i++) f[i] = fma(minimum, set1(a[i]->scaled_sum), f[i]);
-    }
+    add_block<F, M>(
+        RecordCodes<F>{record}, a, [&](int sub) { return record_scale<F>(record, super, sub); },
+        [&] { return record_minimum<F>(record, super); }, f);
     record += F::kRecord;
+#pragma GCC unroll 16
     for (int i = 0; i < M; i++) a[i]++;
   }
+#pragma GCC unroll 16
   for (int i = 0; i < M; i++) store(product.y + (m + i) * product.ldy + p * kPanelRows, f[i]);
 }
 
@@ -157,23 +163,18 @@ static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chun
 template <class F, int M>
 GEMKIT_NOINLINE static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y,
                                  bool first) {
-  const f32x16 magic = set1(-kRoundMagic);
   const ActivationBlock* a[M];
   f32x16 f[M];
+#pragma GCC unroll 16
   for (int i = 0; i < M; i++) a[i] = rows[i], f[i] = first ? zero() : load(y[i]);
   for (int b = 0; b < count; b++) {
-    __m512i sums[F::kSub][M];
-    block_sums<F, M>(ChunkCodes<F>{chunk.codes + 512 * b}, a, sums);
-    for (int h = 0; h < F::kSub; h++) {
-      const f32x16 scale = load(chunk.scale[b * F::kSub + h]), shifted_scale = scale * magic;
-      for (int i = 0; i < M; i++) f[i] = fold(f[i], sums[h][i], scale, shifted_scale, a[i]->scale);
-    }
-    if constexpr (F::kMinimum) {
-      const f32x16 minimum = load(chunk.minimum[b]);
-      for (int i = 0; i < M; i++) f[i] = fma(minimum, set1(a[i]->scaled_sum), f[i]);
-    }
+    add_block<F, M>(
+        ChunkCodes<F>{chunk.codes + 512 * b}, a, [&](int sub) { return load(chunk.scale[b * F::kSub + sub]); },
+        [&] { return load(chunk.minimum[b]); }, f);
+#pragma GCC unroll 16
     for (int i = 0; i < M; i++) a[i]++;
   }
+#pragma GCC unroll 16
   for (int i = 0; i < M; i++) store(y[i], f[i]);
 }
 
