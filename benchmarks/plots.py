@@ -124,8 +124,10 @@ def roofline(record: dict, path: Path) -> Path:
         color = PEERS.get(name, OURS)
         panel.scatter([x for x, _, _ in group], [y for _, y, _ in group], s=26, color=color, label=name, zorder=3)
         if name == "gemkit":
-            for x, y, text in group:
-                panel.annotate(text, (x, y), (5, -9), "data", "offset points", fontsize=7)
+            for n, (x, y, text) in enumerate(group):
+                # A point beside the one before has its label above
+                near = n and abs(math.log(x / group[n - 1][0])) < 0.2
+                panel.annotate(text, (x, y), (5, 5 if near else -9), "data", "offset points", fontsize=7)
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_xlabel("operations for each byte that gemkit has to read")

@@ -130,7 +130,8 @@ class Run:
             old = json.loads(options.json.read_text(encoding="utf-8"))
             self.rows = [Row.of(record) for record in old["rows"]]
             # Who was missing then may be there now
-            self.state |= {key: old[key] for key in ("chosen", "limits", "peers", "notes", "seconds")}
+            kept = ("chosen", "limits", "peers", "notes", "seconds", "ours")
+            self.state |= {key: old[key] for key in kept if key in old}
         self.began = time.perf_counter() - self.state["seconds"]
         self.files = Files(options.model, options.quick)
 
