@@ -51,7 +51,7 @@ int main(int argc, char** argv) {
       Activations a{blocks.as<ActivationBlock>(), cols / kBlock};
       for (int64_t i = 0; i < 512 * cols; i++)
         state = state * 1664525 + 1013904223, x.as<float>()[i] = static_cast<float>(state >> 8) / 8388608.0f - 1.0f;
-      for (int64_t m = 0; m < 512; m++) k->quantise(x.as<float>() + m * cols, a, m);
+      for (int64_t m = 0; m < 512; m++) k->quantise(x.as<float>() + m * cols, a.row(m), a.per_row);
       std::printf("%-9s %-5s", "", w.format->name);
       for (int64_t m : batches) {
         std::vector<double> times;

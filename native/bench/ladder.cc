@@ -82,7 +82,7 @@ bool fill(Problem& p, const Kernels& k) {
   p.x.resize(static_cast<size_t>(p.M * p.cols)), p.scales.resize(static_cast<size_t>(p.M * B));
   const Activations a = p.activations();
   for (int64_t m = 0; m < p.M; m++) {
-    k.quantise(p.input.as<float>() + m * p.cols, a, m);
+    k.quantise(p.input.as<float>() + m * p.cols, a.row(m), a.per_row);
     for (int64_t b = 0; b < B; b++) {
       const ActivationBlock& block = a.blocks[m * B + b];
       p.scales[static_cast<size_t>(m * B + b)] = block.scale;

@@ -97,7 +97,7 @@ bool agrees_with_portable(const Kernels& k) {
       const Kernels& path = i ? k : portable;
       if (!blocks[i].allocate(kTokens * kCols / kBlock * sizeof(ActivationBlock))) return true;
       const Activations a{blocks[i].as<ActivationBlock>(), kCols / kBlock};
-      for (int64_t t = 0; t < kTokens; t++) path.quantise(x.data() + t * kCols, a, t);
+      for (int64_t t = 0; t < kTokens; t++) path.quantise(x.data() + t * kCols, a.row(t), a.per_row);
       const Product product{&w, &a, nullptr, 0, y[i].data(), kRows};
       path.matmul(product, 0, 1, 0, 1);        // one row
       path.matmul(product, 1, kTokens, 0, 1);  // more than a tile

@@ -8,7 +8,6 @@
 #include "model.h"
 
 namespace gemkit {
-namespace {
 
 std::string out_of_memory(const char* what, int64_t bytes) {
   char text[160];
@@ -17,8 +16,6 @@ std::string out_of_memory(const char* what, int64_t bytes) {
                 static_cast<double>(bytes) / 1e9);
   return text;
 }
-
-}  // namespace
 
 Model::Model(const ModelPlan& plan, const Options& options, const Kernels& kernels)
     : plan_(plan),
@@ -102,7 +99,7 @@ std::string Model::load() {
     adapters_.push_back({a.adapter, a.target, &packed_[a.a], &packed_[a.b], a.scale});
 
   const int64_t element = options_.float_activations ? 4 : 2;
-  for (int64_t window : plan_.group_windows) groups_.push_back({window, 0, 0, {}, {}});
+  for (int64_t window : plan_.group_windows) groups_.push_back({window, 0, 0, 0, {}, {}});
   for (const LayerPlan& l : plan_.layers) layer_in_group_.push_back(groups_[l.group].layers++);
   for (Group& g : groups_) g.page_bytes = g.layers * 2 * plan_.kv_heads * plan_.head_dim * kPagePositions * element;
 
@@ -189,7 +186,6 @@ std::string Model::allocate_scratch() {
   normed_int8_.blocks = reinterpret_cast<ActivationBlock*>(scratch_.data + normed_at);
   attended_int8_.blocks = reinterpret_cast<ActivationBlock*>(scratch_.data + attended_at);
   gate_int8_.blocks = reinterpret_cast<ActivationBlock*>(scratch_.data + gate_at);
-  scores_.resize(static_cast<size_t>(team_.size()));
   low_rank_.resize(static_cast<size_t>(team_.size()));
   int64_t widest = 0;
   for (const Adapter& a : adapters_) widest = std::max(widest, padded(a.a->rows) + padded(a.b->rows));
@@ -203,14 +199,18 @@ std::string Model::reserve(int64_t group, int64_t pages) {
   if (group < 0 || group >= static_cast<int64_t>(groups_.size())) return "no such cache group";
   const std::lock_guard<std::mutex> lock(step_mutex_);
   Group& g = groups_[group];
-  const int64_t more = pages - static_cast<int64_t>(g.pages.size());
-  if (more <= 0) return {};
+  int64_t more = pages - static_cast<int64_t>(g.pages.size());
+  if (more <= 0) return g.reserved = std::max(g.reserved, pages), std::string();
   if (pages > int64_t{1} << 24 || more > INT64_MAX / 2 / g.page_bytes) return "too many cache pages";
+  // A slab fills at least one huge page
+  const int64_t least = static_cast<int64_t>(kHugePage - kArenaSlack) / g.page_bytes;
+  more = std::max(more, least);
+  const int64_t bytes = more == least ? static_cast<int64_t>(kHugePage - kArenaSlack) : more * g.page_bytes;
   Arena slab;
-  if (!slab.allocate(static_cast<size_t>(more * g.page_bytes)))
-    return out_of_memory("the key-value cache", more * g.page_bytes);
+  if (!slab.allocate(static_cast<size_t>(bytes))) return out_of_memory("the key-value cache", bytes);
   for (int64_t i = 0; i < more; i++) g.pages.push_back(slab.data + i * g.page_bytes);
   g.slabs.push_back(std::move(slab));
+  g.reserved = pages;
   return {};
 }
 
@@ -231,8 +231,7 @@ std::string Model::check(const StepInput& in) {
       for (int64_t page = lowest / kPagePositions; page <= (first + count - 1) / kPagePositions; page++) {
         if (page >= in.tables[g].width) return "a page table is too short";
         const int32_t id = in.tables[g].pages[s * in.tables[g].width + page];
-        if (id < 0 || id >= static_cast<int64_t>(groups_[g].pages.size()))
-          return "a page table names no page for a visible position";
+        if (id < 0 || id >= groups_[g].reserved) return "a page table names no page for a visible position";
       }
     }
   }
@@ -247,29 +246,16 @@ std::string Model::prepare(const StepInput& in) {
   input_ = in;
   for (auto& taken : dealt_) taken.store(0, std::memory_order_relaxed);
   token_sequence_.resize(static_cast<size_t>(in.tokens));
-  int64_t longest = 0;
-  for (int64_t s = 0; s < in.sequences; s++) {
+  for (int64_t s = 0; s < in.sequences; s++)
     for (int32_t t = in.starts[s]; t < in.starts[s + 1]; t++) token_sequence_[t] = static_cast<int32_t>(s);
-    longest = std::max<int64_t>(longest, in.positions[s] + in.starts[s + 1] - in.starts[s]);
-  }
   pages_.resize(groups_.size());
   for (size_t g = 0; g < groups_.size(); g++) {
     const auto& table = in.tables[g];
     pages_[g].assign(static_cast<size_t>(in.sequences * table.width), nullptr);
     for (size_t i = 0; i < pages_[g].size(); i++)
-      if (const int32_t id = table.pages[i]; id >= 0 && id < static_cast<int64_t>(groups_[g].pages.size()))
-        pages_[g][i] = groups_[g].pages[id];
+      if (const int32_t id = table.pages[i]; id >= 0 && id < groups_[g].reserved) pages_[g][i] = groups_[g].pages[id];
   }
-  const int64_t stride = (longest + kPagePositions - 1) / kPagePositions * kPagePositions;
-  if (stride > scores_stride_) {
-    const int64_t grown = std::max(
-        stride, std::min(2 * scores_stride_, (plan_.context + kPagePositions - 1) / kPagePositions * kPagePositions));
-    for (Arena& a : scores_)
-      if (!a.allocate(static_cast<size_t>(grown) * kAttendQueries * sizeof(float)))
-        return out_of_memory("attention scores", grown * kAttendQueries * 4);
-    scores_stride_ = grown;
-  }
-  return {};
+  return prepare_attention();
 }
 
 }  // namespace gemkit

@@ -16,10 +16,11 @@
 
 namespace gemkit {
 
-constexpr int64_t kHeadRows = 32;    // rows of logits held at a time
-constexpr size_t kScreenRows = 32;   // most sequences of a step whose head is screened
-constexpr int64_t kScreenTop = 128;  // largest top-k that is
-constexpr int kImageVersion = 2;     // to be raised whenever the packed layout changes
+constexpr int64_t kHeadRows = 32;      // rows of logits held at a time
+constexpr size_t kScreenRows = 32;     // most sequences of a step whose head is screened
+constexpr int64_t kScreenTop = 128;    // largest top-k that is
+constexpr int64_t kBlockQueries = 48;  // queries that pass over a page together
+constexpr int kImageVersion = 2;       // to be raised whenever the packed layout changes
 
 struct Options {
   int threads = 1;
@@ -71,6 +72,9 @@ struct SampleRequest {
   SamplingParams params;
 };
 
+// What is said when `bytes` for something could not be had.
+std::string out_of_memory(const char* what, int64_t bytes);
+
 class Model {
  public:
   // Null with a message in `error` when the plan is unsound or memory is short.
@@ -115,6 +119,7 @@ class Model {
  private:
   struct Group {
     int64_t window = 0, layers = 0, page_bytes = 0;
+    int64_t reserved = 0;  // pages that may be used; there may be more
     std::vector<uint8_t*> pages;
     std::vector<Arena> slabs;
   };
@@ -122,6 +127,12 @@ class Model {
     int32_t adapter, tensor;
     const Packed *a, *b;
     float scale;
+  };
+
+  // Queries [first, first + count) of a sequence's tokens by the heads of one kv head.
+  struct QueryBlock {
+    int32_t sequence;
+    int64_t kv_head, first, count;
   };
 
   // One row of logits on its way through the screen.
@@ -143,6 +154,7 @@ class Model {
   std::string allocate_scratch();
   std::string check(const StepInput& input);
   std::string prepare(const StepInput& input);
+  std::string prepare_attention();
   std::string hidden_locked(const StepInput& input, float* out);
   void head_inputs(const std::vector<int64_t>& rows, int rank, int size);
   void head_rows(const std::vector<int64_t>& rows, float* logits_to, int rank, int size);
@@ -150,6 +162,7 @@ class Model {
   void screen_rows(const std::vector<SampleRequest>& wanted, int rank, int size);
   void weigh_screen(size_t rows);
   std::string measure_inputs(std::vector<float>& usual);
+  void size_screen(size_t rows);
   void begin_screen(const std::vector<SampleRequest>& wanted);
   static void keep_largest(const ScreenRow& row, Range panels, std::vector<Seed>& best);
   void gather_seeds(ScreenRow& row);
@@ -157,8 +170,19 @@ class Model {
 
   void forward(int rank, int size);
   void embed(Range tokens);
-  void rotate_and_cache(const LayerPlan& layer, int64_t layer_in_group, Range tokens);
+  void rotate_and_cache(const LayerPlan& layer, int64_t layer_in_group, int rank, int size);
   void attend(const LayerPlan& layer, int64_t layer_in_group, size_t phase, int rank, int size);
+  void attend_spread(const LayerPlan& layer, int64_t layer_in_group, int rank, int size);
+  void attend_pages(const LayerPlan& layer, int64_t layer_in_group, const QueryBlock& block, Range pages,
+                    Attended* attended, int64_t apart);
+  void finish_attention(const LayerPlan& layer, const Attended& attended);
+  int64_t lowest_visible(const LayerPlan& layer, int64_t position) const;
+  Range visible_pages(const LayerPlan& layer, int64_t first, int64_t last) const;
+  // Bytes of the keys, or the values, of one layer and kv head in a page, and where its keys begin.
+  int64_t cache_block() const { return kPagePositions * plan_.head_dim * (options_.float_activations ? 4 : 2); }
+  int64_t keys_offset(int64_t layer_in_group, int64_t kv_head) const {
+    return (layer_in_group * plan_.kv_heads + kv_head) * 2 * cache_block();
+  }
   void add_residual(int32_t norm, const float* y, int64_t ld, Range tokens);
   void normalise(int32_t norm, bool quantise, Range tokens);
   void product(int32_t tensor, const float* x, int64_t ldx, const Activations& a, float* y, int64_t ldy, Range panels,
@@ -201,9 +225,7 @@ class Model {
         *attended_ = nullptr, *gate_ = nullptr, *up_ = nullptr, *cosine_ = nullptr, *sine_ = nullptr,
         *logits_ = nullptr;
   Activations normed_int8_, attended_int8_, gate_int8_;
-  std::vector<Arena> scores_;    // per thread
-  std::vector<Arena> low_rank_;  // per thread, adapters only
-  int64_t scores_stride_ = 0;
+  std::vector<Arena> low_rank_;             // per thread, adapters only
   std::vector<float> inverse_frequencies_;  // [ropes][head_dim / 2]
   std::vector<double> chunk_sums_;
   std::vector<Extent> chunk_extents_;
@@ -212,8 +234,11 @@ class Model {
 
   // The step being run.
   StepInput input_;
-  std::vector<std::atomic<int64_t>> dealt_;         // by layer and phase, then the screen: how much has been taken
-  std::vector<int32_t> token_sequence_;             // [tokens]
+  std::vector<std::atomic<int64_t>> dealt_;  // by layer and phase, then the screen: how much has been taken
+  std::vector<int32_t> token_sequence_;      // [tokens]
+  bool spread_ = false;                      // attention is divided by pages
+  std::vector<Attended> parts_;              // [sequence][kv head][page][query] where it is
+  Arena part_outs_;
   std::vector<std::vector<const uint8_t*>> pages_;  // [group] pointers [sequences][table width]
 };
 

@@ -265,6 +265,7 @@ double measure_int8_peak(int threads) {
 NB_MODULE(_native, m) {
   m.doc() = "gemkit's C++ core: one call runs a whole forward step.";
   m.attr("page_positions") = gemkit::kPagePositions;
+  m.attr("head_rows") = gemkit::kHeadRows;
   m.attr("image_version") = gemkit::kImageVersion;
   m.def("path", [] { return kernels().name; }, "Name of the kernel path in use: portable, avx2, avx512 or neon.");
   m.def("cores", &gemkit::usable_cores, "Cores this process may run on.");

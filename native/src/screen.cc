@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "kernels/half.h"
@@ -167,13 +168,15 @@ std::string Model::measure_inputs(std::vector<float>& usual) {
     input.sequences = 1, input.tokens = length;
     input.ids = ids.data(), input.starts = starts, input.positions = &position;
     std::vector<int32_t> own(groups_.size());
+    std::vector<int64_t> reserved(groups_.size());
     for (size_t g = 0; g < groups_.size(); g++) {
       own[g] = static_cast<int32_t>(groups_[g].pages.size());
       groups_[g].pages.push_back(pages[g].data);
+      reserved[g] = std::exchange(groups_[g].reserved, own[g] + 1);
       input.tables.push_back({&own[g], 1});
     }
     const std::string error = hidden_locked(input, out.data());
-    for (Group& g : groups_) g.pages.pop_back();
+    for (size_t g = 0; g < groups_.size(); g++) groups_[g].pages.pop_back(), groups_[g].reserved = reserved[g];
     if (!error.empty()) return error;
     for (size_t i = 0; i < out.size(); i++)
       squares[i % static_cast<size_t>(D)] += static_cast<double>(out[i]) * out[i] / (kTexts * length);
@@ -241,16 +244,14 @@ void Model::screen_rows(const std::vector<SampleRequest>& wanted, int rank, int 
   if (rank == 0) begin_screen(wanted);
   deal_out(dealt_.back(), panels, kLeastScreened, size, [&](Range r) {
     kernels_.matmul({&screen_.plane, &normed_int8_, nullptr, 0, logits_, ld}, 0, M, r.begin, r.end);
+    for (int64_t m = 0; m < M; m++)
+      kernels_.panel_largest(logits_ + m * ld + r.begin * kPanelRows, r.end - r.begin,
+                             screen_work_[m].panel_largest.data() + r.begin);
   });
   team_.barrier();
 
   // The panels with the largest values of the copy, and those of tokens whose logits are changed by hand, come first.
-  for (int64_t m = 0; m < M; m++) {
-    ScreenRow& row = screen_work_[m];
-    kernels_.panel_largest(logits_ + m * ld + mine.begin * kPanelRows, mine.end - mine.begin,
-                           row.panel_largest.data() + mine.begin);
-    keep_largest(row, mine, row.best[rank]);
-  }
+  for (int64_t m = 0; m < M; m++) keep_largest(screen_work_[m], mine, screen_work_[m].best[rank]);
   team_.barrier();
   if (rank == 0)
     for (int64_t m = 0; m < M; m++) gather_seeds(screen_work_[m]);
@@ -306,15 +307,20 @@ void Model::screen_rows(const std::vector<SampleRequest>& wanted, int rank, int 
   team_.barrier();
 }
 
+// Before the threads begin.
+void Model::size_screen(size_t rows) {
+  screen_work_.resize(kScreenRows);
+  for (size_t m = 0; m < rows; m++)
+    screen_work_[m].panel_largest.resize(static_cast<size_t>(packed_[plan_.head].panels()));
+}
+
 // What a step needs to know of each row before its logits.
 void Model::begin_screen(const std::vector<SampleRequest>& wanted) {
   const Packed& head = packed_[plan_.head];
   const size_t threads = static_cast<size_t>(team_.size());
-  screen_work_.resize(kScreenRows);
   for (size_t m = 0; m < wanted.size(); m++) {
     const SamplingParams& p = wanted[m].params;
     ScreenRow& row = screen_work_[m];
-    row.panel_largest.resize(static_cast<size_t>(head.panels()));
     row.best.resize(threads), row.counts.assign(threads, 0), row.failed.assign(threads + 1, 0);
     row.rank = p.temperature <= 0 || p.top_k == 1 ? 1 : p.top_k;
     row.seeds = static_cast<size_t>(row.rank) + 3;

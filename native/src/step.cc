@@ -39,7 +39,7 @@ void Model::normalise(int32_t norm, bool quantise, Range tokens) {
   const int64_t D = plan_.hidden, ld = padded(D);
   for (int64_t t = tokens.begin; t < tokens.end; t++) {
     kernels_.rms_norm(x_ + t * ld, vector(norm), normed_ + t * ld, D, plan_.norm_eps);
-    if (quantise) kernels_.quantise(normed_ + t * ld, normed_int8_, t);
+    if (quantise) kernels_.quantise(normed_ + t * ld, normed_int8_.row(t), normed_int8_.per_row);
   }
 }
 
@@ -89,71 +89,6 @@ void Model::product(int32_t tensor, const float* x, int64_t ldx, const Activatio
   }
 }
 
-// q and k: norm, rotation, query scale; k and v into their page.
-void Model::rotate_and_cache(const LayerPlan& layer, int64_t layer_in_group, Range tokens) {
-  const int64_t H = plan_.head_dim, N = plan_.heads, K = plan_.kv_heads, half = H / 2, T = input_.tokens;
-  const int64_t q_ld = padded(N * H), kv_ld = padded(K * H), element = options_.float_activations ? 4 : 2;
-  for (int64_t t = tokens.begin; t < tokens.end; t++) {
-    const int32_t s = token_sequence_[t];
-    const int64_t position = input_.positions[s] + (t - input_.starts[s]);
-    const float* cosine = cosine_ + (layer.rope * T + t) * half;
-    const float* sine = sine_ + (layer.rope * T + t) * half;
-    for (int64_t n = 0; n < N; n++) {
-      float* q = q_ + t * q_ld + n * H;
-      if (layer.q_norm >= 0) kernels_.rms_norm(q, vector(layer.q_norm), q, H, plan_.norm_eps);
-      kernels_.rope(q, cosine, sine, half);
-      kernels_.scale(q, plan_.query_scale, H);
-    }
-    const auto& table = input_.tables[layer.group];
-    const int32_t id = table.pages[s * table.width + position / kPagePositions];
-    uint8_t* page = groups_[layer.group].pages[id];
-    for (int64_t n = 0; n < K; n++) {
-      float* k = k_ + t * kv_ld + n * H;
-      if (layer.k_norm >= 0) kernels_.rms_norm(k, vector(layer.k_norm), k, H, plan_.norm_eps);
-      kernels_.rope(k, cosine, sine, half);
-      const int64_t block = kPagePositions * H * element, keys = (layer_in_group * K + n) * 2 * block;
-      kernels_.write_cache({k, v_ + t * kv_ld + n * H, H, page, keys, keys + block,
-                            static_cast<int>(position % kPagePositions), !options_.float_activations});
-    }
-  }
-}
-
-// Query tiles (tokens by heads of one kv head) are dealt out in turn: later tokens see more and cost more.
-void Model::attend(const LayerPlan& layer, int64_t layer_in_group, size_t phase, int rank, int size) {
-  const int64_t H = plan_.head_dim, N = plan_.heads, K = plan_.kv_heads, G = N / K, q_ld = padded(N * H);
-  const int64_t element = options_.float_activations ? 4 : 2, block = kPagePositions * H * element;
-  const int64_t even = (input_.tokens * N + 4 * size - 1) / (4 * size);
-  const int64_t tile = input_.tokens == 1 ? std::min<int64_t>(kAttendQueries, (G + size - 1) / size)
-                                          : std::min<int64_t>(kAttendQueries, even);
-  auto take = [&] { return dealt_[phase].fetch_add(1, std::memory_order_relaxed); };
-  int64_t item = 0, mine = deals(size) ? take() : rank;
-  for (int64_t s = 0; s < input_.sequences; s++) {
-    const int64_t first = input_.starts[s], count = input_.starts[s + 1] - first;
-    for (int64_t n = 0; n < K; n++)
-      for (int64_t at = 0; at < count * G; at += tile) {
-        if (item++ != mine) continue;
-        mine = deals(size) ? take() : mine + size;
-        const float* queries[kAttendQueries];
-        float* out[kAttendQueries];
-        int64_t positions[kAttendQueries];
-        const int64_t M = std::min(tile, count * G - at);
-        for (int64_t i = 0; i < M; i++) {
-          const int64_t t = first + (at + i) / G, head = n * G + (at + i) % G;
-          queries[i] = q_ + t * q_ld + head * H;
-          out[i] = attended_ + t * q_ld + head * H;
-          positions[i] = input_.positions[s] + (at + i) / G;
-        }
-        Attend a;
-        a.head_dim = H, a.queries = queries, a.positions = positions, a.out = out, a.count = static_cast<int>(M);
-        a.window = groups_[layer.group].window, a.softcap = plan_.attention_softcap;
-        a.pages = pages_[layer.group].data() + s * input_.tables[layer.group].width;
-        a.keys_offset = (layer_in_group * K + n) * 2 * block, a.values_offset = a.keys_offset + block;
-        a.scores = scores_[rank].as<float>(), a.scores_stride = scores_stride_, a.half = !options_.float_activations;
-        kernels_.attend(a);
-      }
-  }
-}
-
 // Leaves the residual stream of all tokens in x_, final norm not yet applied.
 void Model::forward(int rank, int size) {
   const int64_t T = input_.tokens, D = padded(plan_.hidden), F = padded(plan_.ffn);
@@ -182,31 +117,31 @@ void Model::forward(int rank, int size) {
       project(l.v_proj, v_, kv_ld, share(kv_panels, rank, size));
     }
     team_.barrier();
-    rotate_and_cache(l, layer_in_group_[i], mine);
+    rotate_and_cache(l, layer_in_group_[i], rank, size);
     team_.barrier();
     attend(l, layer_in_group_[i], phase + kAttention, rank, size);
     team_.barrier();
-    if (quantised(l.o_proj)) {
-      for (int64_t t = mine.begin; t < mine.end; t++) kernels_.quantise(attended_ + t * q_ld, attended_int8_, t);
-      team_.barrier();
-    }
     deal(packed_[l.o_proj].panels(), phase + kOutput, rank, size,
          [&](Range r) { product(l.o_proj, attended_, q_ld, attended_int8_, y_, D, r, rank); });
     team_.barrier();
     add_residual(l.post_attention_norm, y_, D, mine);
     normalise(l.pre_ffn_norm, quantised(l.gate_proj) || quantised(l.up_proj), mine);
     team_.barrier();
-    deal(packed_[l.gate_proj].panels(), phase + kGate, rank, size, [&](Range r) {
+    // By pairs of panels, which are whole blocks of the next product
+    const int64_t ffn_panels = packed_[l.gate_proj].panels();
+    deal((ffn_panels + 1) / 2, phase + kGate, rank, size, [&](Range pairs) {
+      const Range r{2 * pairs.begin, std::min(2 * pairs.end, ffn_panels)};
+      if (r.begin >= r.end) return;
       product(l.gate_proj, normed_, D, normed_int8_, gate_, F, r, rank);
       product(l.up_proj, normed_, D, normed_int8_, up_, F, r, rank);
       const int64_t first = r.begin * kPanelRows, count = (r.end - r.begin) * kPanelRows;
-      for (int64_t t = 0; t < T; t++) kernels_.gelu_multiply(gate_ + t * F + first, up_ + t * F + first, count);
+      for (int64_t t = 0; t < T; t++) {
+        kernels_.gelu_multiply(gate_ + t * F + first, up_ + t * F + first, count);
+        if (quantised(l.down_proj))
+          kernels_.quantise(gate_ + t * F + first, gate_int8_.row(t) + pairs.begin, pairs.end - pairs.begin);
+      }
     });
     team_.barrier();
-    if (quantised(l.down_proj)) {
-      for (int64_t t = mine.begin; t < mine.end; t++) kernels_.quantise(gate_ + t * F, gate_int8_, t);
-      team_.barrier();
-    }
     deal(packed_[l.down_proj].panels(), phase + kDown, rank, size,
          [&](Range r) { product(l.down_proj, gate_, F, gate_int8_, y_, D, r, rank); });
     team_.barrier();
@@ -221,7 +156,7 @@ void Model::head_inputs(const std::vector<int64_t>& rows, int rank, int size) {
   const Range mine = share(static_cast<int64_t>(rows.size()), rank, size);
   for (int64_t r = mine.begin; r < mine.end; r++) {
     kernels_.rms_norm(x_ + rows[r] * D, vector(plan_.final_norm), normed_ + r * D, plan_.hidden, plan_.norm_eps);
-    if (quantised(plan_.head)) kernels_.quantise(normed_ + r * D, normed_int8_, r);
+    if (quantised(plan_.head)) kernels_.quantise(normed_ + r * D, normed_int8_.row(r), normed_int8_.per_row);
   }
   team_.barrier();
 }
@@ -320,6 +255,7 @@ std::string Model::step(const StepInput& input, const std::vector<SampleRequest>
   if (can_screen(wanted) && screen_pause_-- <= 0) {
     screen_pause_ = 0;
     if (std::string e = prepare(input); !e.empty()) return e;
+    size_screen(wanted.size());
     auto run = [&](int rank, int size) {
       forward(rank, size);
       head_inputs(rows, rank, size);

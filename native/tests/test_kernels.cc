@@ -160,7 +160,7 @@ void test_quantise() {
   std::vector<std::vector<ActivationBlock>> results;
   for (const Kernels* k : paths()) {
     std::vector<ActivationBlock> blocks(m * cols / 32);
-    for (int64_t i = 0; i < m; i++) k->quantise(x.data() + i * cols, {blocks.data(), cols / 32}, i);
+    for (int64_t i = 0; i < m; i++) k->quantise(x.data() + i * cols, blocks.data() + i * cols / 32, cols / 32);
     for (size_t b = 0; b < blocks.size(); b++) {
       const ActivationBlock& a = blocks[b];
       int sum = 0, first = 0;
@@ -191,7 +191,7 @@ void test_special_values() {
     std::vector<ActivationBlock> first(2), blocks(2);
     Extent first_extent{};
     for (const Kernels* k : paths()) {
-      k->quantise(x.data(), {blocks.data(), 2}, 0);
+      k->quantise(x.data(), blocks.data(), 2);
       const Extent extent = k->largest(x.data(), cols - round % 20);
       if (k == paths()[0]) first = blocks, first_extent = extent;
       CHECK(!std::memcmp(first.data(), blocks.data(), 2 * sizeof(ActivationBlock)) &&
@@ -252,7 +252,7 @@ void test_matmul(GgmlType type) {
   for (const Kernels* k : paths()) {
     std::vector<ActivationBlock> blocks(M * cols / 32);
     const Activations a{blocks.data(), cols / 32};
-    for (int64_t i = 0; i < M; i++) k->quantise(x.data() + i * cols, a, i);
+    for (int64_t i = 0; i < M; i++) k->quantise(x.data() + i * cols, a.row(i), a.per_row);
     std::vector<float> whole(M * rows), part(M * rows);
     const Product product{&m.packed, &a, x.data(), cols, whole.data(), rows};
     k->matmul(product, 0, M, 0, m.packed.panels());
@@ -354,18 +354,30 @@ void test_attention(bool half) {
       k->write_cache({&keys[s * H], &values[s * H], H, memory[s / kPagePositions].data(), 0, page_bytes / 2,
                       int(s % kPagePositions), half});
     for (int64_t window : {0, 70}) {
-      std::vector<float> out(count * H), scores(count * 512);
+      std::vector<float> out(count * H);
       const float* queries[6];
-      float* to[6];
       int64_t positions[6];
-      for (int64_t i = 0; i < count; i++) queries[i] = &q[i * H], to[i] = &out[i * H], positions[i] = S - 1 - 40 * i;
-      Attend a;
-      a.head_dim = H, a.queries = queries, a.positions = positions, a.out = to, a.count = 6, a.window = window,
-      a.softcap = 20;
-      a.pages = pages.data(), a.values_offset = page_bytes / 2, a.scores = scores.data(), a.scores_stride = 512,
-      a.half = half;
-      k->attend(a);
-      std::vector<float> alone(H);
+      for (int64_t i = 0; i < count; i++) queries[i] = &q[i * H], positions[i] = S - 1 - 40 * i;
+      // Queries [first, first + number) over all pages; `apart`: each page's sums begin anew and are joined later
+      auto attend = [&](int64_t first, int64_t number, bool apart, float* to) {
+        Attended all[6], part[6];
+        std::vector<float> part_out(count * H);
+        for (int64_t i = 0; i < number; i++) all[i] = {-INFINITY, 0, to + i * H};
+        for (size_t page = 0; page < pages.size(); page++) {
+          for (int64_t i = 0; i < number; i++) part[i] = {-INFINITY, 0, &part_out[i * H]};
+          Attend a;
+          a.head_dim = H, a.queries = queries + first, a.positions = positions + first, a.attended = apart ? part : all,
+          a.count = static_cast<int>(number), a.window = window, a.softcap = 20, a.keys = pages[page],
+          a.values = pages[page] + page_bytes / 2, a.first = static_cast<int64_t>(page) * kPagePositions, a.half = half;
+          k->attend(a);
+          for (int64_t i = 0; apart && i < number; i++) k->join(all[i], part[i], H);
+        }
+        for (int64_t i = 0; i < number; i++) k->scale(all[i].out, 1.0f / all[i].sum, H);
+      };
+      attend(0, count, false, out.data());
+      std::vector<float> alone(H), joined(count * H);
+      attend(0, count, true, joined.data());
+      CHECK(joined == out, "%s attention differs when pages are joined later", k->name);
       for (int64_t i = 0; i < count; i++) {
         std::vector<double> p, sum(H);
         double total = 0;
@@ -380,10 +392,7 @@ void test_attention(bool half) {
         for (int64_t h = 0; h < H; h++)
           CHECK(std::fabs(out[i * H + h] - sum[h] / total) < (half ? 1e-2 : 2e-5), "%s attention", k->name);
         // alone, the query gets the same bits
-        Attend one = a;
-        float* lone[1] = {alone.data()};
-        one.queries = queries + i, one.positions = positions + i, one.out = lone, one.count = 1;
-        k->attend(one);
+        attend(i, 1, false, alone.data());
         CHECK(!std::memcmp(alone.data(), &out[i * H], H * 4), "%s attention of one query differs", k->name);
       }
       if (window == 0 && first.empty()) first = out;

@@ -1,6 +1,6 @@
-// Attention over pages, written once over f32x16. Every query's scores, maximum, weights and sums are formed in the
-// order of absolute positions, so the result does not depend on which queries share a call, nor on where the visible
-// span begins: positions outside a query's view weigh exactly zero.
+// Attention over pages, written once over f32x16. Every query's scores, maximum, weights and sums are formed page by
+// page in the order of absolute positions, so the result does not depend on which queries share a call, on how pages
+// are divided among threads, nor on where the visible span begins: positions outside a query's view weigh exactly zero.
 #pragma once
 #include "float_kernels.h"
 
@@ -36,111 +36,146 @@ GEMKIT_INLINE void accumulate_groups(f32x16 (&acc)[U][M], int64_t n, Load load_l
   }
 }
 
-// scores[m][s - first] for one page, all positions of it; masked ones are -inf
+// The page's positions that some query sees, rounded out to sixteens.
+struct Span {
+  int64_t begin, end;
+};
+
+// scores[m][i] for the positions of a span; those that a query does not see are −∞
 template <int M, class Element>
-static void score_page(const Attend& a, int64_t page, int64_t first, const int64_t* lowest, const int64_t* highest) {
+GEMKIT_INLINE void score_page(const Attend& a, Span span, float (&scores)[M][kPagePositions]) {
   constexpr int U = kTogether<M>;
-  const Element* keys = reinterpret_cast<const Element*>(a.pages[page] + a.keys_offset);
-  for (int g = 0; g < kPagePositions / 16; g += U, keys += U * a.head_dim * 16) {
-    const int64_t s0 = page * kPagePositions + g * 16;
-    float* out = a.scores + (s0 - first);
-    bool any = false;
-    for (int m = 0; m < M; m++) any |= s0 <= highest[m] && s0 + 16 * U - 1 >= lowest[m];
-    if (!any) {
-      for (int m = 0; m < M; m++)
-        for (int u = 0; u < U; u++) store(out + m * a.scores_stride + 16 * u, set1(-INFINITY));
-      continue;
-    }
+  const int64_t H = a.head_dim;
+  for (int64_t i = span.begin / (16 * U) * (16 * U); i < span.end; i += 16 * U) {
     f32x16 acc[U][M];
     for (int u = 0; u < U; u++)
       for (int m = 0; m < M; m++) acc[u][m] = zero();
+    const Element* keys = reinterpret_cast<const Element*>(a.keys) + i * H;
     // The values of these positions are needed next, in strides that no hardware prefetcher follows
-    const uint8_t* next = a.pages[page] + a.values_offset + g * 16 * a.head_dim * static_cast<int64_t>(sizeof(Element));
+    const uint8_t* values = a.values + i * H * static_cast<int64_t>(sizeof(Element));
     accumulate_groups<U, M>(
-        acc, a.head_dim,
+        acc, H,
         [&](int u, int64_t k) {
-          if (u == 0) prefetch(next + k * 16 * U * static_cast<int64_t>(sizeof(Element)));
-          return load_cache(keys + (u * a.head_dim + k) * 16);
+          if (u == 0) prefetch(values + k * 16 * U * static_cast<int64_t>(sizeof(Element)));
+          return load_cache(keys + (u * H + k) * 16);
         },
         a.queries);
-    for (int u = 0; u < U; u++)
-      for (int m = 0; m < M; m++) {
-        float* row = out + m * a.scores_stride + 16 * u;
-        const int64_t s = s0 + 16 * u;
-        store(row, a.softcap > 0 ? cap_lanes(acc[u][m], a.softcap) : acc[u][m]);
-        if (s >= lowest[m] && s + 15 <= highest[m]) continue;
-        for (int64_t i = 0; i < 16; i++)
-          if (s + i < lowest[m] || s + i > highest[m]) row[i] = -INFINITY;
+    for (int m = 0; m < M; m++) {
+      const int64_t highest = a.positions[m] - a.first;
+      const int64_t lowest = a.window > 0 ? highest - a.window + 1 : 0;
+      for (int u = 0; u < U; u++) {
+        const int64_t at = i + 16 * u;
+        store(scores[m] + at, a.softcap > 0 ? cap_lanes(acc[u][m], a.softcap) : acc[u][m]);
+        if (at >= lowest && at + 15 <= highest) continue;
+        for (int64_t k = at; k < at + 16; k++)
+          if (k < lowest || k > highest) scores[m][k] = -INFINITY;
       }
+    }
+  }
+}
+
+// How the sums over two runs of positions become one: each is weighed by what exp(its largest − the larger) gives.
+struct Join {
+  float largest, to, later;
+  bool begins;  // nothing was there before
+};
+GEMKIT_INLINE Join weigh_join(const Attended& to, float later) {
+  if (to.largest == -INFINITY) return {later, 0, 1, true};
+  const float largest = later > to.largest ? later : to.largest;
+  return {largest, reduce_max(exp(set1(to.largest - largest))), reduce_max(exp(set1(later - largest))), false};
+}
+GEMKIT_INLINE f32x16 join_lanes(const Join& j, f32x16 to, f32x16 later) {
+  return fma(later, set1(j.later), to * set1(j.to));
+}
+GEMKIT_INLINE void join_sums(const Join& j, Attended& to, float sum) {
+  to.sum = j.begins ? sum : fused(sum, j.later, to.sum * j.to);
+  to.largest = j.largest;
+}
+
+static void join(Attended& to, const Attended& later, int64_t head_dim) {
+  if (later.largest == -INFINITY) return;
+  const Join j = weigh_join(to, later.largest);
+  join_sums(j, to, later.sum);
+  for (int64_t h = 0; h < head_dim; h += 16) {
+    const f32x16 v = load(later.out + h);
+    store(to.out + h, j.begins ? v : join_lanes(j, load(to.out + h), v));
   }
 }
 
 template <int M, class Element>
-static void weigh_page(const Attend& a, int64_t page, int64_t first) {
+static void attend_page(const Attend& a) {
   constexpr int U = M <= 3 ? 2 : 1;  // head_dim is a multiple of 32
-  const Element* values = reinterpret_cast<const Element*>(a.pages[page] + a.values_offset);
+  Span span{kPagePositions, 0};
+  for (int m = 0; m < M; m++) {
+    const int64_t highest = a.positions[m] - a.first, lowest = a.window > 0 ? highest - a.window + 1 : 0;
+    if (highest < 0 || lowest >= kPagePositions) continue;
+    span.begin = lowest < span.begin ? (lowest < 0 ? 0 : lowest / 16 * 16) : span.begin;
+    const int64_t end = highest / 16 * 16 + 16;
+    span.end = end > kPagePositions ? kPagePositions : end > span.end ? end : span.end;
+  }
+  if (span.begin >= span.end) return;
+  alignas(64) float scores[M][kPagePositions];
+  score_page<M, Element>(a, span, scores);
+
+  Join joins[M] = {};
+  bool seen[M];
+  for (int m = 0; m < M; m++) {
+    f32x16 most = set1(-INFINITY), sum = zero();
+    for (int64_t i = span.begin; i < span.end; i += 16) most = max(load(scores[m] + i), most);
+    const float largest = reduce_max(most);
+    seen[m] = largest != -INFINITY;
+    const f32x16 shift = set1(seen[m] ? largest : 0.0f);
+    for (int64_t i = span.begin; i < span.end; i += 16) {
+      const f32x16 e = exp(load(scores[m] + i) - shift);
+      store(scores[m] + i, e);
+      sum = sum + e;
+    }
+    if (!seen[m]) continue;
+    joins[m] = weigh_join(a.attended[m], largest);
+    join_sums(joins[m], a.attended[m], reduce_add(sum));
+  }
+
+  const Element* values = reinterpret_cast<const Element*>(a.values) + span.begin * a.head_dim;
   const float* weights[M];
-  for (int m = 0; m < M; m++) weights[m] = a.scores + m * a.scores_stride + (page * kPagePositions - first);
+  for (int m = 0; m < M; m++) weights[m] = scores[m] + span.begin;
+  const int64_t count = span.end - span.begin;
+  const uint8_t* next = a.next ? a.next : a.keys;
   for (int64_t h = 0; h < a.head_dim; h += 16 * U) {
     f32x16 acc[U][M];
     for (int u = 0; u < U; u++)
-      for (int m = 0; m < M; m++) acc[u][m] = load(a.out[m] + h + 16 * u);
+      for (int m = 0; m < M; m++) acc[u][m] = zero();
     accumulate_groups<U, M>(
-        acc, kPagePositions, [&](int u, int64_t k) { return load_cache(values + k * a.head_dim + h + 16 * u); },
+        acc, count,
+        [&](int u, int64_t k) {
+          if (u == 0) prefetch(next + k * a.head_dim * static_cast<int64_t>(sizeof(Element)) + h * sizeof(Element));
+          return load_cache(values + k * a.head_dim + h + 16 * u);
+        },
         weights);
-    for (int u = 0; u < U; u++)
-      for (int m = 0; m < M; m++) store(a.out[m] + h + 16 * u, acc[u][m]);
-  }
-}
-
-template <int M, class Element>
-static void attend_queries(const Attend& a) {
-  int64_t lowest[M], highest[M], first = INT64_MAX, last = 0;
-  for (int m = 0; m < M; m++) {
-    highest[m] = a.positions[m];
-    lowest[m] = a.window > 0 && highest[m] >= a.window ? highest[m] - a.window + 1 : 0;
-    first = lowest[m] < first ? lowest[m] : first;
-    last = highest[m] > last ? highest[m] : last;
-  }
-  const int64_t page0 = first / kPagePositions, page1 = last / kPagePositions + 1;
-  first = page0 * kPagePositions;
-  for (int64_t page = page0; page < page1; page++) score_page<M, Element>(a, page, first, lowest, highest);
-
-  const int64_t span = (page1 - page0) * kPagePositions;
-  float inverse[M];
-  for (int m = 0; m < M; m++) {
-    float* row = a.scores + m * a.scores_stride;
-    f32x16 most = set1(-INFINITY);
-    for (int64_t i = 0; i < span; i += 16) most = max(load(row + i), most);
-    const f32x16 shift = set1(reduce_max(most));
-    f32x16 sum = zero();
-    for (int64_t i = 0; i < span; i += 16) {
-      f32x16 e = exp(load(row + i) - shift);
-      store(row + i, e);
-      sum = sum + e;
+    for (int m = 0; m < M; m++) {
+      if (!seen[m]) continue;
+      for (int u = 0; u < U; u++) {
+        float* out = a.attended[m].out + h + 16 * u;
+        store(out, joins[m].begins ? acc[u][m] : join_lanes(joins[m], load(out), acc[u][m]));
+      }
     }
-    inverse[m] = 1.0f / reduce_add(sum);
-    for (int64_t h = 0; h < a.head_dim; h += 16) store(a.out[m] + h, zero());
   }
-  for (int64_t page = page0; page < page1; page++) weigh_page<M, Element>(a, page, first);
-  for (int m = 0; m < M; m++) scale(a.out[m], inverse[m], a.head_dim);
 }
 
 template <class Element>
 static void attend_as(const Attend& a) {
   switch (a.count) {
     case 1:
-      return attend_queries<1, Element>(a);
+      return attend_page<1, Element>(a);
     case 2:
-      return attend_queries<2, Element>(a);
+      return attend_page<2, Element>(a);
     case 3:
-      return attend_queries<3, Element>(a);
+      return attend_page<3, Element>(a);
     case 4:
-      return attend_queries<4, Element>(a);
+      return attend_page<4, Element>(a);
     case 5:
-      return attend_queries<5, Element>(a);
+      return attend_page<5, Element>(a);
     default:
-      return attend_queries<6, Element>(a);
+      return attend_page<6, Element>(a);
   }
 }
 

@@ -125,11 +125,10 @@ GEMKIT_INLINE void store_spare(int8_t* to, uint32_t bytes) {
   for (int i = 0; i < 4; i++) to[i] = static_cast<int8_t>(bytes >> 8 * i & 255);
 }
 
-static void quantise(const float* x, const Activations& a, int64_t row) {
-  ActivationBlock* block = a.blocks + row * a.per_row;
+static void quantise(const float* x, ActivationBlock* block, int64_t blocks) {
   const f32x16 magic = set1(kRoundMagic);
   auto clamped = [](f32x16 v) { return min(max(v, set1(-127.0f)), set1(127.0f)); };
-  for (int64_t b = 0; b < a.per_row; b++, x += kBlock, block++) {
+  for (const ActivationBlock* end = block + blocks; block < end; x += kBlock, block++) {
     const f32x16 v0 = load(x), v1 = load(x + 16), a0 = abs(v0), a1 = abs(v1);
     const auto [largest, second] = largest2(a0, a1);
     const uint32_t at_largest = equal_mask(a0, set1(largest)) | equal_mask(a1, set1(largest)) << 16;

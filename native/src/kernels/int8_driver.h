@@ -115,7 +115,7 @@ static void matmul(const Product& product, int64_t m0, int64_t m1, int64_t p0, i
 }  // namespace gemkit::GEMKIT_ISA
 
 // Ends a translation unit: its table, from the functions above and the including file's peak_int8.
-#define GEMKIT_KERNEL_TABLE(path_name)                                                                       \
-  static const Kernels kTable = {path_name, quantise, matmul,        rms_norm,    add,        gelu_multiply, \
-                                 rope,      scale,    softcap,       write_cache, attend,     largest,       \
-                                 sum_exp,   screen,   panel_largest, peak_int8,   read_memory};
+#define GEMKIT_KERNEL_TABLE(path_name)                                                                  \
+  static const Kernels kTable = {path_name, quantise, matmul,  rms_norm,      add,       gelu_multiply, \
+                                 rope,      scale,    softcap, write_cache,   attend,    join,          \
+                                 largest,   sum_exp,  screen,  panel_largest, peak_int8, read_memory};

@@ -30,6 +30,7 @@ struct ActivationBlock {
 struct Activations {
   ActivationBlock* blocks = nullptr;
   int64_t per_row = 0;
+  ActivationBlock* row(int64_t m) const { return blocks + m * per_row; }
 };
 
 // One product y[m][n] = x[m]·w[n] for rows [m0, m1) and panels [p0, p1). ldy must cover whole panels.
@@ -48,20 +49,27 @@ struct Product {
 //   values [kPagePositions][head_dim]
 constexpr int kPagePositions = 64;
 
-// Attention of the queries of one sequence that share a kv head.
+// What one query has seen so far: Σ exp(score − largest) · value in out[head_dim], and the sum of the weights.
+// largest = −∞: nothing yet, and out holds nothing. The attention is out / sum.
+struct Attended {
+  float largest = 0, sum = 0;
+  float* out = nullptr;
+};
+
+// One page's part in the attention of some queries of one sequence that share a kv head. Sums begin anew with each page
+// and are joined in the order of pages, so pages may be divided among threads.
 struct Attend {
   int64_t head_dim = 0;
   const float* const* queries = nullptr;  // count pointers to head_dim floats, already scaled
   const int64_t* positions = nullptr;     // count absolute positions
-  float* const* out = nullptr;            // count pointers to head_dim floats
+  Attended* attended = nullptr;           // [count], to which the page is joined
   int count = 0;                          // at most kAttendQueries
   int64_t window = 0;                     // 0: all earlier positions; W: 0 <= i - j < W
   float softcap = 0;                      // 0: none
-  const uint8_t* const* pages = nullptr;  // page by position / kPagePositions
-  int64_t keys_offset = 0;                // bytes from a page's start to this layer's and head's keys
-  int64_t values_offset = 0;              // the same for its values
-  float* scores = nullptr;                // scratch [count][scores_stride]
-  int64_t scores_stride = 0;              // covers the visible span rounded out to whole pages
+  const uint8_t* keys = nullptr;          // of this layer and head in the page
+  const uint8_t* values = nullptr;        // the same
+  const uint8_t* next = nullptr;          // keys that are wanted after these, or null
+  int64_t first = 0;                      // the page's first position
   bool half = false;                      // cache elements are f16
 };
 constexpr int kAttendQueries = 6;
@@ -94,7 +102,7 @@ struct ScreenPanel {
 
 struct Kernels {
   const char* name;
-  void (*quantise)(const float* x, const Activations& a, int64_t row);
+  void (*quantise)(const float* x, ActivationBlock* to, int64_t blocks);
   void (*matmul)(const Product& product, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t n, float eps);  // weight already 1 + w
   void (*add)(float* x, const float* y, int64_t n);                                       // x += y
@@ -104,6 +112,8 @@ struct Kernels {
   void (*softcap)(float* x, float cap, int64_t n);
   void (*write_cache)(const CacheWrite& w);
   void (*attend)(const Attend& a);
+  void (*join)(Attended& to, const Attended& later,
+               int64_t head_dim);  // later pages, as if they had been joined to `to`
   Extent (*largest)(const float* x, int64_t n);
   double (*sum_exp)(const float* x, int64_t n, float shift);  // sum of exp(x - shift)
   uint32_t (*screen)(const ScreenPanel& panel);

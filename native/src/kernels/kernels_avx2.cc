@@ -261,7 +261,7 @@ GEMKIT_INLINE void fold_block(__m256 (&f)[Halves][M], const __m256i (&sums)[F::k
 // apart, so that each is a stream of its own to the prefetchers.
 template <class F, int M, int Panels>
 GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64_t p, int64_t apart) {
-  constexpr int kAhead = 2048;  // bytes prefetched ahead of the record being read
+  constexpr int kAhead = 1024;  // bytes prefetched ahead of the record being read
   // Halves of panels worked on together, as many as the registers hold
   constexpr int kHalves = F::R == 4 && M > 2 ? 1 : 2;
   const Packed& w = *product.w;
@@ -319,6 +319,10 @@ static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chun
   for (int b = 0; b < count; b++) {
     const uint8_t* record = w.record(p, b0 + b);
     const uint8_t* super = F::kQuant ? w.record(p, (b0 + b) / 8 * 8) - F::kSuperBytes : nullptr;
+    // The same block of the next panel: this one's products take long enough
+    const uint8_t* next = record + w.panel_bytes();
+#pragma GCC unroll 16
+    for (int line = 0; line < F::kRecord; line += 64) prefetch(next + line);
     for (int half = 0; half < 2; half++) {
       const RecordCodes<F> source{record, half};
       for (int j = 0; j < 4; j++) {

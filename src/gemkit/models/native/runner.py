@@ -10,6 +10,7 @@ import numpy as np
 from gemkit import _native
 from gemkit.arch.config import ModelConfig
 from gemkit.engine.runner import Batch, StepResult, page_groups
+from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models.native.plan import LowRank, Weight, build_plan
 from gemkit.models.native.room import check_room
@@ -17,9 +18,6 @@ from gemkit.models.native.room import check_room
 ACTIVATIONS = ("int8", "float32")
 
 IMAGE_VERSION: int = _native.image_version
-
-# As in the core: rows of logits held at a time (model.h), queries whose scores a thread holds (kernels/kernels.h)
-_HEAD_ROWS, _ATTEND_QUERIES = 32, 6
 
 _NO_IDS = np.zeros(0, np.int32)
 _NO_VALUES = np.zeros(0, np.float32)
@@ -94,6 +92,7 @@ class NativeRunner:
         whole = activations == "float32"
         check_room("the weights", sum(4 * m * n if whole else data.nbytes for _, m, n, data in plan["tensors"]))
         self._pages = [0] * len(self.groups)
+        self._settings = _Settings(())
         self._model = self._call(
             _native.Model.create, plan, self.threads, activations == "float32", max_tokens_per_step, image, screen
         )
@@ -133,10 +132,11 @@ class NativeRunner:
         return self._model.scratch_bytes
 
     def activation_bytes(self, positions: int) -> int:
-        """What of it the tokens of one sequence touch, and the scores of its attention over so many positions."""
-        spare = (_HEAD_ROWS - 1) * (-(-self.config.vocab_size // 16) * 16) * 4
-        scores = self.threads * _ATTEND_QUERIES * (-(-positions // self.page_size) * self.page_size) * 4
-        return self.scratch_bytes - spare + scores
+        """What of it the tokens of one sequence touch, and the sums of its attention over so many positions."""
+        spare = (_native.head_rows - 1) * (-(-self.config.vocab_size // 16) * 16) * 4
+        width = self.config.num_attention_heads * self.config.head_dim
+        sums = -(-positions // self.page_size) * width * 4 if self.threads > 1 else 0  # threads divide the pages
+        return self.scratch_bytes - spare + sums
 
     @property
     def private_weight_bytes(self) -> int:
@@ -164,32 +164,37 @@ class NativeRunner:
         return self._call(self._model.page_bytes, group)
 
     def step(self, batch: Batch) -> StepResult:
-        wanted = np.flatnonzero(batch.sample)
-        rows = [(batch.sampling[b], batch.history[b], batch.counters[b], batch.prompt_lengths[b]) for b in wanted]
-        integers = np.array(
-            [(s.top_k, -1 if s.logprobs is None else s.logprobs, n, length) for s, _, n, length in rows], np.int64
-        )
-        reals = np.array(
-            [
-                (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
-                for s, *_ in rows
-            ],
-            np.float64,
-        )
-        bias = [pair for s, *_ in rows for pair in s.logit_bias]
-        histories = [history for _, history, *_ in rows]
+        wanted = batch.sample.nonzero()[0]
+        if len(wanted) == len(batch.sampling):
+            sampling, counters, lengths, histories = (
+                batch.sampling,
+                batch.counters,
+                batch.prompt_lengths,
+                batch.history,
+            )
+        else:
+            sampling = tuple([batch.sampling[b] for b in wanted])
+            counters, lengths = batch.counters[wanted], batch.prompt_lengths[wanted]
+            histories = [batch.history[b] for b in wanted]
+        if sampling != self._settings.sampling:  # mostly the very same ones as in the step before
+            self._settings = _Settings(sampling)
+        settings = self._settings
+        integers = settings.integers.copy()
+        integers[:, 2] = counters
+        integers[:, 3] = lengths
+        history = any(map(len, histories))
         tokens, logprobs, top_ids, top_logprobs = self._call(
             self._model.step,
             *self._arrays(batch),
-            wanted.astype(np.int64),
-            integers.reshape(-1, 4),
-            reals.reshape(-1, 6),
-            np.array([s.seed for s, *_ in rows], np.uint64),
-            _offsets([len(s.logit_bias) for s, *_ in rows]),
-            np.array([i for i, _ in bias], np.int32),
-            np.array([v for _, v in bias], np.float32),
-            _offsets([len(history) for history in histories]),
-            np.concatenate(histories, dtype=np.int32, casting="unsafe") if histories else _NO_IDS,
+            wanted,
+            integers,
+            settings.reals,
+            settings.seeds,
+            settings.bias_starts,
+            settings.bias_ids,
+            settings.bias_values,
+            _offsets([len(ids) for ids in histories]) if history else settings.no_history,
+            np.concatenate(histories, dtype=np.int32, casting="unsafe") if history else _NO_IDS,
         )
         count = len(batch.positions)
         if len(wanted) == count:
@@ -224,6 +229,29 @@ class NativeRunner:
             [np.ascontiguousarray(table, np.int32) for table in batch.pages],
             _NO_IDS if batch.adapters is None else np.ascontiguousarray(batch.adapters, np.int32),
         )
+
+
+class _Settings:
+    """The settings of sequences as the arrays that the core takes. Columns 2 and 3 of `integers` change with each step."""
+
+    def __init__(self, sampling: tuple[Sampling, ...]) -> None:
+        self.sampling = sampling
+        self.integers = np.array(
+            [(s.top_k, -1 if s.logprobs is None else s.logprobs, 0, 0) for s in sampling], np.int64
+        ).reshape(-1, 4)
+        self.reals = np.array(
+            [
+                (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
+                for s in sampling
+            ],
+            np.float64,
+        ).reshape(-1, 6)
+        self.seeds = np.array([s.seed for s in sampling], np.uint64)
+        bias = [pair for s in sampling for pair in s.logit_bias]
+        self.bias_starts = _offsets([len(s.logit_bias) for s in sampling])
+        self.bias_ids = np.array([token for token, _ in bias], np.int32)
+        self.bias_values = np.array([value for _, value in bias], np.float32)
+        self.no_history = np.zeros(len(sampling) + 1, np.int64)
 
 
 def _offsets(lengths: list[int]) -> np.ndarray:
