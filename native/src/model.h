@@ -145,8 +145,9 @@ class Model {
     std::vector<int32_t> altered;      // ids whose logits are changed before the choice, ascending
     std::vector<float> panel_largest;  // of the copy; infinite once computed
     std::vector<std::vector<Seed>> best;
-    std::vector<int32_t> first, counts;
-    std::vector<char> failed;  // before the scan; by each thread in it
+    std::vector<int32_t> first, counts;         // panels computed before the scan; how many each thread computed in it
+    std::vector<std::vector<int32_t>> scanned;  // those, by thread, ascending
+    std::vector<char> failed;                   // before the scan; by each thread in it
   };
 
   Model(const ModelPlan& plan, const Options& options, const Kernels& kernels);
@@ -160,6 +161,7 @@ class Model {
   void head_rows(const std::vector<int64_t>& rows, float* logits_to, int rank, int size);
   bool can_screen(const std::vector<SampleRequest>& wanted) const;
   void screen_rows(const std::vector<SampleRequest>& wanted, int rank, int size);
+  int32_t choose_screened(size_t row, const SamplingParams& params);
   void weigh_screen(size_t rows);
   std::string measure_inputs(std::vector<float>& usual);
   void size_screen(size_t rows);

@@ -118,10 +118,7 @@ class Descending {
   std::vector<Candidate> sorted_;
 };
 
-}  // namespace
-
-int32_t choose(float* logits, int64_t vocab, const SamplingParams& p, const Kernels& kernels) {
-  penalise(logits, vocab, p);
+int32_t pick(const float* logits, int64_t vocab, const SamplingParams& p, const Kernels& kernels) {
   const Extent largest = kernels.largest(logits, vocab);
   if (largest.arg < 0) return -1;
   if (p.temperature <= 0 || p.top_k == 1 || !std::isfinite(largest.max)) return static_cast<int32_t>(largest.arg);
@@ -152,6 +149,26 @@ int32_t choose(float* logits, int64_t vocab, const SamplingParams& p, const Kern
     if (reached > target) break;
   }
   return id;
+}
+
+}  // namespace
+
+int32_t choose(float* logits, int64_t vocab, const SamplingParams& p, const Kernels& kernels) {
+  penalise(logits, vocab, p);
+  return pick(logits, vocab, p, kernels);
+}
+
+int32_t choose_among(float* logits, int64_t vocab, const std::vector<int32_t>& panels, const SamplingParams& p,
+                     const Kernels& kernels) {
+  penalise(logits, vocab, p);
+  std::vector<float> known;
+  known.reserve(panels.size() * kPanelRows);
+  for (int32_t panel : panels) {
+    const int64_t first = int64_t{panel} * kPanelRows;
+    known.insert(known.end(), logits + first, logits + std::min(vocab, first + kPanelRows));
+  }
+  const int32_t at = pick(known.data(), static_cast<int64_t>(known.size()), p, kernels);
+  return at < 0 ? at : panels[static_cast<size_t>(at / kPanelRows)] * kPanelRows + at % kPanelRows;
 }
 
 int64_t largest_ids(const float* logits, int64_t vocab, int64_t n, int32_t* ids) {

@@ -2,6 +2,7 @@
 // gemkit.engine.sampling, whose NumPy sampler is the oracle.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "kernels/kernels.h"
 
@@ -23,6 +24,11 @@ struct SamplingParams {
 
 // The chosen id; changes `logits`. -1 when no logit is a number.
 int32_t choose(float* logits, int64_t vocab, const SamplingParams& params, const Kernels& kernels);
+
+// The same where only some panels of sixteen logits are known, ascending and without doubles; the others are out of the
+// question. Ids whose logits the parameters change must be among them.
+int32_t choose_among(float* logits, int64_t vocab, const std::vector<int32_t>& panels, const SamplingParams& params,
+                     const Kernels& kernels);
 
 // The n largest logits, larger first, lower id first among equals; fewer than n only if vocab < n.
 int64_t largest_ids(const float* logits, int64_t vocab, int64_t n, int32_t* ids);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -207,6 +208,18 @@ void Model::use_screen(bool use) {
   screen_losses_ = screen_pause_ = 0;
 }
 
+// The token of a row whose screen has run.
+int32_t Model::choose_screened(size_t m, const SamplingParams& params) {
+  const ScreenRow& row = screen_work_[m];
+  float* logits = logits_ + static_cast<int64_t>(m) * padded(plan_.vocab);
+  if (std::any_of(row.failed.begin(), row.failed.end(), [](char f) { return f != 0; }))
+    return choose(logits, plan_.vocab, params, kernels_);
+  std::vector<int32_t> scanned, panels;
+  for (const auto& part : row.scanned) scanned.insert(scanned.end(), part.begin(), part.end());
+  std::merge(row.first.begin(), row.first.end(), scanned.begin(), scanned.end(), std::back_inserter(panels));
+  return choose_among(logits, plan_.vocab, panels, params, kernels_);
+}
+
 // After so many steps in a row most of whose rows took the whole head, the screen is left out for a while: with some
 // weights, random ones for one, it never decides.
 void Model::weigh_screen(size_t rows) {
@@ -229,7 +242,7 @@ bool Model::can_screen(const std::vector<SampleRequest>& wanted) const {
   return true;
 }
 
-// Leaves in logits_ what the head gives wherever a row may be among the largest, and −∞ elsewhere. normed_ and
+// Leaves in logits_ what the head gives wherever a row may be among the largest, and notes the panels. normed_ and
 // normed_int8_ hold the inputs.
 void Model::screen_rows(const std::vector<SampleRequest>& wanted, int rank, int size) {
   const Packed& head = packed_[plan_.head];
@@ -276,9 +289,8 @@ void Model::screen_rows(const std::vector<SampleRequest>& wanted, int rank, int 
           kernels_.screen({screen_.norms + p * blocks * kPanelRows, row.sizes.data(), blocks, y,
                            row.reach * screen_.units[p], row.threshold, row.proven})) {
         exact(m, p);
+        row.scanned[rank].push_back(static_cast<int32_t>(p));
         count++;
-      } else {
-        std::fill(y, y + kPanelRows, -INFINITY);
       }
     }
     row.counts[rank] = static_cast<int32_t>(count);
@@ -321,7 +333,9 @@ void Model::begin_screen(const std::vector<SampleRequest>& wanted) {
   for (size_t m = 0; m < wanted.size(); m++) {
     const SamplingParams& p = wanted[m].params;
     ScreenRow& row = screen_work_[m];
-    row.best.resize(threads), row.counts.assign(threads, 0), row.failed.assign(threads + 1, 0);
+    row.best.resize(threads), row.scanned.resize(threads);
+    for (auto& scanned : row.scanned) scanned.clear();
+    row.counts.assign(threads, 0), row.failed.assign(threads + 1, 0);
     row.rank = p.temperature <= 0 || p.top_k == 1 ? 1 : p.top_k;
     row.seeds = static_cast<size_t>(row.rank) + 3;
     row.proven = row.rank == 1;

@@ -261,7 +261,7 @@ std::string Model::step(const StepInput& input, const std::vector<SampleRequest>
       head_inputs(rows, rank, size);
       screen_rows(wanted, rank, size);
       for (size_t r = static_cast<size_t>(rank); r < wanted.size(); r += static_cast<size_t>(size)) {
-        out[r].token = choose(logits_ + static_cast<int64_t>(r) * ld, V, wanted[r].params, kernels_);
+        out[r].token = choose_screened(r, wanted[r].params);
         out[r].logprob = std::numeric_limits<float>::quiet_NaN();
       }
     };
