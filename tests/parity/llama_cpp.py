@@ -1,11 +1,14 @@
-"""llama.cpp as a peer: the library inside xllamacpp, through its C interface.
+"""llama.cpp as a peer: the library inside xllamacpp, through its C interface; its server for chat templates.
 
 That package's own doors report probabilities of generated tokens only.
 """
 
+import contextlib
 import ctypes
+import json
 import os
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +71,30 @@ def logits(path: Path, ids: np.ndarray | list[int], vocabulary: int, step: int =
         yield np.ctypeslib.as_array(get_logits(context), (batch.n_tokens, vocabulary)).copy()
     function("llama_free", None, pointer)(context)
     function("llama_model_free", None, pointer)(model)
+
+
+@contextlib.contextmanager
+def templates(template: str, path: Path | None = None) -> Iterator[Callable[[list[dict]], str]]:
+    """Serves a model, by default the demo, and gives a function from messages to what its chat template makes of them.
+
+    The text lacks the BOS, which llama.cpp's tokenizer adds.
+    """
+    from gemkit.weights.demo import demo_path
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(path or demo_path())
+    parameters.n_ctx, parameters.cpuparams.n_threads, parameters.warmup = 256, 1, False
+    parameters.use_jinja, parameters.chat_template = True, template
+    server = xllamacpp.Server(parameters)
+    address = f"{server.listening_address}/apply-template"
+
+    def apply(messages: list[dict], **options: object) -> str:
+        body = json.dumps({"messages": messages, **options}).encode()
+        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())["prompt"]
+
+    try:
+        yield apply
+    finally:
+        del server
