@@ -251,19 +251,50 @@ def test_shards(tmp_path):
 
 def test_one_file_of_another_name(tmp_path):
     assert "no safetensors files" in refusal(tmp_path)
+    (tmp_path / "optimizer.pt").write_bytes(b"x")
+    assert "no safetensors files" in refusal(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    assert "pickled" in refusal(tmp_path)
+    assert "pickled weights (pytorch_model.bin)" in refusal(tmp_path)
     safetensors.torch.save_file(PARTS[0], tmp_path / "weights.safetensors")
     with open_weights(tmp_path) as files:
         assert sorted(files.tensors) == ["a", "b"]
     safetensors.torch.save_file(PARTS[1], tmp_path / "more.safetensors")
-    assert "2 safetensors files" in refusal(tmp_path)
+    assert "2 safetensors files" in refusal(tmp_path) and "more.safetensors" in refusal(tmp_path)
     assert "cannot be read" in refusal(tmp_path / "nothing")
 
 
 def test_an_adapter_is_no_model(tmp_path):
     safetensors.torch.save_file(PARTS[0], tmp_path / "adapter_model.safetensors")
     assert "adapter" in refusal(tmp_path)
+    safetensors.torch.save_file(PARTS[0], tmp_path / "mine.safetensors")
+    with open_weights(tmp_path) as files:
+        assert files.path("a").name == "mine.safetensors"
+
+
+def test_folders_of_models_and_of_runs(tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-500" / "config.json").write_text("{}")
+    assert "such as checkpoint-500" in refusal(tmp_path)
+    (tmp_path / "zero_to_fp32.py").write_text("")
+    assert "DeepSpeed" in refusal(tmp_path)
+
+
+def test_the_same_tensor_in_two_shards(tmp_path):
+    """The last one counts, as in transformers."""
+    write_shards(tmp_path, [{"a": torch.ones(2)}, {"a": torch.zeros(2), "b": torch.ones(1)}])
+    with open_weights(tmp_path) as files:
+        assert files.data("a").tobytes() == bytes(8)
+
+
+def test_git_lfs_pointers(tmp_path):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12\n"
+    (tmp_path / SINGLE).write_text(pointer)
+    assert "Git LFS pointer" in refusal(tmp_path) and "git lfs pull" in refusal(tmp_path)
+    write_shards(tmp_path, PARTS)
+    (tmp_path / "model-00002-of-00002.safetensors").write_text(pointer)
+    assert "model-00002-of-00002.safetensors is a Git LFS pointer" in refusal(tmp_path)
+    (tmp_path / INDEX).write_text(pointer)
+    assert f"{INDEX} is a Git LFS pointer" in refusal(tmp_path)
 
 
 def test_shards_and_index_disagree(tmp_path):
@@ -275,11 +306,13 @@ def test_shards_and_index_disagree(tmp_path):
         index.write_text(value if isinstance(value, str) else json.dumps({"weight_map": value}))
         return refusal(tmp_path)
 
-    assert "lacks 'd'" in with_index(whole | {"d": two}) and two in with_index(whole | {"d": two})
-    assert "lacks 'c'" in with_index(whole | {"c": one})
-    assert "holds 'b'" in with_index({name: shard for name, shard in whole.items() if name != "b"})
+    # As in transformers, the shards that are named are read whole
+    for shards in (whole | {"d": two}, whole | {"c": one, "a": two}, {"a": one, "c": two}):
+        index.write_text(json.dumps({"weight_map": shards}))
+        with open_weights(tmp_path) as files:
+            assert files.tensors.keys() == {"a", "b", "c"}
     assert "missing" in with_index(whole | {"d": "model-00003-of-00003.safetensors"})
-    for name in ("../x.safetensors", "/x.safetensors", "a/b.safetensors", "a\\b.safetensors", "c:x.safetensors"):
+    for name in ("../x.safetensors", "/x.safetensors", "a//b.safetensors", "a\\b.safetensors", "c:x.safetensors"):
         assert "no name of a file" in with_index(whole | {"a": name})
     for name in ("..", "", "x.bin", "x\0.safetensors", 7, None, ["x.safetensors"]):
         assert "no name of a file" in with_index(whole | {"a": name})

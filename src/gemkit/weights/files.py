@@ -1,4 +1,4 @@
-"""One door for all model files: a path decides the format."""
+"""One door for all model files: a path decides the format. Which file of a folder is meant: `gemkit.weights.folder`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from gemkit.errors import GemkitError
+from gemkit.weights import folder
 from gemkit.weights.checkpoint import Checkpoint
 
 
@@ -18,35 +19,102 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        from gemkit.weights.orbax import find_orbax
-        from gemkit.weights.torch_ckpt import is_torch_checkpoint, read_torch
+        return _open_folder(path)
+    if path.name == folder.CONFIG or path.name.endswith((".safetensors", ".safetensors.index.json")):
+        if folder.is_adapter_file(path.name):
+            raise GemkitError(f"{path} is an adapter, not a model: give the model's path, and this as --adapter-path")
+        return _open_hf(path.parent)
+    from gemkit.weights.git_lfs import refuse_pointer
 
-        others = any(path.glob("*.safetensors")) or any(path.glob("*.gguf"))
-        if not others and find_orbax(path) is not None:
-            from gemkit.weights.orbax import read_orbax
-
-            return read_orbax(path)
-        if not others and is_torch_checkpoint(path):
-            return read_torch(path)
-        if (path / "config.json").is_file():
-            from gemkit.weights.hf import read_hf
-
-            return read_hf(path)
-        files = sorted(path.glob("*.gguf"))
-        if len(files) != 1:
-            raise GemkitError(
-                f"{path} holds {len(files) or 'no'} GGUF files and no config.json: give the path of one model"
-            )
-        path = files[0]
-    if path.name == "config.json" or path.name.endswith((".safetensors", ".safetensors.index.json")):
-        from gemkit.weights.hf import read_hf
-
-        return read_hf(path.parent)
+    refuse_pointer(path)
     if path.suffix != ".gguf":
         from gemkit.weights.torch_ckpt import is_torch_checkpoint, read_torch
 
         if is_torch_checkpoint(path):
             return read_torch(path)
+    return _open_gguf(path)
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    try:
+        names = folder.top_level(path)
+    except OSError as error:
+        raise GemkitError(f"{path} cannot be read ({error.strerror or error}): check the path") from None
+    if folder.is_hugging_face(names):
+        return _open_hf(path)
+    if ggufs := folder.ggufs_of(names):
+        return _open_gguf(path / one_gguf(path, ggufs))
+    if not folder.safetensors_of(names):
+        from gemkit.weights.orbax import find_orbax
+        from gemkit.weights.torch_ckpt import is_torch_checkpoint, read_torch
+
+        if find_orbax(path) is not None:
+            from gemkit.weights.orbax import read_orbax
+
+            return read_orbax(path)
+        if is_torch_checkpoint(path) and not _is_pickled_hugging_face(path, names):
+            return read_torch(path)
+    if folder.CONFIG in names:
+        return _open_hf(path)  # says what is missing
+    raise GemkitError(f"{path} {_no_model(path, names)}")
+
+
+def one_gguf(path: Path, ggufs: list[str]) -> str:
+    """The name of the only model among the GGUF files of a folder. Raises GemkitError that lists them."""
+    if len(ggufs) == 1 and folder.unsplit(ggufs[0]) == ggufs[0]:
+        return ggufs[0]
+    if folder.are_parts(ggufs):
+        raise GemkitError(
+            f"{path} has a GGUF model that is split into several files ({folder.listed(ggufs, 2)}), which gemkit does "
+            "not read: get a whole file, or merge them with llama.cpp's llama-gguf-split --merge"
+        )
+    raise GemkitError(f"{path} holds {len(ggufs)} GGUF models: give the path of one of {folder.listed(ggufs, 8)}")
+
+
+def _no_model(path: Path, names: list[str]) -> str:
+    if folder.ADAPTER_CONFIG in names or any(map(folder.is_adapter_file, names)):
+        return f"holds an adapter{_base_of(path)}, not a model: give the model's path, and this one as --adapter-path"
+    if found := folder.safetensors_of(names):
+        return f"has {folder.listed(found)} and no {folder.CONFIG}: get that file too"
+    if found := [name for name in names if name.lower().endswith(".gguf")]:
+        return f"holds no model, only {folder.listed(found)}: give the path of a model"
+    if found := folder.pickles_of(names):
+        return f"has {folder.listed(found)} and no {folder.CONFIG}: give the path of one model"
+    if inner := sorted(child.parent.name for child in path.glob("*/" + folder.CONFIG)):
+        return f"holds no model itself, but there are some in it: give one, such as {folder.listed(inner)}"
+    return f"holds no GGUF files and no {folder.CONFIG}: give the path of one model"
+
+
+def _base_of(path: Path) -> str:
+    """The model that an adapter was trained on, for a message."""
+    from gemkit.weights.json_file import read_object
+    from gemkit.weights.safetensors import shown
+
+    try:
+        facts = read_object(path / folder.ADAPTER_CONFIG)
+    except GemkitError:
+        return ""
+    base = facts.get("base_model_name_or_path") or facts.get("model")
+    return f" of {shown(base)}" if isinstance(base, str) else ""
+
+
+def _is_pickled_hugging_face(path: Path, names: list[str]) -> bool:
+    """Says whether ``pytorch_model.bin.index.json`` is transformers' and not gemma_pytorch's of the same name."""
+    if folder.CONFIG not in names or folder.PICKLE_INDEX not in names:
+        return False
+    from gemkit.weights.json_file import read_object
+
+    shards = read_object(path / folder.PICKLE_INDEX).get("weight_map")
+    return isinstance(shards, dict) and any("q_proj.weight" in name for name in shards)
+
+
+def _open_hf(path: Path) -> Checkpoint:
+    from gemkit.weights.hf import read_hf
+
+    return read_hf(path)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
     from gemkit.weights.gguf import read_gguf
 
     return read_gguf(path)

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gemkit.errors import GemkitError
-from gemkit.weights.hub_names import INDEX, HfName, official, select
+from gemkit.weights.folder import CONFIG, INDEX, SINGLE, TOKENIZERS
+from gemkit.weights.hub_names import HfName, official, select
 
 
 def cache_folder() -> Path:
@@ -59,11 +60,11 @@ def whole(folder: Path, name: HfName) -> Path | None:
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder holds a whole Hugging Face model: its configuration, a tokenizer and all of its weights."""
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         return False
-    if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         return False
-    if (folder / "model.safetensors").is_file():
+    if (folder / SINGLE).is_file():
         return True
     try:
         shards = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())

@@ -13,6 +13,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from gemkit.errors import GemkitError, UsageError
+from gemkit.weights.folder import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    TOKENIZER_SETTINGS,
+    TOKENIZERS,
+    are_parts,
+    ggufs_of,
+    is_shard,
+    pickles_of,
+    stem,
+    unsplit,
+)
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _HF = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?(?::(?P<selector>[^:@\s]+))?")
@@ -21,23 +34,17 @@ _KAGGLE = re.compile(rf"(?P<handle>{_PART}/{_PART}/{_PART}/{_PART})(?:/(?P<versi
 # Small files, all at the top of a repository; beside them the weights are fetched, and nothing else.
 _SMALL = frozenset(
     {
-        "config.json",
+        CONFIG,
         "generation_config.json",
-        "tokenizer.model",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
+        *TOKENIZERS,
+        *TOKENIZER_SETTINGS,
         "chat_template.jinja",
         "chat_template.json",
     }
 )
-INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 # What only folders of Flax arrays have
 _FLAX = frozenset({"_METADATA", "manifest.ocdbt", "checkpoint"})
 _QUANT = re.compile(r"(?:^|[-._])((?:I?Q|TQ|MXFP)\d\w*|BF16|FP?16|FP?32)$", re.IGNORECASE)
-_SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 @dataclass(frozen=True)
@@ -137,19 +144,19 @@ def select(files: Iterable[str], selector: str | None, label: str) -> list[str]:
     """
     files = sorted(files)
     top = [name for name in files if "/" not in name]
-    ggufs = [name for name in files if name.lower().endswith(".gguf") and _is_model(name)]
+    ggufs = ggufs_of(files)
     if selector is not None:
         return [_one(ggufs, selector, label)]
-    weights = [name for name in top if _SHARD.fullmatch(name)] if INDEX in top else []
-    weights = weights or [name for name in top if name == "model.safetensors"]
-    if weights and "config.json" in top:
-        index = [INDEX] if INDEX in top and "model.safetensors" not in weights else []
+    weights = [name for name in top if name == SINGLE]
+    weights = weights or ([name for name in top if is_shard(name)] if INDEX in top else [])
+    if weights and CONFIG in top:
+        index = [INDEX] if SINGLE not in weights else []
         return [*(name for name in top if name in _SMALL), *index, *weights]
     if ggufs:
         return [_one(ggufs, None, label)]
     if found := official(files):
         return found
-    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    pickles = pickles_of(files)
     has = f" (only pickles such as {pickles[0]}, which may run code)" if pickles else ""
     raise GemkitError(f"{label} has no weights that gemkit reads{has}: look for a version in safetensors or GGUF")
 
@@ -171,14 +178,8 @@ def official(files: Iterable[str]) -> list[str]:
 
 def quantisation(name: str) -> str | None:
     """Returns the block format in a GGUF file's name: `Q4_K_M` for `gemma-2b-it.Q4_K_M.gguf`."""
-    match = _QUANT.search(re.sub(r"\.gguf$", "", name, flags=re.IGNORECASE))
+    match = _QUANT.search(stem(name))
     return match[1] if match else None
-
-
-def _is_model(name: str) -> bool:
-    """Image encoders and quantisation statistics are GGUF files too."""
-    stem = name.rsplit("/", 1)[-1].lower()
-    return "mmproj" not in stem and "imatrix" not in stem
 
 
 def _one(ggufs: list[str], selector: str | None, label: str) -> str:
@@ -188,22 +189,17 @@ def _one(ggufs: list[str], selector: str | None, label: str) -> str:
         found = (
             [name for name in ggufs if name == selector]
             or [name for name in ggufs if fnmatch.fnmatchcase(name.lower(), key)]
-            or [name for name in ggufs if (quantisation(_unsplit(name)) or "").lower() == key]
+            or [name for name in ggufs if (quantisation(unsplit(name)) or "").lower() == key]
         )
     base = label.removesuffix(f":{selector}") if selector else label
     if not found:
         listed = f"it has {_listed(ggufs)}" if ggufs else "it has no GGUF file"
         raise UsageError(f"{base} has no GGUF file {selector!r}: {listed}")
-    if any(_unsplit(name) != name for name in found) and len({_unsplit(name) for name in found}) == 1:
+    if are_parts(found):
         raise GemkitError(f"{label} is split into several files, which gemkit does not read: choose a whole GGUF file")
     if len(found) > 1:
         raise UsageError(f"{label} means {len(found)} GGUF files; add :file or :quantisation: {_listed(found)}")
     return found[0]
-
-
-def _unsplit(name: str) -> str:
-    stem = re.sub(r"\.gguf$", "", name, flags=re.IGNORECASE)
-    return _SPLIT.sub("", stem) + name[len(stem) :]
 
 
 def _listed(names: list[str]) -> str:

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from gemkit.errors import GemkitError
+from gemkit.weights.git_lfs import refuse_pointer
 
 _MAX_BYTES = 256 << 20  # the largest, tokenizer.json, has 40 MB
 
 
 def parse_object(data: bytes) -> dict[str, object]:
-    """The JSON object in UTF-8 bytes. Raises ValueError for anything else and for a key that an object has twice."""
+    """The JSON object in UTF-8 bytes, with or without a byte order mark.
+
+    Raises ValueError for anything else and for a key that an object has twice.
+    """
 
     def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
@@ -26,7 +30,7 @@ def parse_object(data: bytes) -> dict[str, object]:
         raise ValueError(f"it holds {name}")
 
     try:
-        value = json.loads(data.decode(), object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
     except RecursionError:
@@ -44,9 +48,11 @@ def read_file(path: Path) -> bytes:
             raise GemkitError(f"{path} is not a regular file: check the path")
         if status.st_size > _MAX_BYTES:
             raise GemkitError(f"{path} has {status.st_size} bytes, far more than such a file needs: get it again")
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise GemkitError(f"{path} cannot be read ({error.strerror or error}): check the path") from None
+    refuse_pointer(path, data)
+    return data
 
 
 def read_object(path: Path) -> dict[str, object]:

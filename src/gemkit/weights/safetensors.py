@@ -23,11 +23,11 @@ from typing import NoReturn
 import numpy as np
 
 from gemkit.errors import GemkitError
+from gemkit.weights import folder as rules
+from gemkit.weights.folder import INDEX, SINGLE
+from gemkit.weights.git_lfs import HEAD, refuse_pointer
 from gemkit.weights.json_file import parse_object, read_object
 from gemkit.weights.quant import GGMLType
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 # Bits of one element
 DTYPES = {
@@ -60,7 +60,6 @@ TYPES = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
 
 _MAX_HEADER = 100_000_000
 _MAX_DIMENSIONS = 64  # NumPy's
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,7 @@ class SafetensorsFile:
         raise GemkitError(f"{self.path}: {fault}; {remedy}")
 
     def _parse(self, size: int) -> None:
+        refuse_pointer(self.path, self._map[: len(HEAD)])
         (length,) = struct.unpack_from("<Q", self._map)
         start = 8 + length
         if self._map[8:9] != b"{":
@@ -191,7 +191,7 @@ class ShardedFiles:
 
     def __init__(self, files: tuple[SafetensorsFile, ...]) -> None:
         self.files = files
-        self._file_of = {name: file for file in files for name in file.tensors}
+        self._file_of = {name: file for file in files for name in file.tensors}  # the last file counts
         self.tensors: Mapping[str, Entry] = {name: file.tensors[name] for name, file in self._file_of.items()}
 
     @property
@@ -217,59 +217,77 @@ class ShardedFiles:
         self.close()
 
 
-def open_weights(folder: str | os.PathLike[str]) -> ShardedFiles:
+def open_weights(folder: str | os.PathLike[str], name: str | None = None) -> ShardedFiles:
     """Opens a folder's weights: ``model.safetensors``, or the shards of its index, or its only safetensors file.
 
-    Raises GemkitError if there are none, a file is broken, or index and shards disagree on a single tensor.
+    name: the file or index to open instead, where ``config.json`` gives one. The shards of an index are read whole, as
+    transformers does: which tensor it puts where does not matter, and of a tensor that two shards have the last counts.
+    Raises GemkitError if there are no weights or a file is broken or missing.
     """
     folder = Path(folder)
+    if name is not None:
+        if not _is_inside(name):
+            raise GemkitError(f"{folder}: config.json takes its weights from {shown(name)}, no file of it; mend that")
+        return _open_shards(folder / name) if name.endswith(".json") else _one(folder / name)
     if os.path.lexists(folder / SINGLE):
-        return ShardedFiles((SafetensorsFile(folder / SINGLE),))
+        return _one(folder / SINGLE)
     if os.path.lexists(folder / INDEX):
-        return _open_shards(folder)
+        return _open_shards(folder / INDEX)
     try:
-        names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
-        pickled = any(path.suffix in (".bin", ".pt", ".pth", ".ckpt") for path in folder.iterdir())
+        files = rules.top_level(folder)
+        inner = sorted(path.parent.name for path in folder.glob("*/" + rules.CONFIG))
     except OSError as error:
         raise GemkitError(f"{folder} cannot be read ({error.strerror or error}): check the path") from None
-    if names == ["adapter_model.safetensors"]:
-        raise GemkitError(f"{folder} holds an adapter, not a model: give the model's path, and this one as its adapter")
-    if any(_SHARD.fullmatch(name) for name in names):
-        raise GemkitError(f"{folder} has shards of a model but no {INDEX}: get that file too")
-    if not names:
-        more = ", only pickled weights, which can run programs: get a version in safetensors" if pickled else ""
-        raise GemkitError(f"{folder} has no safetensors files{more or ': check the path'}")
-    if len(names) > 1:
-        raise GemkitError(f"{folder} has {len(names)} safetensors files and none named {SINGLE}: leave one there")
-    return ShardedFiles((SafetensorsFile(folder / names[0]),))
+    names = rules.safetensors_of(files)
+    if len(names) == 1 and not rules.is_shard(names[0]):
+        return _one(folder / names[0])
+    raise GemkitError(f"{folder} {_no_weights(files, names, inner)}")
 
 
-def _open_shards(folder: Path) -> ShardedFiles:
-    index = folder / INDEX
+def _no_weights(files: list[str], names: list[str], inner: list[str]) -> str:
+    """Why a folder's weights cannot be opened. names: its safetensors; inner: subfolders that look like models."""
+    if any(map(rules.is_shard, names)):
+        return f"has shards of a model but no {INDEX}: get that file too"
+    if names:
+        return f"has {len(names)} safetensors files and none named {SINGLE} ({rules.listed(names)}): leave one there"
+    if any(map(rules.is_adapter_file, files)):
+        return "holds an adapter, not a model: give the model's path, and this one as --adapter-path"
+    if pickles := rules.pickles_of(files):
+        return (
+            f"has no safetensors, only pickled weights ({rules.listed(pickles)}), which can run programs: get a "
+            "version in safetensors, or save it again with transformers where you trust it (save_pretrained)"
+        )
+    if "zero_to_fp32.py" in files:
+        return "holds the parts of a DeepSpeed run, not a model: run its zero_to_fp32.py, with --safe_serialization"
+    if inner:
+        return f"has no safetensors files, but there are models in it: give one, such as {rules.listed(inner)}"
+    return "has no safetensors files: check the path"
+
+
+def _one(path: Path) -> ShardedFiles:
+    return ShardedFiles((SafetensorsFile(path),))
+
+
+def _open_shards(index: Path) -> ShardedFiles:
     shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise GemkitError(f"{index} has no weight_map; get the file again")
     for tensor, name in shards.items():
-        if not isinstance(name, str) or not _is_plain(name):
+        if not isinstance(name, str) or not _is_inside(name) or not name.endswith(".safetensors"):
             raise GemkitError(
                 f"{index} puts {shown(tensor)} into {shown(name)}, which is no name of a file beside it; get it again"
             )
+    names = sorted(set(shards.values()))
+    absent = [name for name in names if not (index.parent / name).exists()]
+    if absent:
+        count = f", {len(absent)} of {len(names)} shards," if len(absent) > 1 else ""
+        raise GemkitError(
+            f"{index.parent / absent[0]}{count} is missing, though {index.name} names it: get that file too"
+        )
     files: list[SafetensorsFile] = []
     try:
-        for name in sorted(set(shards.values())):
-            if not (folder / name).exists():
-                raise GemkitError(f"{folder / name} is missing, though {INDEX} names it: get that file too")
-            file = SafetensorsFile(folder / name)
-            files.append(file)
-            expected = {tensor for tensor, shard in shards.items() if shard == name}
-            if missing := sorted(expected - file.tensors.keys()):
-                raise GemkitError(
-                    f"{file.path} lacks {_listed(missing)}, which {INDEX} puts there; get both files again"
-                )
-            if extra := sorted(file.tensors.keys() - expected):
-                raise GemkitError(
-                    f"{file.path} holds {_listed(extra)}, which {INDEX} does not put there; get both files again"
-                )
+        for name in names:
+            files.append(SafetensorsFile(index.parent / name))
     except BaseException:
         for file in files:
             file.close()
@@ -277,18 +295,14 @@ def _open_shards(folder: Path) -> ShardedFiles:
     return ShardedFiles(tuple(files))
 
 
-def _is_plain(name: str) -> bool:
-    """A file's name without a folder, on any system."""
-    return name.endswith(".safetensors") and name.isprintable() and not re.search(r"[/\\:]", name)
+def _is_inside(name: str) -> bool:
+    """A file's name, possibly in a subfolder, that on no system leaves the folder it is put in."""
+    parts = name.split("/")
+    return name.isprintable() and not re.search(r"[\\:]", name) and not any(p in ("", ".", "..") for p in parts)
 
 
 def _counts(value: object) -> bool:
     return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(shown, names[:3])) + more
 
 
 def shown(value: object) -> str:

@@ -12,7 +12,9 @@ from pathlib import Path
 from gemkit.apps.check import config, files, folder, gguf, keras, tensors, tokens
 from gemkit.apps.check.finding import LEVELS, Finding, Rule
 from gemkit.apps.check.subject import Subject
-from gemkit.errors import UsageError
+from gemkit.errors import GemkitError, UsageError
+from gemkit.weights.files import one_gguf
+from gemkit.weights.folder import ggufs_of, is_hugging_face
 
 __all__ = ["RULES", "Finding", "Rule", "check", "judge", "read", "scope"]
 
@@ -73,15 +75,18 @@ def read(path: Path, deep: bool = False) -> Subject:
 
 def _read_folder(path: Path, deep: bool) -> Subject:
     subject = Subject(path, "hf", folder=path, files=folder.files_of(path), deep=deep)
-    models = [name for name in subject.files if name.endswith(".gguf") and "/" not in name]
+    top = [name for name in subject.files if "/" not in name]
+    models = [] if is_hugging_face(top) else ggufs_of(top)
+    if models:
+        try:
+            name = one_gguf(path, models)
+        except GemkitError as error:
+            raise UsageError(str(error)) from None
+        subject.folder = None
+        gguf.read(path / name, subject)
+        subject.folder = path
+        return subject
     if "config.json" not in subject.files:
-        if len(models) == 1:
-            subject.folder = None
-            gguf.read(path / models[0], subject)
-            subject.folder = path
-            return subject
-        if len(models) > 1:
-            raise UsageError(f"{path} holds {len(models)} GGUF files: give the path of one")
         if any(map(folder.is_adapter, subject.files)):
             raise UsageError(f"{path} holds a LoRA adapter: give the model that it was trained for, or merge it first")
         if any(name.endswith(".safetensors") for name in subject.files):
