@@ -47,8 +47,14 @@ def test_version_and_help(capsys):
 @pytest.mark.parametrize(
     ("words", "args"),
     [
-        ("No such command", ["nothing"]),
-        ("No such option", ["generate", "demo", "--promt", "x"]),
+        ("no verb 'nothing': choose from generate, ", ["nothing"]),
+        ("no verb 'genrate'; did you mean 'generate'?", ["genrate", "demo"]),
+        ("no verb 'rnu'; did you mean 'run'?", ["rnu"]),
+        ("no verb 'pull'; did you mean 'download'?", ["pull", "gemma-3-1b-it"]),
+        ("no verb 'demo': a model comes after it, as in 'gemkit generate demo'", ["demo", "Hello"]),
+        ("No such option '--promt'. (Did you mean one of: '--prompt'", ["generate", "demo", "--promt", "x"]),
+        ("Did you mean '--debug'?", ["--debgu", "ls"]),
+        ("given twice", ["generate", "demo", "x", "--prompt", "y"]),
         ("MODEL", ["generate", "--prompt", "x"]),
         ("--prompt", ["generate", "demo"]),
         ("--max-tokens", ["generate", "demo", "--prompt", "x", "--max-tokens", "0"]),

@@ -1,16 +1,19 @@
 """The command line's face is frozen: a changed option is a decision, written here and in the changelog. Budget: 1 s."""
 
 import inspect
+import re
 
 import click
+from click.testing import CliRunner
 
 from gemkit.api import Model
 from gemkit.cli import ALIASES, VERBS, cli
+from gemkit.cli.command import GROUPS
 from gemkit.loading import load
 
 LOAD = [
-    "--threads",
-    "--ctx-size",
+    "-t/--threads",
+    "-c/--ctx-size",
     "--dtype",
     "--backend",
     "--device",
@@ -22,11 +25,13 @@ LOAD = [
 FLAGS = {
     "generate": [
         "MODEL",
-        "--prompt",
+        "words",
+        "-p/--prompt",
+        "-f/--file",
         "--system-prompt",
         "--suffix",
         "--raw",
-        "--max-tokens",
+        "-n/--max-tokens",
         "--temp/--temperature",
         "--top-k",
         "--top-p",
@@ -35,31 +40,31 @@ FLAGS = {
         "--presence-penalty",
         "--frequency-penalty",
         "--logit-bias",
-        "--seed",
+        "-s/--seed",
         "--stop",
         "--logprobs",
         "--receipt",
-        "--verbose",
+        "-v/--verbose",
         *LOAD,
     ],
-    "replay": ["file", "--model", "--threads", "--batch", "--json"],
+    "replay": ["file", "--model", "-t/--threads", "--batch", "--json"],
     "chat": [
         "MODEL",
         "--system-prompt",
-        "--max-tokens",
+        "-n/--max-tokens",
         "--temp/--temperature",
         "--top-k",
         "--top-p",
         "--min-p",
         "--repetition-penalty",
-        "--seed",
+        "-s/--seed",
         "--plain",
         "--quiet",
         *LOAD[:-1],
     ],
-    "score": ["MODEL", "--text", "--file", "--window", *LOAD],
+    "score": ["MODEL", "--text", "-f/--file", "--window", *LOAD],
     "show": ["MODEL", *LOAD],
-    "bench": ["MODEL", "--prompt-tokens", "--max-tokens", "--reps", *LOAD],
+    "bench": ["MODEL", "-p/--prompt-tokens", "-n/--max-tokens", "-r/--reps", *LOAD],
     "check": ["MODEL", "--deep", "--strict", "--json"],
     "doctor": ["[MODEL]", "--measure", "--json"],
     "convert": ["MODEL", "target", "--to", "--dtype", "--verify", "--text-file", "--offline", "--json"],
@@ -99,6 +104,21 @@ def test_every_option_and_verb_has_help():
         command = cli.get_command(click.Context(cli), verb)
         assert command.help
         assert not [p.name for p in command.params if isinstance(p, click.Option) and not p.help]
+
+
+def test_every_command_answers_to_h():
+    for arguments in ([], *([verb] for verb in VERBS), ["run"]):
+        done = CliRunner().invoke(cli, [*arguments, "-h"])
+        assert done.exit_code == 0 and done.output.startswith("Usage: ") and "-h, --help" in done.output
+
+
+def test_the_help_lists_the_alias_and_groups_many_options():
+    assert "  generate, run  Write text." in CliRunner().invoke(cli, ["--help"]).output
+    sections = re.findall(r"^(\w+):$", CliRunner().invoke(cli, ["generate", "-h"]).output, re.MULTILINE)
+    assert sections == ["Prompt", "Sampling", "Output", "Model", "Other"]
+    assert re.findall(r"^(\w+):$", CliRunner().invoke(cli, ["ls", "-h"]).output, re.MULTILINE) == ["Options"]
+    names = [name for group in GROUPS.values() for name in group]
+    assert len(names) == len(set(names))
 
 
 def test_an_alias_is_the_same_command():

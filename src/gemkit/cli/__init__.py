@@ -4,36 +4,18 @@
 """
 
 import sys
-from importlib import import_module
 
 import click
 
 from gemkit import __version__
-from gemkit.cli.common import failure
+from gemkit.cli.command import Verbs
 
 VERBS = ("generate", "replay", "chat", "score", "show", "bench", "check", "doctor", "convert", "quantize")
 VERBS += ("download", "ls", "rm")
 ALIASES = {"run": "generate"}
 
 
-class _Verbs(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        verb = ALIASES.get(name, name)
-        return import_module(f"gemkit.cli.{verb}").command if verb in VERBS else None
-
-    def invoke(self, ctx: click.Context) -> None:
-        try:
-            super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
-            raise
-        except Exception as error:
-            raise error if ctx.params["debug"] else failure(error) from error
-
-
-@click.group(cls=_Verbs, epilog="'gemkit VERB --help' lists a verb's options.")
+@click.group(cls=Verbs, verbs=VERBS, aliases=ALIASES, epilog="'gemkit VERB -h' lists a verb's options.")
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, envvar="GEMKIT_DEBUG", help="Show the traceback of an error.")
 def cli(debug: bool) -> None:

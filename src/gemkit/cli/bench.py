@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gemkit.cli.command import Verb
 from gemkit.cli.common import json_option, load_options, megabytes, model_argument, peak_memory, print_json, table
 from gemkit.errors import GemkitError, UsageError
 
@@ -15,15 +16,28 @@ if TYPE_CHECKING:
     from gemkit.api import Model
 
 
-@click.command("bench", short_help="Measure speed, and how near it is to the machine's limits.")
+@click.command("bench", cls=Verb, short_help="Measure speed, and how near it is to the machine's limits.")
 @model_argument
 @click.option(
-    "--prompt-tokens", type=click.IntRange(1), metavar="N", default=512, show_default=True, help="Length of the prompt."
+    "-p",
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    default=512,
+    show_default=True,
+    help="Length of the prompt.",
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(2), metavar="N", default=64, show_default=True, help="Tokens to generate."
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(2),
+    metavar="N",
+    default=64,
+    show_default=True,
+    help="Tokens to generate.",
 )
 @click.option(
+    "-r",
     "--reps",
     type=click.IntRange(1),
     metavar="N",

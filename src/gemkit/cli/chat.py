@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gemkit.cli.command import Verb
 from gemkit.cli.common import Text, failure, load_options, model_argument, read_text
 from gemkit.cli.generate import _real, _whole
 from gemkit.errors import UsageError
@@ -27,16 +28,16 @@ PRETRAINED = (
 )
 
 
-@click.command("chat", short_help="Chat in the terminal.")
+@click.command("chat", cls=Verb, short_help="Chat in the terminal.")
 @model_argument
 @click.option("--system-prompt", type=Text(), help="Instructions put before the conversation.")
-@_whole("--max-tokens", help="Stop an answer after so many tokens (default: up to the context).")
+@_whole("-n", "--max-tokens", help="Stop an answer after so many tokens (default: up to the context).")
 @_real("--temp", "--temperature", "temperature", default=1.0, help="0 takes the likeliest token.")
 @_whole("--top-k", default=64, help="Draw from the N likeliest tokens; 0 is off.")
 @_real("--top-p", default=0.95, help="Draw from the likeliest tokens that make up this share.")
 @_real("--min-p", help="Leave out tokens under this share of the likeliest.")
 @_real("--repetition-penalty", help="Above 1 discourages what the text already has.")
-@_whole("--seed", help="The same seed gives the same answers.")
+@_whole("-s", "--seed", help="The same seed gives the same answers.")
 @click.option("--plain", is_flag=True, help="No colours, no rendered Markdown.")
 @click.option("--quiet", is_flag=True, help="No greeting, no line about speed.")
 @load_options

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gemkit.cli.command import Verb
 from gemkit.cli.common import Text, json_option, print_json
 from gemkit.errors import GemkitError, UsageError
 
@@ -18,7 +19,7 @@ FORMATS = {"gguf": "GGUF file", "hf": "Hugging Face folder", "keras": "KerasHub 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "blue"}
 
 
-@click.command("check", short_help="Lint a model's files: GGUF, Hugging Face or KerasHub.")
+@click.command("check", cls=Verb, short_help="Lint a model's files: GGUF, Hugging Face or KerasHub.")
 @click.argument("model", metavar="MODEL", type=Text())
 @click.option("--deep", is_flag=True, help="Read every tensor to its end, not a sample of the large ones.")
 @click.option("--strict", is_flag=True, help="Exit with 1 for warnings too.")

@@ -40,9 +40,13 @@ def model_argument(command: Callable) -> Callable:
 
 
 LOAD_OPTIONS = (
-    click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads (default: the physical cores)."),
+    click.option("-t", "--threads", type=click.IntRange(1), metavar="N", help="Threads (default: the physical cores)."),
     click.option(
-        "--ctx-size", type=click.IntRange(1), metavar="N", help="Context in tokens (default: the model's own)."
+        "-c",
+        "--ctx-size",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Context in tokens (default: the model's own).",
     ),
     click.option(
         "--dtype",
@@ -89,6 +93,15 @@ def json_option(command: Callable) -> Callable:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
 
 
+def target_file(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Check, before any work, that the folder of a file to be written exists: none is made unasked."""
+    if path is not None and not path.parent.is_dir():
+        raise click.BadParameter(
+            f"the folder {path.parent} does not exist: make it first, or choose another", ctx, param
+        )
+    return path
+
+
 def import_numpy() -> None:
     """Import NumPy without the threads of its OpenBLAS: no verb multiplies matrices with it, and they cost a start."""
     name = "OPENBLAS_NUM_THREADS"
@@ -108,10 +121,14 @@ def given(**options: object) -> dict[str, object]:
 def read_text(path: str) -> str:
     """Return the UTF-8 text of a file, or of standard input for `-`; raises UsageError if it is not UTF-8."""
     data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    return decode_text(data, "standard input" if path == "-" else path)
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Return the text of UTF-8 bytes; raises UsageError, with the name of their source, if they are not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        name = "standard input" if path == "-" else path
         raise UsageError(f"{name} is not UTF-8 text (byte {error.start}): convert it first") from None
 
 

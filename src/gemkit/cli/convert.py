@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
+from gemkit.cli.command import Verb
 from gemkit.cli.common import json_option, model_argument, print_json, read_text, table
 from gemkit.errors import UsageError
 
 
-@click.command(short_help="Write a model in another format.")
+@click.command(cls=Verb, short_help="Write a model in another format.")
 @model_argument
 @click.argument("target", metavar="TARGET", type=click.Path(path_type=Path))
 @click.option(

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from gemkit.cli.command import Verb
 from gemkit.cli.common import Text, json_option, print_json, table
 
 
-@click.command("doctor", short_help="Look at this machine: what it can run, and what is wrong.")
+@click.command("doctor", cls=Verb, short_help="Look at this machine: what it can run, and what is wrong.")
 @click.argument("model", metavar="[MODEL]", required=False, type=Text())
 @click.option("--measure", is_flag=True, help="Measure the read bandwidth, and predict decode rates from it.")
 @json_option

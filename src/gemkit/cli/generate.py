@@ -1,4 +1,4 @@
-"""`gemkit generate MODEL --prompt TEXT`: write text, piece by piece."""
+"""`gemkit generate MODEL TEXT`: write text, piece by piece."""
 
 import dataclasses
 import os
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gemkit.cli.command import Verb
 from gemkit.cli.common import (
     Text,
     given,
@@ -20,8 +21,9 @@ from gemkit.cli.common import (
     model_argument,
     peak_memory,
     print_json,
-    read_text,
+    target_file,
 )
+from gemkit.cli.prompt import Prompt
 from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,17 +45,26 @@ def _real(*names: str, default: float | None = None, help: str) -> Callable:
     return click.option(*names, type=float, metavar="X", default=default, show_default=True, help=help)
 
 
-def _whole(name: str, default: int | None = None, *, help: str) -> Callable:
-    return click.option(name, type=int, metavar="N", default=default, show_default=True, help=help)
+def _whole(*names: str, default: int | None = None, help: str) -> Callable:
+    return click.option(*names, type=int, metavar="N", default=default, show_default=True, help=help)
 
 
-@click.command("generate", short_help="Write text.")
+@click.command("generate", cls=Verb, short_help="Write text.")
 @model_argument
-@click.option("--prompt", required=True, type=Text(), help="The text to go on from; - reads standard input.")
+@click.argument("words", metavar="[PROMPT]", nargs=-1, type=Text())
+@click.option("-p", "--prompt", type=Text(), help="The prompt, if it is no argument; - reads standard input.")
+@click.option(
+    "-f",
+    "--file",
+    "files",
+    multiple=True,
+    type=click.Path(allow_dash=True),
+    help="A UTF-8 file to put after the prompt, or in its place; may be repeated.",
+)
 @click.option("--system-prompt", type=Text(), help="Instructions put before the prompt (instruction-tuned models).")
 @click.option("--suffix", type=Text(), help="Fill the gap between the prompt and this text (CodeGemma).")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
-@_whole("--max-tokens", default=256, help="Stop after so many tokens.")
+@_whole("-n", "--max-tokens", default=256, help="Stop after so many tokens.")
 @_real("--temp", "--temperature", "temperature", default=1.0, help="0 takes the likeliest token.")
 @_whole("--top-k", default=64, help="Draw from the N likeliest tokens; 0 is off.")
 @_real("--top-p", default=0.95, help="Draw from the likeliest tokens that make up this share.")
@@ -62,20 +73,25 @@ def _whole(name: str, default: int | None = None, *, help: str) -> Callable:
 @_real("--presence-penalty", help="Taken off the logit of every token generated before.")
 @_real("--frequency-penalty", help="Taken off once for each time the token was generated.")
 @click.option("--logit-bias", type=_Bias(), multiple=True, help="Added to a token's logit; may be repeated.")
-@_whole("--seed", help="The same seed gives the same text.")
+@_whole("-s", "--seed", help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, type=Text(), help="Stop before this text; may be repeated.")
 @_whole("--logprobs", help="With --json: each token's log-probability and the N likeliest.")
 @click.option(
     "--receipt",
     type=click.Path(dir_okay=False, path_type=Path),
+    callback=target_file,
     help="Write what `gemkit replay` needs to make the same text again.",
 )
-@click.option("--verbose", is_flag=True, help="Print rates, time to the first token and memory to standard error.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Print rates, time to the first token and memory to standard error."
+)
 @load_options
 @json_option
 def command(
     model: str,
-    prompt: str,
+    words: tuple[str, ...],
+    prompt: str | None,
+    files: tuple[str, ...],
     system_prompt: str | None,
     suffix: str | None,
     raw: bool,
@@ -90,7 +106,8 @@ def command(
 ) -> None:
     """Write text with MODEL: a GGUF file, a Hugging Face folder, a name such as gemma-3-1b-it, or `demo`.
 
-    An instruction-tuned model gets the prompt as a user's turn, a pretrained one goes on from it.
+    An instruction-tuned model gets the prompt as a user's turn, a pretrained one goes on from it. The prompt is what
+    comes after MODEL, then the files, then what is piped in, with a blank line between two.
     """
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json: text alone has no place for them")
@@ -103,6 +120,8 @@ def command(
     if receipt is not None and load.get("backend", "native") != "native":
         raise UsageError("--receipt is for the native backend, whose tokens are the same on every machine: drop one")
 
+    parts = Prompt(words, prompt, files)
+
     from gemkit.loading import Loading
 
     started = time.perf_counter()
@@ -112,10 +131,9 @@ def command(
 
     settings = given(logprobs=logprobs, **sampling)
     Sampling(**settings)  # wrong values are found before the weights are read
-    text = read_text(prompt) if prompt == "-" else prompt
     with loading.model() as loaded:
         load_seconds = time.perf_counter() - started
-        ids = _prompt_ids(loaded, text, system_prompt, suffix, raw)
+        ids = _prompt_ids(loaded, parts.text(), system_prompt, suffix, raw)
         settings.update(max_tokens=max_tokens, stop=stop)
         if receipt is not None:
             settings.setdefault("seed", int.from_bytes(os.urandom(4), "little"))

@@ -4,10 +4,11 @@ from datetime import UTC, datetime
 
 import click
 
+from gemkit.cli.command import Verb
 from gemkit.cli.common import json_option, megabytes, print_json, table
 
 
-@click.command("ls", short_help="List the downloaded models.")
+@click.command("ls", cls=Verb, short_help="List the downloaded models.")
 @json_option
 def command(as_json: bool) -> None:
     """List the Gemma models in the caches of Hugging Face, Kaggle and gemkit."""

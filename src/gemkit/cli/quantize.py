@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gemkit.cli.command import Verb
 from gemkit.cli.common import json_option, megabytes, model_argument, print_json, read_text, table
 from gemkit.errors import GemkitError, GemkitWarning, UsageError
 
@@ -23,7 +24,7 @@ EMBEDDINGS = tuple(name for name in NAMES if not name.endswith("_m"))
 WORST = 5  # tensors that the report names
 
 
-@click.command("quantize", short_help="Write a model in a narrower type, and measure the damage.")
+@click.command("quantize", cls=Verb, short_help="Write a model in a narrower type, and measure the damage.")
 @model_argument
 @click.argument("target", metavar="TARGET", type=click.Path(path_type=Path))
 @click.option(

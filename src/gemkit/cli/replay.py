@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from gemkit.cli.command import Verb
 from gemkit.cli.common import import_numpy, json_option, print_json
 
 
-@click.command(short_help="Make the text of a receipt again.")
+@click.command(cls=Verb, short_help="Make the text of a receipt again.")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", metavar="MODEL", help="Where the weights are, if not where they were.")
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads (default: the physical cores).")
+@click.option("-t", "--threads", type=click.IntRange(1), metavar="N", help="Threads (default: the physical cores).")
 @click.option(
     "--batch",
     type=click.IntRange(1, 256),

@@ -4,11 +4,12 @@ import sys
 
 import click
 
+from gemkit.cli.command import Verb
 from gemkit.cli.common import Text, megabytes
 from gemkit.errors import GemkitError, UsageError
 
 
-@click.command("rm", short_help="Delete a downloaded model.")
+@click.command("rm", cls=Verb, short_help="Delete a downloaded model.")
 @click.argument("name", metavar="NAME", type=Text())
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def command(name: str, yes: bool) -> None:

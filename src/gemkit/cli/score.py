@@ -5,14 +5,15 @@ import time
 
 import click
 
+from gemkit.cli.command import Verb
 from gemkit.cli.common import Text, json_option, load_options, model_argument, print_json, read_text
 from gemkit.errors import UsageError
 
 
-@click.command("score", short_help="Print how likely a text is.")
+@click.command("score", cls=Verb, short_help="Print how likely a text is.")
 @model_argument
 @click.option("--text", type=Text(), help="The text.")
-@click.option("--file", "path", help="A UTF-8 file with the text; - reads standard input.")
+@click.option("-f", "--file", "path", help="A UTF-8 file with the text; - reads standard input.")
 @click.option(
     "--window", type=click.IntRange(1), metavar="N", help="Tokens scored together (default: the whole context)."
 )

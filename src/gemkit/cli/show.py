@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gemkit.cli.command import Verb
 from gemkit.cli.common import json_option, load_options, megabytes, model_argument, peak_memory, print_json, table
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from gemkit.weights.checkpoint import Checkpoint
 
 
-@click.command("show", short_help="Print layers, shapes, bytes and a memory plan.")
+@click.command("show", cls=Verb, short_help="Print layers, shapes, bytes and a memory plan.")
 @model_argument
 @load_options
 @json_option

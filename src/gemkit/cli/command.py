@@ -1,0 +1,136 @@
+"""The classes of the commands: options in groups, `-h`, suggestions for mistyped verbs, aliases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+
+import click
+
+from gemkit.cli.common import failure
+
+# The help's sections and the parameters in them; those of no section stand in the last one.
+GROUPS = {
+    "Prompt": ("prompt", "files", "system_prompt", "suffix", "raw", "special"),
+    "Conversation": ("resume", "context_shift", "no_history"),
+    "Sampling": (
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "seed",
+        "stop",
+    ),
+    "Output": ("logprobs", "receipt", "verbose", "plain", "quiet", "as_json"),
+    "Model": ("threads", "ctx_size", "dtype", "backend", "device", "adapter", "offline", "activations"),
+}
+_REST = "Other"
+# A shorter list of options is easier to read without headings.
+_FEW = 12
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+# What other programs call a verb.
+_ELSEWHERE = {
+    "list": "ls",
+    "pull": "download",
+    "get": "download",
+    "fetch": "download",
+    "remove": "rm",
+    "delete": "rm",
+    "info": "show",
+    "inspect": "show",
+    "complete": "generate",
+    "infer": "generate",
+    "perplexity": "score",
+    "benchmark": "bench",
+    "lint": "check",
+    "embedding": "embed",
+    "embeddings": "embed",
+    "encode": "tokenize",
+}
+
+
+class Verb(click.Command):
+    """A command whose help lists its options in groups, if there are many."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options, each section under its heading."""
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        if len(options) <= _FEW:
+            super().format_options(ctx, formatter)
+            return
+        group_of = {name: group for group, names in GROUPS.items() for name in names}
+        for group in (*GROUPS, _REST):
+            records = [
+                record
+                for option in options
+                if group_of.get(option.name, _REST) == group and (record := option.get_help_record(ctx))
+            ]
+            if records:
+                with formatter.section(group):
+                    formatter.write_dl(records)
+
+
+class Verbs(click.Group):
+    """The verbs, each imported from its file when it is used; an alias is another name of one."""
+
+    def __init__(self, verbs: Iterable[str], aliases: dict[str, str], **options: object) -> None:
+        super().__init__(context_settings=HELP_NAMES, **options)
+        self.verbs, self.aliases = tuple(verbs), aliases
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Returns the verbs, an alias after its verb."""
+        return [name for verb in self.verbs for name in self._names(verb)]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Returns the verb's command, None for an unknown name."""
+        verb = self.aliases.get(name, name)
+        return import_module(f"gemkit.cli.{verb}").command if verb in self.verbs else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Finds the verb; raises UsageError with the nearest one."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if not isinstance(error, click.exceptions.NoSuchCommand):
+                raise
+            raise click.UsageError(self._unknown(args[0]), ctx) from None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the verbs, those with two names on one line."""
+        with formatter.section("Commands"):
+            rows = [(", ".join(self._names(verb)), self.get_command(ctx, verb).short_help) for verb in self.verbs]
+            formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs the verb; every error becomes one line, unless `--debug` is given."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except Exception as error:
+            raise error if ctx.params["debug"] else failure(error) from error
+
+    def _names(self, verb: str) -> list[str]:
+        return [verb, *(alias for alias, target in self.aliases.items() if target == verb)]
+
+    def _unknown(self, name: str) -> str:
+        """The message for a word that is no verb: the nearest one, or how a model is given."""
+        from difflib import get_close_matches
+
+        verbs = [*self.verbs, *self.aliases]
+        near = _ELSEWHERE.get(name.lower()) or next(iter(get_close_matches(name.lower(), verbs, 1)), None)
+        if near in verbs:
+            return f"no verb {name!r:.60}; did you mean {near!r}?"
+        from gemkit.arch.presets import PRESETS
+
+        if name in (*PRESETS, "demo") or Path(name).exists():
+            return f"no verb {name!r}: a model comes after it, as in 'gemkit generate {name}' or 'gemkit chat {name}'"
+        return f"no verb {name!r:.60}: choose from {', '.join(verbs)}"
