@@ -114,8 +114,10 @@ class Loading:
                 "adapters and float32 activations are for the native backend: leave them or the backend out"
             )
         self.threads, self.activations, self.ctx_size = threads, activations, ctx_size
-        self.dtype, self.adapter = dtype, adapter
+        self.dtype = dtype
         self.backend, self.device = backend, device
+        # Read before the model, which may be gigabytes away
+        self.adapters = _adapters(adapter)
         self.path = find(path_or_name, offline)
         self._beside = ThreadPoolExecutor(1)
         self._early: Future[Tokenizer | None] = self._beside.submit(_remembered_tokenizer, self.path)
@@ -131,17 +133,17 @@ class Loading:
             # The vocabulary is read while the core packs the weights: each takes a tenth of a second or more.
             tokenizer = self._beside.submit(lambda: self._early.result() or _tokenizer(stored))
             checkpoint = _converted(stored, self.dtype)
-            adapters = _adapters(self.adapter, checkpoint.config)
+            _check_adapters(self.adapters, checkpoint.config)
             store = PackedStore.of(stored.source, checkpoint.tensors)
             runner = NativeRunner(
                 checkpoint.config,
                 checkpoint.tensors,
-                adapters=list(adapters.values()),
+                adapters=list(self.adapters.values()),
                 store=store,
                 threads=self.threads,
                 activations=self.activations,
             )
-            return Model(checkpoint, runner, tokenizer.result(), self.threads, self.ctx_size, adapters, store)
+            return Model(checkpoint, runner, tokenizer.result(), self.threads, self.ctx_size, self.adapters, store)
 
     def _framework_model(self) -> Model:
         from gemkit.api import Model
@@ -152,9 +154,9 @@ class Loading:
         try:
             module = importlib.import_module(f"gemkit.models.{self.backend}")
         except ModuleNotFoundError as error:
-            raise GemkitError(
-                f"the backend {self.backend} needs {error.name}: pip install 'gemkit[{self.backend}]'"
-            ) from None
+            from gemkit.extras import install
+
+            raise GemkitError(f"the backend {self.backend} needs {error.name}: {install(self.backend)}") from None
         runner_of = getattr(module, f"{self.backend.title()}Runner")
         with self._beside, open_checkpoint(self.path) as checkpoint:
             runner = runner_of(
@@ -170,12 +172,14 @@ def _choose_keras_backend() -> None:
         return
     installed = [name for name in ("jax", "torch", "tensorflow") if find_spec(name)]
     if not installed:
-        raise GemkitError("Keras needs JAX, PyTorch or TensorFlow: pip install 'gemkit[keras,jax]'")
+        from gemkit.extras import install
+
+        raise GemkitError(f"Keras needs JAX, PyTorch or TensorFlow: {install('keras', 'jax')}")
     os.environ["KERAS_BACKEND"] = installed[0]
 
 
-def find(path_or_name: str | os.PathLike[str], offline: bool = False) -> Path:
-    """The model's file or folder, downloaded if need be."""
+def find(path_or_name: str | os.PathLike[str], offline: bool = False, *, download: bool = True) -> Path:
+    """Returns the model's file or folder. download: fetch it if it is missing; False raises GemkitError instead."""
     if path_or_name == "demo":
         from gemkit.weights.demo import demo_path
 
@@ -185,7 +189,7 @@ def find(path_or_name: str | os.PathLike[str], offline: bool = False) -> Path:
         return path
     from gemkit.weights.hub import resolve
 
-    return resolve(path_or_name, offline=offline)
+    return resolve(path_or_name, offline=offline, download=download)
 
 
 def default_threads() -> int:
@@ -214,20 +218,28 @@ def _converted(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     return convert(checkpoint, dtype)
 
 
-def _adapters(paths: Adapters | None, config: ModelConfig) -> dict[str, LoraAdapter]:
-    """The adapters by name."""
+def _adapters(paths: Adapters | None) -> dict[str, LoraAdapter]:
+    """Reads the adapters, by name."""
     if paths is None:
         return {}
     from gemkit.api import BASE, ONLY
-    from gemkit.weights.lora import check_fits, read_peft
+    from gemkit.weights.lora import read_peft
 
     adapters = {}
     for name, path in paths.items() if isinstance(paths, Mapping) else [(ONLY, paths)]:
         if isinstance(paths, Mapping) and (name in (BASE, ONLY) or not isinstance(name, str)):
             raise UsageError(f"an adapter is named {name!r}: give it another name")
         adapters[name] = read_peft(path)
-        check_fits(adapters[name], config)
     return adapters
+
+
+def _check_adapters(adapters: Mapping[str, LoraAdapter], config: ModelConfig) -> None:
+    """Raises GemkitError for an adapter that does not fit the model."""
+    if adapters:
+        from gemkit.weights.lora import check_fits
+
+        for adapter in adapters.values():
+            check_fits(adapter, config)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -159,7 +159,7 @@ def test_it_works_without_the_core_and_the_network(flags):
     )
     assert run.returncode == 1, run.stderr
     assert "Traceback" not in run.stderr and "secret" not in run.stdout + run.stderr
-    assert "GLIBCXX_3.4.32" in run.stdout and "--no-binary" in run.stdout
+    assert "GLIBCXX_3.4.32" in run.stdout and "--force-reinstall" in run.stdout
     if flags:
         report = json.loads(run.stdout)
         assert report["native"]["loads"] is False and report["bandwidth"] is None

@@ -71,6 +71,13 @@ def test_what_cannot_be_is_one_line(capsys, world: World, code: int, words: str,
     assert (got, out) == (code, "") and err.startswith("gemkit: ") and err.count("\n") == 1 and words in err, err
 
 
+@pytest.mark.parametrize("verb", ["check", "doctor"])
+def test_what_only_looks_does_not_blame_the_network(capsys, world: World, verb: str):
+    code, out, err = run(capsys, verb, "gemma-7b")
+    assert code in (1, 2) and not out and err == "gemkit: gemma-7b is not downloaded: run 'gemkit download gemma-7b'\n"
+    assert world.log() == []
+
+
 def test_an_interrupted_download_exits_with_130_and_is_listed_as_incomplete(capsys, world: World):
     for shard in SHARDS:
         world.fault(shard, "stall", at=30_000, seconds=30)

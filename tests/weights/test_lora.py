@@ -190,7 +190,7 @@ def test_where_the_adapter_is(saved, folder):
     (folder / CONFIG).unlink()
     assert CONFIG in refusal(folder)
     shutil.rmtree(folder)
-    assert "no folder" in refusal(folder)
+    assert "does not exist" in refusal(folder)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

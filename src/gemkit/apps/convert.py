@@ -51,14 +51,7 @@ def convert(
     float32 in their place, without loss. "int8" (Q8_0) is for "gguf", "float16" not for "orbax".
     Raises UsageError for a bad combination, GemkitError if the target exists or cannot be written.
     """
-    if to not in FORMATS:
-        raise UsageError(f"the format is {to!r}; choose from {', '.join(FORMATS)}")
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
-    if to == "hf" and dtype == "int8":
-        raise UsageError("a Hugging Face folder has no int8 blocks: choose a float dtype, or --to gguf")
-    if to == "orbax" and dtype in ("int8", "float16"):
-        raise UsageError("Flax checkpoints are float32 or bfloat16: choose one of them, or --to gguf")
+    check_request(to, dtype)
     if os.path.lexists(target):
         raise GemkitError(f"{target} exists: give another name, or delete it first")
     with open_checkpoint(source) as stored:
@@ -68,6 +61,18 @@ def convert(
         if to == "orbax":
             return write_orbax(target, checkpoint, progress=progress)
         return write_gguf(target, checkpoint)
+
+
+def check_request(to: str, dtype: str) -> None:
+    """Raises UsageError for a format or type that there is not, or a combination that cannot be written."""
+    if to not in FORMATS:
+        raise UsageError(f"the format is {to!r}; choose from {', '.join(FORMATS)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
+    if to == "hf" and dtype == "int8":
+        raise UsageError("a Hugging Face folder has no int8 blocks: choose a float dtype, or --to gguf")
+    if to == "orbax" and dtype in ("int8", "float16"):
+        raise UsageError("Flax checkpoints are float32 or bfloat16: choose one of them, or --to gguf")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from gemkit import __version__
 from gemkit.apps import memory
 from gemkit.cache import cache_dir
 from gemkit.errors import GemkitError
+from gemkit.extras import install, reinstall, requirements
 
 # The core's kernels by processor; it takes the first that the processor can run.
 COMPILED = {"x86_64": ("avx512", "avx2", "portable"), "aarch64": ("neon", "portable")}
@@ -185,10 +186,10 @@ def _native(problems: list[Problem], instructions: Collection[str]) -> dict[str,
 def core_remedy(fault: str) -> str:
     """What to do when the core's module does not load, by what the system said."""
     if re.search(r"GLIBC|CXXABI|GLIBCXX", fault):
-        return "the wheel is made for a newer system: pip install --no-binary gemkit gemkit builds it here"
+        return f"the wheel is made for a newer system; build gemkit here from its source: {reinstall()}"
     if re.search(r"(?i)architecture|ELF|Mach-O|win32", fault):
-        return "the file is for another processor or system: pip install --force-reinstall gemkit"
-    return "pip install --force-reinstall gemkit (from source: pip install . with a C++ compiler)"
+        return f"the file is for another processor or system: {reinstall()}"
+    return f"{reinstall()} (from source it needs a C++ compiler)"
 
 
 def _memory(problems: list[Problem]) -> dict[str, Any]:
@@ -311,23 +312,17 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 def extras() -> list[dict[str, Any]]:
     """gemkit's optional extras for users: what is missing of each. Empty if gemkit was not installed by pip."""
-    try:
-        distribution = metadata.distribution("gemkit")
-    except metadata.PackageNotFoundError:
-        return []
-    wanted: dict[str, list[str]] = {name: [] for name in distribution.metadata.get_all("Provides-Extra") or []}
-    for requirement in distribution.requires or []:
-        extra = re.search(r"""extra\s*==\s*['"]([\w.-]+)['"]""", requirement)
-        if extra:
-            wanted.setdefault(extra[1], []).append(re.match(r"[\w.-]+", requirement)[0])
+    wanted = {
+        name: [re.match(r"[\w.-]+", requirement)[0] for requirement in packages]
+        for name, packages in requirements().items()
+    }
     return [
         {
             "name": name,
             "missing": [package for package in packages if _version(package) is None],
-            "install": f"pip install 'gemkit[{name}]'",
+            "install": install(name),
         }
         for name, packages in wanted.items()
-        if name not in ("test", "dev", "bench")
     ]
 
 

@@ -133,7 +133,7 @@ def fit(model: str, free: int | None, bandwidth: float | None) -> dict[str, Any]
     from gemkit.loading import find
     from gemkit.weights.files import open_checkpoint
 
-    with open_checkpoint(find(model, offline=True)) as checkpoint:
+    with open_checkpoint(find(model, download=False)) as checkpoint:
         config, source = checkpoint.config, str(checkpoint.source)
         weights = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"

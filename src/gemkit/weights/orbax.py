@@ -64,9 +64,9 @@ def orbax_library() -> Any:
     try:
         import orbax.checkpoint
     except ImportError:
-        raise GemkitError(
-            "Flax/Orbax checkpoints need the library orbax-checkpoint: pip install 'gemkit[orbax]'"
-        ) from None
+        from gemkit.extras import install
+
+        raise GemkitError(f"Flax/Orbax checkpoints need the library orbax-checkpoint: {install('orbax')}") from None
     return orbax.checkpoint
 
 
