@@ -128,6 +128,39 @@ def test_a_pretrained_model_warns_of_a_conversation():
     fake(instruction_tuned=False).generate("abc", max_tokens=1)
 
 
+RENDERED = "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
+
+
+def test_a_rendered_prompt_warns_once_a_call_and_is_read_when_asked():
+    m, t = fake(), tokenizer()
+    ids = chat_template.render(t, [{"role": "user", "content": "hi"}])
+    calls = [
+        lambda **o: m.generate(RENDERED, max_tokens=1, seed=1, **o).usage.prompt_tokens,
+        lambda **o: m.generate([RENDERED, "abc", RENDERED], max_tokens=1, seed=1, **o)[2].usage.prompt_tokens,
+        lambda **o: next(m.stream(RENDERED, max_tokens=1, logprobs=1, **o)).logprob,
+        lambda **o: m.score(RENDERED, **o).ids,
+        lambda **o: m.score(["abc", RENDERED], **o)[1].ids,
+        lambda **o: m.embed(["abc", RENDERED], **o)[1].tolist(),
+    ]
+    for call, wanted in zip(
+        calls,
+        [len(ids)] * 2 + [m.generate(ids, max_tokens=1, temperature=0, logprobs=1).logprobs[0]] + [ids] * 2 + [None],
+    ):
+        with pytest.warns(GemkitWarning) as caught:
+            plain = call()
+        (warning,) = caught
+        message = str(warning.message)
+        assert "<bos>, <start_of_turn>, <end_of_turn>" in message and "parse_special=True" in message
+        assert warning.filename == __file__ and "\n" not in message
+        read = call(parse_special=True)
+        assert read != plain and (wanted is None or read == wanted)
+    with pytest.warns(GemkitWarning, match="the text holds <eos>, read as plain"):
+        m.generate("a <eos> b <eos>", max_tokens=1)
+    m.generate([{"role": "user", "content": "what does <end_of_turn> mean?"}], max_tokens=1)
+    with pytest.raises(UsageError, match="content of a message is always plain"):
+        m.generate(TALK, parse_special=True)
+
+
 def test_score():
     m = fake()
     score = m.score("hello there")

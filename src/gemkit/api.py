@@ -22,7 +22,7 @@ from gemkit.engine.engine import Engine
 from gemkit.engine.sampling import Sampling
 from gemkit.engine.sequence import Sequence as Request
 from gemkit.engine.sequence import Token
-from gemkit.errors import GemkitError, GemkitWarning, UsageError
+from gemkit.errors import GemkitError, GemkitWarning, UsageError, listed
 from gemkit.text import chat as chat_template
 from gemkit.text import fim
 from gemkit.text.tokenizer import Tokenizer
@@ -199,6 +199,7 @@ class Model:
         logprobs: int | None = None,
         adapter: str | None = None,
         suffix: str | None = None,
+        parse_special: bool = False,
     ) -> Completion | list[Completion]:
         """Writes an answer to a prompt, or to each of a list of prompts together, and returns it or them.
 
@@ -208,12 +209,17 @@ class Model:
         prompt gets a random one. stop: texts before which the answer ends. ignore_eos: do not end at the model's stop
         tokens. logprobs: report each token's log-probability and so many of the likeliest, up to 20; by default none,
         which is faster. adapter: which of the model's adapters to use, by name; "base" for none. suffix: the text after
-        the gap that is to be filled after the prompt (CodeGemma).
+        the gap that is to be filled after the prompt (CodeGemma). parse_special: read the names of control tokens in
+        texts as those tokens, as a prompt that another program rendered needs; without it they are plain text, and a
+        GemkitWarning says so.
         Raises UsageError for a bad value or a prompt that does not fit in the context.
         """
         single = _kind(prompt) != "batch"
+        prompts = [prompt] if single else prompt
         requests, number = [], self._adapter(adapter)
-        for one in [prompt] if single else prompt:
+        if not parse_special:
+            self._warn_of_control([*prompts, suffix])
+        for one in prompts:
             sampling = Sampling(
                 temperature,
                 top_k,
@@ -226,7 +232,7 @@ class Model:
                 _random_seed() if seed is None else seed,
                 logprobs,
             )
-            ids = self._ids(one) if suffix is None else self._fim(one, suffix)
+            ids = self._ids(one, parse_special) if suffix is None else self._fim(one, suffix, parse_special)
             requests.append(
                 self.engine.prepare(
                     ids, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, adapter=number
@@ -263,6 +269,7 @@ class Model:
         logprobs: int | None = None,
         adapter: str | None = None,
         suffix: str | None = None,
+        parse_special: bool = False,
     ) -> Iterator[Piece]:
         """Yields the answer to one prompt, a piece per token as it is found; closing the iterator cancels the rest.
 
@@ -283,7 +290,9 @@ class Model:
             _random_seed() if seed is None else seed,
             logprobs,
         )
-        ids = self._ids(prompt) if suffix is None else self._fim(prompt, suffix)
+        if not parse_special:
+            self._warn_of_control([prompt, suffix])
+        ids = self._ids(prompt, parse_special) if suffix is None else self._fim(prompt, suffix, parse_special)
         number = self._adapter(adapter)
         request = self.engine.prepare(
             ids, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, adapter=number
@@ -294,32 +303,41 @@ class Model:
         """Starts a conversation. system: instructions put before it. options: those of `generate`, for every answer."""
         return Chat(self, system, options)
 
-    def score(self, text: str | Sequence[int] | Sequence[str], adapter: str | None = None) -> Score | list[Score]:
+    def score(
+        self, text: str | Sequence[int] | Sequence[str], adapter: str | None = None, parse_special: bool = False
+    ) -> Score | list[Score]:
         """Returns how likely a text is, or each of a list of texts.
 
+        adapter, parse_special: as in `generate`.
         Raises UsageError for an empty text and for one longer than the context.
         """
         kind = _kind(text)
         if kind == "messages":
             raise UsageError("score takes text or ids: render a conversation with gemkit.text.chat.render first")
         texts = text if kind == "batch" else [text]
-        ids = [[int(token) for token in self._ids(one)] for one in texts]
+        if not parse_special:
+            self._warn_of_control(texts)
+        ids = [[int(token) for token in self._ids(one, parse_special)] for one in texts]
         scores = [Score(row, values) for row, values in zip(ids, self.engine.score(ids, self._adapter(adapter)))]
         return scores if kind == "batch" else scores[0]
 
-    def embed(self, texts: str | Sequence[str], adapter: str | None = None) -> np.ndarray:
+    def embed(self, texts: str | Sequence[str], adapter: str | None = None, parse_special: bool = False) -> np.ndarray:
         """Returns one unit vector per text: float32 [n, D] for a list, [D] for a string.
 
         It is the mean of the hidden states after the final norm over the text's tokens, BOS left out since it is the
         same for all, divided by its length. Gemma was not trained for this: similar texts are near, that is all.
+        adapter, parse_special: as in `generate`.
         Raises UsageError for an empty text and for one longer than the context.
         """
         single = isinstance(texts, str)
+        texts = [texts] if single else texts
+        if not parse_special:
+            self._warn_of_control(texts)
         ids = []
-        for number, text in enumerate([texts] if single else texts):
+        for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UsageError(f"text {number} is {text!r}: embed takes a string or a list of strings")
-            ids.append(self._ids(text))
+            ids.append(self._ids(text, parse_special))
             if len(ids[-1]) < 2:
                 raise UsageError(f"text {number} is empty: there is nothing to embed")
         means = self.engine.mean_hidden(ids, [1] * len(ids), self._adapter(adapter))
@@ -336,20 +354,35 @@ class Model:
             raise UsageError(f"there is no adapter {name!r}: choose from {known}")
         return self.adapters[name]
 
-    def _fim(self, prefix: object, suffix: object) -> list[int]:
+    def _fim(self, prefix: object, suffix: object, parse_special: bool) -> list[int]:
         if not isinstance(prefix, str) or not isinstance(suffix, str):
             raise UsageError("filling in the middle takes two texts: the prompt before the gap, the suffix after it")
-        return fim.render(self.tokenizer, prefix, suffix)
+        return fim.render(self.tokenizer, prefix, suffix, parse_special)
 
-    def _ids(self, prompt: Prompt) -> Sequence[int]:
+    def _warn_of_control(self, texts: Iterable[object]) -> None:
+        """Warns once of the control tokens whose names are about to be read as plain text."""
+        found = [self.tokenizer.find_control(text) for text in texts if isinstance(text, str)]
+        if names := list(dict.fromkeys(name for some in found for name in some)):
+            warnings.warn(
+                f"the text holds {listed(names)}, read as plain text and not as control tokens: pass "
+                "parse_special=True if another program rendered it, or give messages",
+                GemkitWarning,
+                stacklevel=3,
+            )
+
+    def _ids(self, prompt: Prompt, parse_special: bool = False) -> Sequence[int]:
         """The token ids of one prompt."""
         kind = _kind(prompt)
         if kind == "text":
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.encode(prompt, parse_special=parse_special)
         if kind == "ids":
             return prompt
         if kind == "batch":
             raise UsageError("a list of prompts holds another list of prompts: give one list")
+        if parse_special:
+            raise UsageError(
+                "parse_special is for texts, and the content of a message is always plain: drop one of them"
+            )
         if getattr(self.checkpoint, "instruction_tuned", None) is False:
             warnings.warn(
                 f"{self.checkpoint.name} is pretrained only and was not taught to answer: "

@@ -1,5 +1,7 @@
 """Errors that a user can act on."""
 
+from collections.abc import Iterable
+
 
 class GemkitError(ValueError):
     """Bad input or a state the user can mend: one line that says what is wrong and what to do.
@@ -14,3 +16,9 @@ class UsageError(GemkitError):
 
 class GemkitWarning(UserWarning):
     """Something that works but is probably not what the user wants."""
+
+
+def listed(names: Iterable[object], most: int = 4) -> str:
+    """Joins names for a message, the first few of many. Example: ``listed("abcdef", 2)`` is "a, b and 4 more"."""
+    names = list(names)
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -31,6 +31,9 @@ def test_the_published_order_without_any_white_space():
     assert fim.render(tokenizer, "", "") == [2, 67, 69, 68]
     # Text that looks like a token is text
     assert fim.render(tokenizer, "<|fim_middle|>", "").count(68) == 1
+    several = fim.render(tokenizer, "<bos>a<|file_separator|>b", "c<|file_separator|>", parse_special=True)
+    a, b, c = (tokenizer.encode(letter, bos=False) for letter in "abc")
+    assert several == [2, 67, *a, 70, *b, 69, *c, 70, 68]
 
 
 def test_an_answer_ends_at_any_of_the_four():

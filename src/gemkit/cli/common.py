@@ -7,10 +7,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from gemkit.errors import GemkitError, UsageError
+from gemkit.errors import GemkitError, UsageError, listed
+
+if TYPE_CHECKING:
+    from gemkit.text.tokenizer import Tokenizer
 
 
 class Text(click.ParamType):
@@ -86,6 +90,19 @@ def load_options(command: Callable) -> Callable:
     for option in reversed(LOAD_OPTIONS):
         collected = option(collected)
     return collected
+
+
+def special_option(help: str) -> Callable:
+    """Add `--special`, with which the names of control tokens in the text are those tokens."""
+    return click.option("--special", is_flag=True, help=help)
+
+
+def warn_of_control(tokenizer: "Tokenizer", text: str) -> None:
+    """Say on standard error which control tokens a text names that is read as plain text."""
+    if names := tokenizer.find_control(text):
+        click.echo(
+            f"gemkit: the text holds {listed(names)}, read as plain text: --special reads control tokens", err=True
+        )
 
 
 def json_option(command: Callable) -> Callable:

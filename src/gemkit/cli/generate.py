@@ -21,7 +21,9 @@ from gemkit.cli.common import (
     model_argument,
     peak_memory,
     print_json,
+    special_option,
     target_file,
+    warn_of_control,
 )
 from gemkit.cli.paths import check_writable
 from gemkit.cli.prompt import Prompt
@@ -65,6 +67,7 @@ def _whole(*names: str, default: int | None = None, help: str) -> Callable:
 @click.option("--system-prompt", type=Text(), help="Instructions put before the prompt (instruction-tuned models).")
 @click.option("--suffix", type=Text(), help="Fill the gap between the prompt and this text (CodeGemma).")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
+@special_option("The prompt is rendered: read control tokens such as <start_of_turn> in it. Implies --raw.")
 @_whole("-n", "--max-tokens", default=256, help="Stop after so many tokens.")
 @_real("--temp", "--temperature", "temperature", default=1.0, help="0 takes the likeliest token.")
 @_whole("--top-k", default=64, help="Draw from the N likeliest tokens; 0 is off.")
@@ -96,6 +99,7 @@ def command(
     system_prompt: str | None,
     suffix: str | None,
     raw: bool,
+    special: bool,
     max_tokens: int,
     stop: tuple[str, ...],
     receipt: Path | None,
@@ -112,8 +116,9 @@ def command(
     """
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json: text alone has no place for them")
-    if raw and system_prompt is not None:
-        raise UsageError("--system-prompt is part of the chat template, which --raw leaves out: drop one of them")
+    if (raw or special) and system_prompt is not None:
+        left_out = "--raw leaves" if raw else "--special leaves"
+        raise UsageError(f"--system-prompt is part of the chat template, which {left_out} out: drop one of them")
     if suffix is not None and (raw or system_prompt is not None):
         raise UsageError("--suffix fills a gap in a text, which has no chat template: drop --raw and --system-prompt")
     if max_tokens < 1:
@@ -136,7 +141,7 @@ def command(
     Sampling(**settings)  # wrong values are found before the weights are read
     with loading.model() as loaded:
         load_seconds = time.perf_counter() - started
-        ids = _prompt_ids(loaded, parts.text(), system_prompt, suffix, raw)
+        ids = _prompt_ids(loaded, parts.text(), system_prompt, suffix, raw, special)
         settings.update(max_tokens=max_tokens, stop=stop)
         if receipt is not None:
             settings.setdefault("seed", int.from_bytes(os.urandom(4), "little"))
@@ -173,21 +178,31 @@ def _print_stream(pieces: "Iterator[Piece]", prompt_tokens: int) -> "tuple[Usage
     return Usage(prompt_tokens, len(times), times[0] - started, rate), ids
 
 
-def _prompt_ids(model: "Model", text: str, system_prompt: str | None, suffix: str | None, raw: bool) -> list[int]:
+def _prompt_ids(
+    model: "Model", text: str, system_prompt: str | None, suffix: str | None, raw: bool, special: bool
+) -> list[int]:
     """The prompt's ids, as a user's turn if the model was trained for turns."""
+    tokenizer = model.tokenizer
+    turn = suffix is None and not (raw or special) and model.checkpoint.instruction_tuned
+    if not special and not turn:
+        warn_of_control(tokenizer, f"{text} {suffix or ''}")
     if suffix is not None:
         from gemkit.text import fim
 
-        return fim.render(model.tokenizer, text, suffix)
-    if raw or not model.checkpoint.instruction_tuned:
+        return fim.render(tokenizer, text, suffix, special)
+    if not turn:
         if system_prompt is not None:
             raise UsageError("--system-prompt needs an instruction-tuned model: put the instructions into --prompt")
-        return model.tokenizer.encode(text)
+        return tokenizer.encode(text, parse_special=special)
+    # A message may well speak of control tokens; one that begins with them was rendered before
+    start = text.lstrip()[:64]
+    if start.startswith(tuple(tokenizer.find_control(start))):
+        warn_of_control(tokenizer, text)
 
     from gemkit.text.chat import render
 
     system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-    return render(model.tokenizer, [*system, {"role": "user", "content": text}])
+    return render(tokenizer, [*system, {"role": "user", "content": text}])
 
 
 def _record(completion: "Completion", with_logprobs: bool) -> dict:

@@ -6,7 +6,16 @@ import time
 import click
 
 from gemkit.cli.command import Verb
-from gemkit.cli.common import Text, json_option, load_options, model_argument, print_json, read_text
+from gemkit.cli.common import (
+    Text,
+    json_option,
+    load_options,
+    model_argument,
+    print_json,
+    read_text,
+    special_option,
+    warn_of_control,
+)
 from gemkit.cli.paths import check_text_file
 from gemkit.errors import UsageError
 
@@ -18,12 +27,14 @@ from gemkit.errors import UsageError
 @click.option(
     "--window", type=click.IntRange(1), metavar="N", help="Tokens scored together (default: the whole context)."
 )
+@special_option("Read control tokens such as <start_of_turn> in the text.")
 @load_options
 @json_option
 def command(
     model: str,
     text: str | None,
     path: str | None,
+    special: bool,
     window: int | None,
     load: dict,
     as_json: bool,
@@ -42,7 +53,9 @@ def command(
 
     with gemkit.load(model, **load) as loaded:
         started = time.perf_counter()
-        bos, *ids = loaded.tokenizer.encode(text)
+        if not special:
+            warn_of_control(loaded.tokenizer, text)
+        bos, *ids = loaded.tokenizer.encode(text, parse_special=special)
         if not ids:
             raise UsageError("the text is empty: nothing to score")
         window = min(window or loaded.ctx_size - 1, loaded.ctx_size - 1)

@@ -12,13 +12,15 @@ from gemkit.errors import GemkitError
 from gemkit.text.tokenizer import Tokenizer
 
 
-def render(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
+def render(tokenizer: Tokenizer, prefix: str, suffix: str, parse_special: bool = False) -> list[int]:
     """Returns the ids of a text with a gap; either part may be empty.
 
+    parse_special: read the names of control tokens in both as those tokens, such as <|file_separator|>.
     Raises GemkitError if the vocabulary has no such tokens.
     """
     special = tokenizer.special
     if special.fim_prefix is None or special.fim_suffix is None or special.fim_middle is None:
         raise GemkitError("this model cannot fill in the middle: use CodeGemma, such as codegemma-2b")
-    before, after = tokenizer.encode(prefix, bos=False), tokenizer.encode(suffix, bos=False)
+    before, after = (tokenizer.encode(text, False, parse_special) for text in (prefix, suffix))
+    before = tokenizer.with_bos(before)[1:]  # a BOS of the text's own is the one in front
     return [tokenizer.bos_id, special.fim_prefix, *before, special.fim_suffix, *after, special.fim_middle]

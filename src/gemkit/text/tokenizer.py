@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import sentencepiece
 
 from gemkit.cache import cache_dir, try_atomic_write
 from gemkit.errors import GemkitError
+from gemkit.text.control import SHAPE, ControlNames
 from gemkit.text.special import SPACE, find_special
 
 if TYPE_CHECKING:
@@ -112,23 +114,40 @@ class Tokenizer:
         model = None if path is None else _read_cached(path)
         return None if model is None else cls(model)
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Returns the ids of plain text, after one BOS.
+    def encode(self, text: str, bos: bool = True, parse_special: bool = False) -> list[int]:
+        """Returns the ids of a text, after exactly one BOS.
 
-        Text never gives a control token: "<bos>" or "<start_of_turn>" in it are split like any other word. U+2581
-        counts as a space, as sentencepiece has it, and is decoded as one. Raises GemkitError for what is no Unicode.
+        Plain text gives no control token: "<bos>" or "<start_of_turn>" in it are split like any other word. U+2581
+        counts as a space, as sentencepiece has it, and is decoded as one.
+        parse_special: the names of control tokens become those tokens, as in a prompt that a chat template rendered;
+        a BOS at its start is then the one.
+        Raises GemkitError for what is no Unicode.
         """
-        if not isinstance(text, str):
-            raise GemkitError(f"cannot encode {type(text).__name__}: give a string")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            code = ord(text[error.start])
-            raise GemkitError(
-                f"character {error.start} of the text is half a surrogate pair (U+{code:04X}): read it again as UTF-8"
-            ) from None
-        ids = self._model.encode(text)
-        return [self.bos_id, *ids] if bos else ids
+        _check_text(text)
+        if not parse_special:
+            ids = self._model.encode(text)
+            return [self.bos_id, *ids] if bos else ids
+        ids = []
+        for part in self._control.split(text):
+            ids += [part] if isinstance(part, int) else self._model.encode(part)
+        return self.with_bos(ids) if bos else ids
+
+    def find_control(self, text: str) -> list[str]:
+        """Returns the names of control tokens, in angle or square brackets, that a text holds, each once."""
+        return [name for name in dict.fromkeys(SHAPE.findall(text)) if self._is_control_name(name)]
+
+    def _is_control_name(self, name: str) -> bool:
+        token = self._find(name)
+        return token is not None and self.is_control(token)
+
+    @cached_property
+    def _control(self) -> ControlNames:
+        ids = range(self.vocab_size)
+        control = [token for token, found in zip(ids, self._model.is_control(list(ids))) if found]
+        control.append(self.unk_id)
+        return ControlNames(
+            {piece.replace(SPACE, " "): token for piece, token in zip(self._model.id_to_piece(control), control)}
+        )
 
     def with_bos(self, ids: Iterable[int]) -> list[int]:
         """Returns the ids after exactly one BOS, however many they had in front."""
@@ -181,6 +200,18 @@ class Tokenizer:
             return None
         # It answers with the id of <unk>, or −1, where there is none.
         return found if found >= 0 and self._model.id_to_piece(found) == piece else None
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise GemkitError(f"cannot encode {type(text).__name__}: give a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise GemkitError(
+            f"character {error.start} of the text is half a surrogate pair (U+{code:04X}): read it again as UTF-8"
+        ) from None
 
 
 def _cached(key: str) -> Path | None:
