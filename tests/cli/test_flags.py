@@ -24,7 +24,7 @@ LOAD = [
 ]
 FLAGS = {
     "generate": [
-        "MODEL",
+        "[MODEL]",
         "words",
         "-p/--prompt",
         "-f/--file",
@@ -50,7 +50,7 @@ FLAGS = {
     ],
     "replay": ["file", "--model", "-t/--threads", "--batch", "--json"],
     "chat": [
-        "MODEL",
+        "[MODEL]",
         "--system-prompt",
         "-n/--max-tokens",
         "--temp/--temperature",
@@ -63,9 +63,9 @@ FLAGS = {
         "--quiet",
         *LOAD[:-1],
     ],
-    "score": ["MODEL", "--text", "-f/--file", "--window", "--special", *LOAD],
-    "show": ["MODEL", *LOAD],
-    "bench": ["MODEL", "-p/--prompt-tokens", "-n/--max-tokens", "-r/--reps", *LOAD],
+    "score": ["[MODEL]", "--text", "-f/--file", "--window", "--special", *LOAD],
+    "show": ["[MODEL]", *LOAD],
+    "bench": ["[MODEL]", "-p/--prompt-tokens", "-n/--max-tokens", "-r/--reps", *LOAD],
     "check": ["MODEL", "--deep", "--strict", "--json"],
     "doctor": ["[MODEL]", "--measure", "--json"],
     "convert": ["MODEL", "target", "--to", "--dtype", "--verify", "--text-file", "--offline", "--json"],

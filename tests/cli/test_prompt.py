@@ -31,9 +31,9 @@ class Pipe:
         os.write(self.write, data)
 
     def end(self) -> None:
-        if self.write >= 0:
-            os.close(self.write)
-            self.write = -1
+        descriptor, self.write = self.write, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 @pytest.fixture

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 import click
 
 from gemkit.cli.command import Verb
-from gemkit.cli.common import json_option, load_options, megabytes, model_argument, peak_memory, print_json, table
+from gemkit.cli.common import (
+    default_model_argument,
+    json_option,
+    load_options,
+    megabytes,
+    peak_memory,
+    print_json,
+    table,
+)
 from gemkit.errors import GemkitError, UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command("bench", cls=Verb, short_help="Measure speed, and how near it is to the machine's limits.")
-@model_argument
+@default_model_argument
 @click.option(
     "-p",
     "--prompt-tokens",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemkit.cli.command import Verb
-from gemkit.cli.common import Text, failure, load_options, model_argument, read_text
+from gemkit.cli.common import Text, default_model_argument, failure, load_options, read_text
 from gemkit.cli.generate import _real, _whole
 from gemkit.errors import UsageError
 
@@ -29,7 +29,7 @@ PRETRAINED = (
 
 
 @click.command("chat", cls=Verb, short_help="Chat in the terminal.")
-@model_argument
+@default_model_argument
 @click.option("--system-prompt", type=Text(), help="Instructions put before the conversation.")
 @_whole("-n", "--max-tokens", help="Stop an answer after so many tokens (default: up to the context).")
 @_real("--temp", "--temperature", "temperature", default=1.0, help="0 takes the likeliest token.")

@@ -7,8 +7,11 @@ from importlib import import_module
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
+from gemkit.cli import config
 from gemkit.cli.common import failure
+from gemkit.errors import UsageError
 
 # The help's sections and the parameters in them; those of no section stand in the last one.
 GROUPS = {
@@ -33,7 +36,7 @@ GROUPS = {
 _REST = "Other"
 # A shorter list of options is easier to read without headings.
 _FEW = 12
-HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+HELP_NAMES = ["-h", "--help"]
 # What other programs call a verb.
 _ELSEWHERE = {
     "list": "ls",
@@ -56,7 +59,38 @@ _ELSEWHERE = {
 
 
 class Verb(click.Command):
-    """A command whose help lists its options in groups, if there are many."""
+    """A command whose options have defaults in the environment and the configuration file, where it runs a model.
+
+    Its help lists the options in groups, if there are many.
+    """
+
+    def __init__(self, *args: object, **attributes: object) -> None:
+        super().__init__(*args, **attributes)
+        for param in self.params:
+            if param.name in config.SETTABLE.get(self.name, ()) and param.envvar is None:
+                param.envvar = config.variable(param)
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: object
+    ) -> click.Context:
+        """Parses the arguments over the defaults; raises UsageError for a configuration file that is wrong."""
+        if not extra.get("resilient_parsing"):
+            try:
+                extra["default_map"] = config.defaults(self.name, self.params)
+            except UsageError:
+                if not set(HELP_NAMES) & set(args):
+                    raise
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.BadParameter as error:
+            name = error.param.name if error.param is not None else None
+            if error.ctx is not None and error.ctx.get_parameter_source(name) is ParameterSource.ENVIRONMENT:
+                error.message += f" It was set by {error.param.envvar}."
+            raise
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """Returns the names of the help option, in whichever context."""
+        return HELP_NAMES
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the options, each section under its heading."""
@@ -80,8 +114,12 @@ class Verbs(click.Group):
     """The verbs, each imported from its file when it is used; an alias is another name of one."""
 
     def __init__(self, verbs: Iterable[str], aliases: dict[str, str], **options: object) -> None:
-        super().__init__(context_settings=HELP_NAMES, **options)
+        super().__init__(**options)
         self.verbs, self.aliases = tuple(verbs), aliases
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """Returns the names of the help option, in whichever context."""
+        return HELP_NAMES
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Returns the verbs, an alias after its verb."""

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gemkit.cli import config
 from gemkit.errors import GemkitError, UsageError, listed
 
 if TYPE_CHECKING:
@@ -41,6 +43,42 @@ def failure(error: Exception) -> click.ClickException:
 def model_argument(command: Callable) -> Callable:
     """Add the first positional argument: a model's file or folder, a hub's name for it, or `demo`."""
     return click.argument("model", metavar="MODEL")(command)
+
+
+def default_model_argument(command: Callable) -> Callable:
+    """Add the first positional argument where it may be left out, for the model that is the user's default."""
+    return click.argument("model", metavar="[MODEL]", required=False, type=Text(), callback=_model_or_default)(command)
+
+
+def _model_or_default(ctx: click.Context, param: click.Parameter, model: str | None) -> str | None:
+    model = model if model is not None else config.default_model(ctx)
+    if model is None and "resume" not in {other.name for other in ctx.command.params}:
+        raise missing_model(ctx)
+    return model
+
+
+def missing_model(ctx: click.Context) -> UsageError:
+    """Return the error of a command without a model, which says how to name one and how to have a default."""
+    return UsageError(
+        f"MODEL is missing: name one, as in '{ctx.command_path} gemma-3-1b-it', or set a default, with GEMKIT_MODEL or "
+        f'with model = "gemma-3-1b-it" in {config.shown_path()}'
+    )
+
+
+def split_text(ctx: click.Context, model: str, words: tuple[str, ...], alone: bool) -> tuple[str, tuple[str, ...]]:
+    """Return the model and the texts after it, where a default model may have made the first argument a text.
+
+    It is one if it has spaces, or if there is no other text (`alone`) and no model is called like that.
+    """
+    default = config.default_model(ctx)
+    if default is None or os.path.exists(model):
+        return model, words
+    is_text = any(map(str.isspace, model)) or (alone and not words and not _MODEL.match(model))
+    return (default, (model, *words)) if is_text else (model, words)
+
+
+# What begins as a model's name, or has the form of a path.
+_MODEL = re.compile(r"(code|shield)?gemma|demo$|hf:|kaggle:|.*[/\\]|.*\.(gguf|ckpt|safetensors)$", re.IGNORECASE)
 
 
 LOAD_OPTIONS = (

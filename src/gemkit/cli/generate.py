@@ -13,20 +13,21 @@ import click
 from gemkit.cli.command import Verb
 from gemkit.cli.common import (
     Text,
+    default_model_argument,
     given,
     import_numpy,
     json_option,
     load_options,
     megabytes,
-    model_argument,
     peak_memory,
     print_json,
     special_option,
+    split_text,
     target_file,
     warn_of_control,
 )
 from gemkit.cli.paths import check_writable
-from gemkit.cli.prompt import Prompt
+from gemkit.cli.prompt import Prompt, input_kind
 from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _whole(*names: str, default: int | None = None, help: str) -> Callable:
 
 
 @click.command("generate", cls=Verb, short_help="Write text.")
-@model_argument
+@default_model_argument
 @click.argument("words", metavar="[PROMPT]", nargs=-1, type=Text())
 @click.option("-p", "--prompt", type=Text(), help="The prompt, if it is no argument; - reads standard input.")
 @click.option(
@@ -112,7 +113,8 @@ def command(
     """Write text with MODEL: a GGUF file, a Hugging Face folder, a name such as gemma-3-1b-it, or `demo`.
 
     An instruction-tuned model gets the prompt as a user's turn, a pretrained one goes on from it. The prompt is what
-    comes after MODEL, then the files, then what is piped in, with a blank line between two.
+    comes after MODEL, then the files, then what is piped in, with a blank line between two. With a default model
+    (GEMKIT_MODEL), MODEL may be left out.
     """
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json: text alone has no place for them")
@@ -128,6 +130,8 @@ def command(
     if receipt is not None:
         check_writable(receipt)
 
+    alone = prompt is None and not files and input_kind() != "data"
+    model, words = split_text(click.get_current_context(), model, words, alone)
     parts = Prompt(words, prompt, files)
 
     from gemkit.loading import Loading

@@ -46,7 +46,7 @@ class Prompt:
             if not text.strip():
                 raise UsageError(f"{path} is empty: there is nothing to go on from")
         given = self._instruction is not None or bool(self._files)
-        kind = _kind()
+        kind = input_kind()
         if not explicit and not given and kind in ("terminal", "none"):
             raise UsageError(
                 'a prompt is missing: gemkit generate MODEL "TEXT", --prompt TEXT, --file FILE or a pipe (- reads the '
@@ -134,7 +134,7 @@ class _Input:
             self._error = error
 
 
-def _kind() -> str:
+def input_kind() -> str:
     """Says what standard input is: "terminal", "data" (a pipe, a file from its start), "other" or "none"."""
     if sys.stdin is None or sys.stdin.closed:
         return "none"

@@ -8,9 +8,9 @@ import click
 from gemkit.cli.command import Verb
 from gemkit.cli.common import (
     Text,
+    default_model_argument,
     json_option,
     load_options,
-    model_argument,
     print_json,
     read_text,
     special_option,
@@ -21,7 +21,7 @@ from gemkit.errors import UsageError
 
 
 @click.command("score", cls=Verb, short_help="Print how likely a text is.")
-@model_argument
+@default_model_argument
 @click.option("--text", type=Text(), help="The text.")
 @click.option("-f", "--file", "path", help="A UTF-8 file with the text; - reads standard input.")
 @click.option(

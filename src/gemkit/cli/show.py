@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from gemkit.cli.command import Verb
-from gemkit.cli.common import json_option, load_options, megabytes, model_argument, peak_memory, print_json, table
+from gemkit.cli.common import (
+    default_model_argument,
+    json_option,
+    load_options,
+    megabytes,
+    peak_memory,
+    print_json,
+    table,
+)
 
 if TYPE_CHECKING:
     from gemkit.api import Model
@@ -17,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command("show", cls=Verb, short_help="Print layers, shapes, bytes and a memory plan.")
-@model_argument
+@default_model_argument
 @load_options
 @json_option
 def command(model: str, load: dict, as_json: bool) -> None:

@@ -1,0 +1,197 @@
+"""Defaults from the environment and from a configuration file, for the verbs that run a model.
+
+The command line comes first, then variables such as GEMKIT_THREADS, then the file: its table of the verb, then its
+keys at the top. The file is read only where it exists, and its library imported only then.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from gemkit.errors import UsageError
+
+_LOAD = ("threads", "ctx_size", "dtype", "backend", "device", "adapter", "offline", "activations")
+_WRITE = (
+    "system_prompt",
+    "raw",
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+    "verbose",
+    "plain",
+    "quiet",
+    "context_shift",
+    "no_history",
+)
+# By verb, the parameters that may have such defaults. What makes files or changes a measurement takes none.
+SETTABLE = {
+    "generate": _LOAD + _WRITE,
+    "chat": _LOAD + _WRITE,
+    "score": _LOAD,
+    "show": _LOAD,
+    "bench": _LOAD,
+    "tokenize": ("offline",),
+    "embed": _LOAD,
+}
+MODEL = "model"
+# No parameter's name, so that click does not take it for an argument's default before the environment's.
+_DEFAULT_MODEL = "the default model"
+
+
+def path() -> Path | None:
+    """Returns where the file is looked for; None for nowhere.
+
+    GEMKIT_CONFIG names it, or nothing if it is empty; else XDG_CONFIG_HOME/gemkit/config.toml; else, on Windows
+    %APPDATA%\\gemkit\\config.toml, elsewhere ~/.config/gemkit/config.toml.
+    """
+    own = os.environ.get("GEMKIT_CONFIG")
+    if own is not None:
+        return Path(own) if own else None
+    xdg = os.environ.get("XDG_CONFIG_HOME")
+    if xdg and os.path.isabs(xdg):
+        folder = Path(xdg)
+    elif sys.platform == "win32" and (roaming := os.environ.get("APPDATA")):
+        folder = Path(roaming)
+    else:
+        try:
+            folder = Path.home() / ".config"
+        except RuntimeError:
+            return None
+    return folder / "gemkit" / "config.toml"
+
+
+def shown_path() -> str:
+    """Returns the file's path as it is named in messages, `~` for the home folder."""
+    where = path()
+    if where is None:
+        return "the configuration file"
+    try:
+        return f"~/{where.relative_to(Path.home()).as_posix()}"
+    except (ValueError, RuntimeError):
+        return str(where)
+
+
+def variable(param: click.Parameter) -> str | None:
+    """Returns the environment variable of an option; None if it has none, as those that may be repeated."""
+    if not isinstance(param, click.Option) or param.multiple:
+        return None
+    return "GEMKIT_" + max(param.opts, key=len).lstrip("-").replace("-", "_").upper()
+
+
+def defaults(verb: str, params: Sequence[click.Parameter]) -> dict[str, object]:
+    """Returns the file's values for a verb by the names of its parameters, and the model.
+
+    Raises UsageError for a file that is not TOML, an unknown key or table, and a value of the wrong kind.
+    """
+    where = path()
+    if verb not in SETTABLE or where is None or not where.is_file():
+        return {}
+    table = _read(where)
+    options = _options(verb, params)
+    # A key at the top is for whichever verbs have it: its name is checked against all of them.
+    known = _every_key()
+    found: dict[str, object] = {}
+    own = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            if key not in SETTABLE:
+                raise _unknown(where, "table", key, list(SETTABLE))
+            own = value if key == verb else own
+        elif _plain(key) not in known:
+            raise _unknown(where, "key", key, sorted(known))
+        elif _plain(key) in options:
+            found[options[_plain(key)].name] = _value(where, key, options[_plain(key)], value)
+        elif _plain(key) == MODEL:
+            found[_DEFAULT_MODEL] = _model(where, key, value)
+    for key, value in own.items():
+        if _plain(key) == MODEL:
+            found[_DEFAULT_MODEL] = _model(where, f"[{verb}] {key}", value)
+        elif _plain(key) in options:
+            found[options[_plain(key)].name] = _value(where, f"[{verb}] {key}", options[_plain(key)], value)
+        else:
+            raise _unknown(where, f"key in [{verb}]", key, sorted([*options, MODEL]))
+    return found
+
+
+def default_model(ctx: click.Context) -> str | None:
+    """Returns the model for a verb that was given none: GEMKIT_MODEL, then the file's; None if there is neither."""
+    return os.environ.get("GEMKIT_MODEL") or (ctx.default_map or {}).get(_DEFAULT_MODEL)
+
+
+def _read(where: Path) -> dict[str, object]:
+    import tomllib
+
+    try:
+        return tomllib.loads(where.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"{where} cannot be read ({error.strerror or error}): mend it or set GEMKIT_CONFIG") from None
+    except ValueError as error:
+        raise UsageError(f"{where} is not TOML ({error}): a line is key = value, with texts in quotes") from None
+
+
+def _options(verb: str, params: Sequence[click.Parameter]) -> dict[str, click.Option]:
+    """The settable options of a verb, by each of their long names."""
+    return {
+        name.lstrip("-"): param
+        for param in params
+        if isinstance(param, click.Option) and param.name in SETTABLE[verb]
+        for name in param.opts
+        if name.startswith("--")
+    }
+
+
+def _every_key() -> set[str]:
+    """The keys that may stand at the top: those of `generate` and `chat`, which have all of them."""
+    from gemkit.cli import chat, generate
+
+    modules = {"generate": generate, "chat": chat}
+    return {key for verb, module in modules.items() for key in _options(verb, module.command.params)} | {MODEL}
+
+
+def _plain(key: str) -> str:
+    return key.replace("_", "-").lower()
+
+
+def _value(where: Path, key: str, option: click.Option, value: object) -> object:
+    """A value of the kind that the option takes; its range is checked by the option itself."""
+    if option.multiple:
+        value = [value] if isinstance(value, str) else value
+        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            return value
+        raise UsageError(f"{where}: {key} is {value!r:.60}; give a text or a list of texts")
+    if option.is_flag:
+        if isinstance(value, bool):
+            return value
+        raise UsageError(f"{where}: {key} is {value!r:.60}; give true or false")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UsageError(f"{where}: {key} is {value!r:.60}; give a text or a number")
+    try:
+        return option.type.convert(value, option, None)
+    except click.BadParameter as error:
+        raise UsageError(f"{where}: {key}: {error.message}") from None
+
+
+def _model(where: Path, key: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"{where}: {key} is {value!r:.60}; give the name of a model, a file or a folder in quotes")
+    return value
+
+
+def _unknown(where: Path, kind: str, name: str, known: Sequence[str]) -> UsageError:
+    from difflib import get_close_matches
+
+    near = get_close_matches(_plain(name), known, 1)
+    remedy = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+    return UsageError(f"{where}: there is no {kind} {name!r:.60}; {remedy}")
