@@ -8,6 +8,7 @@ import pytest
 from parity import transformers_models as hf
 from parity.cases import CASES
 
+from gemkit.arch import hf_config
 from gemkit.arch.config import LayerSpec, ModelConfig
 from gemkit.arch.presets import PRESETS
 from gemkit.errors import GemkitError
@@ -171,10 +172,69 @@ def test_new_rope_parameters_beside_flat_bases():
     assert ModelConfig.from_hf({**data, "rope_theta": 2e6}).layers[5] == LayerSpec(None, 2e6, 8.0)
 
 
-def test_private_spelling_of_the_pattern():
-    data = {k: v for k, v in PUBLISHED["gemma-3-1b-it"].items() if k != "sliding_window_pattern"}
-    layers = ModelConfig.from_hf({**data, "_sliding_window_pattern": 2}).layers
-    assert [layer.sliding_window for layer in layers[:4]] == [512, None, 512, None]
+def theirs(name: str, **changes) -> ModelConfig:
+    """The configuration that transformers makes of the file, in its own form."""
+    data = {**PUBLISHED[name], **changes}
+    return ModelConfig.from_hf(hf.config_class(data["model_type"])(**copy.deepcopy(data)).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma-3-1b-it", {"sliding_window_pattern": 2}),
+        ("gemma-3-1b-it", {"_sliding_window_pattern": 2}),
+        ("gemma-2-27b", {"sliding_window_pattern": 3}),
+        ("gemma-3-1b-it", {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}}),
+        ("gemma-3-1b-it", {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}}),
+        ("gemma-3-1b-it", {"rope_scaling": {"type": "linear", "factor": 8.0}}),
+        ("gemma-3-1b-it", {"rope_scaling": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}}),
+        ("gemma-2b", {"rope_scaling": {"type": "linear", "factor": 8.0}}),
+        ("gemma-2b", {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}),
+        ("gemma-2b", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e5}}),
+        ("gemma-2b", {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}}),
+        ("gemma-2-27b", {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4}}),
+        ("gemma-3-1b-it", {"rope_theta": 5e5, "rope_local_base_freq": 2e4}),
+    ],
+)
+def test_keys_that_disagree_mean_what_they_mean_to_transformers(name, changes):
+    assert ModelConfig.from_hf({**PUBLISHED[name], **changes}) == theirs(name, **changes)
+
+
+def test_caps_that_the_class_does_not_apply():
+    """The attention cap of Gemma 3, and the final one in the multimodal class."""
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    config = ModelConfig.from_hf({**PUBLISHED["gemma-3-1b-it"], **caps})
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (None, 30.0)
+    data = PUBLISHED["gemma-3-4b-it"]
+    config = ModelConfig.from_hf({**data, "text_config": data["text_config"] | caps})
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (None, None)
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(True, False), (False, True), (None, False)])
+def test_the_outer_level_decides_about_tying(outer, inner):
+    data = copy.deepcopy(PUBLISHED["gemma-3-4b-it"])
+    data["text_config"]["tie_word_embeddings"] = inner
+    assert ModelConfig.from_hf({**data, "tie_word_embeddings": outer}).tie_word_embeddings == (outer is not False)
+
+
+def test_sizes_that_are_left_out_are_the_defaults():
+    for kind in ("gemma", "gemma2", "gemma3_text"):
+        theirs = hf.config_class(kind)().to_dict()
+        assert ModelConfig.from_hf({"model_type": kind}) == ModelConfig.from_hf(theirs)
+    assert hf_config.left_out({"model_type": "gemma", "hidden_size": 8}) == ["intermediate_size", "num_hidden_layers"]
+    assert hf_config.left_out({"hidden_size": 8, "text_config": {"num_hidden_layers": 1, "intermediate_size": 2}}) == [
+        "hidden_size"
+    ]
+
+
+@pytest.mark.parametrize("act", ["gelu_new", "gelu_fast"])
+def test_other_spellings_of_the_activation(act):
+    assert ModelConfig.from_hf({**PUBLISHED["gemma-2-27b"], "hidden_activation": act}) == PRESETS["gemma-2-27b"].config
+
+
+def test_stop_ids_outside_the_vocabulary_are_left_out():
+    small = {**PUBLISHED["gemma-3-1b-it"], "vocab_size": 64}
+    assert ModelConfig.from_hf({**small, "eos_token_id": [1, 5, 64, -1]}).stop_token_ids == (1, 5)
 
 
 @pytest.mark.parametrize("eos", [1, [1], [1, 106], None])
@@ -204,16 +264,16 @@ def test_a_null_cap_is_no_cap(name):
         ("gemma-2b", {"rope_scaling": {"type": "linear"}}, "factor"),
         ("gemma-2b", {"rope_scaling": [8]}, "rope_scaling"),
         ("gemma-2b", {"rope_theta": "ten"}, "rope_theta"),
-        ("gemma-2b", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "flatten"),
         ("gemma-2-27b", {"hidden_activation": "gelu"}, "gelu_pytorch_tanh"),
         ("gemma-2-27b", {"vocab_size": "many"}, "vocab_size"),
+        ("gemma-2-27b", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "flatten"),
+        ("gemma-2b", {"model_type": "gemma3n"}, "gemma3n.*another Gemma"),
+        ("gemma-3-1b-it", {"use_bidirectional_attention": True}, "embedding model"),
         ("gemma-3-1b-it", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("gemma-3-1b-it", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("gemma-3-1b-it", {"sliding_window_pattern": 0}, "sliding_window_pattern"),
         ("gemma-3-1b-it", {"sliding_window": -5}, "sliding_window"),
         ("gemma-3-1b-it", {"layer_types": ["full_attention"]}, "26 layers"),
         ("gemma-3-1b-it", {"layer_types": ["chunked_attention"] * 26}, "chunked_attention"),
-        ("gemma-3-1b-it", {"rope_parameters": {"rope_theta": 1e6}}, "full_attention"),
         ("gemma-3-1b-it", {"partial_rotary_factor": 0.5}, "partial_rotary"),
         ("gemma-3-1b-it", {"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary"),
         ("gemma-3-4b-it", {"text_config": None}, "text_config"),

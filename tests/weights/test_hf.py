@@ -14,7 +14,7 @@ from parity.cases import CASES
 from parity.tolerances import NATIVE_FLOAT32, REFERENCE_VS_TRANSFORMERS_F32, relative_error
 
 from gemkit.arch import reference
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, GemkitWarning
 from gemkit.text.spm_proto import write_model
 from gemkit.text.tokenizer import Tokenizer
 from gemkit.text.vocabulary import PieceType, Vocabulary
@@ -174,8 +174,11 @@ def test_heads_of_multimodal_files(saved_multimodal, tmp_path, head):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     hf_files.write(tmp_path, state | {head: embedding})
     read_hf(tmp_path).close()
+    # Where both are there and differ, transformers does not tie them
     hf_files.write(tmp_path, state | {head: embedding + 1})
-    assert head in refusal(tmp_path) and "tie_word_embeddings" in refusal(tmp_path)
+    with pytest.warns(GemkitWarning, match=f"{head} differs from"), read_hf(tmp_path) as checkpoint:
+        assert not checkpoint.config.tie_word_embeddings
+        assert np.array_equal(checkpoint.tensors["lm_head.weight"].to_float32(), (embedding + 1).numpy())
     facts = json.loads((tmp_path / "config.json").read_text())
     text = facts["text_config"] | {"tie_word_embeddings": False}
     edit(tmp_path / "config.json", tie_word_embeddings=False, text_config=text)
@@ -183,37 +186,87 @@ def test_heads_of_multimodal_files(saved_multimodal, tmp_path, head):
         assert np.array_equal(checkpoint.tensors["lm_head.weight"].to_float32(), (embedding + 1).numpy())
 
 
-def test_a_text_model_has_no_image_part(folder):
-    hf_files.write(folder, hf_files.tensors(folder) | {"vision_tower.x.weight": torch.ones(1)})
-    assert "unknown vision_tower.x.weight" in refusal(folder)
+def test_tensors_that_the_model_has_no_use_for(folder, recwarn):
+    """Left out, as in transformers; all but frequencies and the image part are named."""
+    state = hf_files.tensors(folder)
+    extra = {"vision_tower.x.weight": torch.ones(1), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    hf_files.write(folder, state | extra)
+    with read_hf(folder) as checkpoint:
+        assert checkpoint.metadata["ignored"] == "1 tensors of vision_tower: images are not read"
+    assert not recwarn.list
+    more = {f"model.layers.{n}.mlp.up_proj.weight": torch.ones(2) for n in (7, 8, 9)}
+    more |= {"model.layers.0.self_attn.q_proj.bias": torch.ones(4), "v_head.summary.weight": torch.ones(1)}
+    hf_files.write(folder, state | extra | more)
+    with pytest.warns(GemkitWarning, match="5 tensors the model has no use for.* and 2 more"):
+        read_hf(folder).close()
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+AROUND = ["", "base_model.model.model.", "module.model.", "_orig_mod.model.", "language_model.", "model.model."]
+
+
+@pytest.mark.parametrize("prefix", [*AROUND, "model.language_model.", "model.language_model.model."])
+def test_names_of_the_text_model(folder, prefix):
+    state = hf_files.tensors(folder)
+    hf_files.write(folder, {prefix + key.removeprefix("model."): value for key, value in state.items()})
+    with read_hf(folder) as checkpoint:
+        assert checkpoint.tensors.keys() == state.keys()
+        for key, value in state.items():
+            assert np.array_equal(checkpoint.tensors[key].to_float32(), value.numpy())
+
+
+@pytest.mark.parametrize("head", ["lm_head.weight", "model.lm_head.weight", "base_model.model.lm_head.weight"])
+def test_the_head_alone_is_the_embedding(folder, head):
+    """safetensors.torch.save_model keeps one name of a shared tensor, the first."""
+    state = hf_files.tensors(folder)
+    embedding = state.pop("model.embed_tokens.weight")
+    hf_files.write(folder, state | {head: embedding})
+    with read_hf(folder) as checkpoint:
+        assert checkpoint.config.tie_word_embeddings and "lm_head.weight" not in checkpoint.tensors
+        assert np.array_equal(checkpoint.tensors["model.embed_tokens.weight"].to_float32(), embedding.numpy())
+    edit(folder / "config.json", tie_word_embeddings=False)
+    assert "missing model.embed_tokens.weight" in refusal(folder)
+    hf_files.write(folder, state | {"model.embed_tokens.weight": embedding})
+    assert "missing lm_head.weight" in refusal(folder) and "tie_word_embeddings" in refusal(folder)
 
 
 # --- strictness ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changed", ["type", "shape", "number"])
-def test_a_head_that_is_not_the_embedding(folder, changed):
+@pytest.mark.parametrize("changed", ["number", "type", "same in another type", "same in two other types"])
+def test_a_head_beside_the_embedding(folder, changed):
     state = hf_files.tensors(folder)
-    embedding = state["model.embed_tokens.weight"]
-    hf_files.write(folder, state | {"lm_head.weight": embedding})
-    read_hf(folder).close()
+    embedding = state["model.embed_tokens.weight"].bfloat16().float()
+    state["model.embed_tokens.weight"] = embedding
     other = embedding.clone()
     other[-1, -1] += 1
-    head = {"type": embedding.half(), "shape": embedding[:-1], "number": other}[changed]
+    head = {"number": other, "type": other.half()}.get(changed, embedding.double())
+    if changed == "same in two other types":
+        state["model.embed_tokens.weight"] = embedding.bfloat16()
     hf_files.write(folder, state | {"lm_head.weight": head})
-    assert "lm_head.weight" in refusal(folder)
+    if changed.startswith("same"):
+        with read_hf(folder) as checkpoint:
+            assert checkpoint.config.tie_word_embeddings and "lm_head.weight" not in checkpoint.tensors
+        return
+    with pytest.warns(GemkitWarning, match="as transformers does"), read_hf(folder) as checkpoint:
+        assert np.array_equal(checkpoint.tensors["lm_head.weight"].to_float32(), head.float().numpy())
 
 
-def test_every_wrong_tensor_is_named(saved_multimodal, folder, tmp_path):
+def test_a_head_of_another_shape(folder):
+    state = hf_files.tensors(folder)
+    hf_files.write(folder, state | {"lm_head.weight": state["model.embed_tokens.weight"][:-1]})
+    with pytest.warns(GemkitWarning):
+        assert "lm_head.weight is [511, 96] but must be [512, 96]" in refusal(folder)
+
+
+def test_wrong_tensors_are_named(saved_multimodal, folder, tmp_path):
     state = hf_files.tensors(folder)
     del state["model.layers.1.mlp.up_proj.weight"], state["model.norm.weight"]
-    state["model.layers.9.mlp.up_proj.weight"] = torch.ones(2)
-    state["score.weight"] = torch.ones(2)
     state["model.layers.0.self_attn.q_norm.weight"] = torch.ones(5)
     hf_files.write(folder, state)
     text = refusal(folder)
     assert "missing model.layers.1.mlp.up_proj.weight, model.norm.weight;" in text
-    assert "unknown model.layers.9.mlp.up_proj.weight, score.weight;" in text
     assert "model.layers.0.self_attn.q_norm.weight is [5] but must be [32]" in text
     # In a multimodal file the names are that file's
     multimodal, _ = saved_multimodal
@@ -222,28 +275,72 @@ def test_every_wrong_tensor_is_named(saved_multimodal, folder, tmp_path):
     other = shutil.copytree(multimodal, tmp_path / "other")
     hf_files.write(other, state)
     assert "missing language_model.model.layers.1.mlp.up_proj.weight;" in refusal(other)
+    # Long lists are cut
+    hf_files.write(folder, {key: value for key, value in state.items() if "embed" in key})
+    assert "and 50 more;" in refusal(folder) and len(refusal(folder)) < 500
+
+
+def test_sizes_that_are_wrong_or_left_out(folder):
+    facts = json.loads((folder / "config.json").read_text())
+    edit(folder / "config.json", vocab_size=500)
+    assert "vocab_size 500, the embedding has 512 rows" in refusal(folder)
+    edit(folder / "config.json", vocab_size=512, hidden_size=..., intermediate_size=...)
+    assert "config.json has no hidden_size, intermediate_size" in refusal(folder) and len(refusal(folder)) < 700
+    (folder / "config.json").write_text(json.dumps(facts))
 
 
 def test_one_tensor_under_two_names(folder):
     state = hf_files.tensors(folder)
     hf_files.write(folder, state | {"language_model.model.norm.weight": state["model.norm.weight"]})
-    assert "one tensor" in refusal(folder)
+    read_hf(folder).close()
+    hf_files.write(folder, state | {"language_model.model.norm.weight": state["model.norm.weight"] + 1})
+    assert "one tensor and differ" in refusal(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float64])
-def test_other_types_are_refused(folder, dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_other_types_become_float32(folder, dtype):
     state = hf_files.tensors(folder)
     name = "model.layers.0.mlp.down_proj.weight"
-    hf_files.write(folder, state | {name: state[name].to(dtype)})
+    values = state[name].double() * (1 + 1e-12)
+    hf_files.write(folder, state | {name: values.to(dtype)})
+    with read_hf(folder) as checkpoint:
+        tensor = checkpoint.tensors[name]
+        assert tensor.type == GGMLType.F32
+        assert np.array_equal(tensor.to_float32(), values.to(dtype).float().numpy())
+    with pytest.raises(GemkitError, match="closed"):
+        _ = tensor.data
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_code_of_eight_bits(folder, dtype):
+    codes = torch.arange(256, dtype=torch.uint8).repeat(512 * 96 // 256).reshape(512, 96)
+    state = hf_files.tensors(folder) | {"model.embed_tokens.weight": codes.view(dtype)}
+    hf_files.write(folder, state)
+    with read_hf(folder) as checkpoint:
+        values = checkpoint.tensors["model.embed_tokens.weight"].to_float32()
+    assert np.array_equal(values, codes.view(dtype).float().numpy(), equal_nan=True)
+
+
+def test_integers_are_refused(folder):
+    state = hf_files.tensors(folder)
+    name = "model.layers.0.mlp.down_proj.weight"
+    hf_files.write(folder, state | {name: state[name].to(torch.int8)})
     text = refusal(folder)
-    assert name in text and "gemkit reads F32, F16, BF16" in text and SINGLE in text
+    assert name in text and "is I8; gemkit reads F32, F16, BF16" in text and SINGLE in text
 
 
-def test_quantised_and_too_deep(folder):
-    edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"})
-    assert "quantization_config" in refusal(folder)
-    edit(folder / "config.json", quantization_config=..., num_hidden_layers=60000, layer_types=None)
+def test_a_deep_configuration(folder):
+    edit(folder / "config.json", num_hidden_layers=60000, layer_types=None)
     assert "60000 layers" in refusal(folder)
+
+
+def test_weights_that_the_configuration_names(folder):
+    (folder / SINGLE).rename(folder / "mine.safetensors")
+    (folder / "other.safetensors").write_bytes(b"x")
+    edit(folder / "config.json", transformers_weights="mine.safetensors")
+    read_hf(folder).close()
+    edit(folder / "config.json", transformers_weights="../mine.safetensors")
+    assert "no file of it" in refusal(folder)
 
 
 def test_missing_and_broken_files(folder):
@@ -303,7 +400,8 @@ def test_stop_ids_of_both_files(folder):
     (folder / "generation_config.json").unlink()
     with read_hf(folder) as checkpoint:
         assert checkpoint.config.stop_token_ids == (1, 49, 106)
-    for wrong in (512, -1, "1", [1, None], True, 1.0, {}):
+    assert stops(eos_token_id=[7, 512, -1]) == (1, 49, 106, 7)  # ids that no token has
+    for wrong in ("1", [1, None], True, 1.0, {}):
         edit(folder / "generation_config.json", eos_token_id=wrong)
         assert "generation_config.json" in refusal(folder)
 

@@ -2,6 +2,7 @@
 
 Published files leave out whatever equals the default of their transformers class, so those defaults are part of the
 format (source: transformers, ``configuration_gemma.py``, ``configuration_gemma2.py``, ``configuration_gemma3.py``).
+Where keys contradict each other, or a class does not use one, the meaning is that of transformers 5.
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 _ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 
 _COMMON = {"rms_norm_eps": 1e-6, "bos_token_id": 2, "eos_token_id": 1, "tie_word_embeddings": True, "head_dim": 256}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
+# Spellings of one function, to the last bits
+_TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate")
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": {
         **_COMMON,
         "vocab_size": 256000,
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
         "max_position_embeddings": 8192,
@@ -28,19 +35,24 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": {
         **_COMMON,
         "vocab_size": 256000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "max_position_embeddings": 8192,
         "rope_theta": 10_000.0,
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
-        "sliding_window_pattern": 2,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
     "gemma3_text": {
         **_COMMON,
         "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "max_position_embeddings": 131072,
@@ -60,19 +72,19 @@ def read(data: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(data, Mapping):
         raise GemkitError(f"config.json holds a {type(data).__name__}; it must be an object with a model_type.")
     model_type = data.get("model_type")
-    if model_type == "gemma3":
+    multimodal = model_type == "gemma3"
+    if multimodal:
         text = data.get("text_config")
         if not isinstance(text, Mapping):
             raise GemkitError("config.json of a gemma3 model has no text_config; fetch the complete file.")
-        # Token ids and tying are written on the outer level of the multimodal file.
-        outer = {k: data[k] for k in ("bos_token_id", "eos_token_id", "tie_word_embeddings") if k in data}
-        data = {**outer, **text}
-        model_type = data.setdefault("model_type", "gemma3_text")
+        # Token ids are written on either level, the outer one decides about tying.
+        outer = {k: data[k] for k in ("bos_token_id", "eos_token_id") if k in data}
+        data = {**outer, **text, "tie_word_embeddings": data.get("tie_word_embeddings")}
+        model_type = "gemma3_text"
     if not isinstance(model_type, str) or model_type not in _DEFAULTS:
-        known = ", ".join([*_DEFAULTS, "gemma3"])
-        raise GemkitError(f"config.json has model_type {model_type!r}; gemkit reads {known}.")
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers"):
-        if data.get(key) is None:
+        raise GemkitError(_other_model(model_type))
+    for key in _SIZES:
+        if key in data and data[key] is None:
             raise GemkitError(f"config.json has no {key}; fetch the complete file.")
     _refuse_other_mathematics(model_type, data)
 
@@ -92,40 +104,62 @@ def read(data: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=f["max_position_embeddings"],
         rms_norm_eps=f["rms_norm_eps"],
         query_pre_attn_scalar=f["head_dim"] if first else f["query_pre_attn_scalar"],
-        attn_logit_softcapping=None if first else f["attn_logit_softcapping"],
-        final_logit_softcapping=None if first else f["final_logit_softcapping"],
+        # Gemma 1 has no caps, Gemma 3 none on attention, and the multimodal class none at all, whatever the file says
+        attn_logit_softcapping=f["attn_logit_softcapping"] if model_type == "gemma2" else None,
+        final_logit_softcapping=None if first or multimodal else f["final_logit_softcapping"],
         qk_norm=model_type == "gemma3_text",
         post_norms=not first,
         tie_word_embeddings=f["tie_word_embeddings"],
         bos_token_id=f["bos_token_id"],
-        stop_token_ids=_stop_ids(model_type, f["eos_token_id"]),
+        stop_token_ids=_stop_ids(model_type, f["eos_token_id"], f["vocab_size"]),
         layers=_read_layers(model_type, f),
     )
 
 
+def left_out(data: Mapping[str, Any]) -> list[str]:
+    """Names the sizes that a file leaves to the defaults of its class."""
+    text = data.get("text_config")
+    return [key for key in _SIZES if key not in (text if isinstance(text, Mapping) else data)]
+
+
+def _other_model(model_type: Any) -> str:
+    known = ", ".join([*_DEFAULTS, "gemma3"])
+    shown = repr(model_type)[:100]
+    if isinstance(model_type, str) and "gemma" in model_type.lower():
+        return f"config.json has model_type {shown}, another Gemma than the ones that gemkit runs: {known}."
+    return f"config.json has model_type {shown}; gemkit reads {known}."
+
+
 def _refuse_other_mathematics(model_type: str, data: Mapping[str, Any]) -> None:
     """Raises for switches that transformers honours and gemkit does not have."""
-    for key in ("attention_bias", "use_bidirectional_attention"):
-        if data.get(key):
-            raise GemkitError(f"config.json sets {key}; no published Gemma text model does, and gemkit cannot run it.")
+    if data.get("use_bidirectional_attention"):
+        raise GemkitError(
+            "config.json sets use_bidirectional_attention: this is an embedding model, such as EmbeddingGemma, "
+            "which gemkit cannot run."
+        )
+    if data.get("attention_bias"):
+        raise GemkitError("config.json sets attention_bias; no Gemma text model does, and gemkit cannot run it.")
     if data.get("partial_rotary_factor") not in (None, 1.0):
         raise GemkitError("config.json has partial_rotary_factor; Gemma models rotate the whole head.")
     # Gemma 1 files say "gelu" and mean the tanh form: transformers corrects them when it loads.
     keys = {"gemma": ("hidden_act", "hidden_activation")}.get(model_type, ("hidden_activation",))
-    allowed = ("gelu_pytorch_tanh", "gelu") if model_type == "gemma" else ("gelu_pytorch_tanh",)
+    allowed = (*_TANH_GELU, "gelu") if model_type == "gemma" else _TANH_GELU
     for key in keys:
         if data.get(key) is not None and data[key] not in allowed:
             raise GemkitError(f"config.json has {key} {data[key]!r}; Gemma models use 'gelu_pytorch_tanh'.")
-    if model_type == "gemma3_text" and data.get("attn_logit_softcapping") is not None:
-        raise GemkitError("config.json sets attn_logit_softcapping on gemma3_text, which has no such cap; set it null.")
 
 
-def _stop_ids(model_type: str, eos: Any) -> tuple[int, ...]:
-    """The file's end ids and the end of a turn: base models list <eos> alone, yet tuned ones are built on them."""
+def _stop_ids(model_type: str, eos: Any, vocab_size: Any) -> tuple[int, ...]:
+    """The file's end ids and the end of a turn: base models list <eos> alone, yet tuned ones are built on them.
+
+    Ids outside the vocabulary cannot be chosen and are left out.
+    """
     ids = [eos] if isinstance(eos, int) else eos
     if not isinstance(ids, (list, tuple)) or not all(type(i) is int for i in ids):
         raise GemkitError(f"config.json has eos_token_id {eos!r}; it must be a token id or a list of them.")
-    return tuple(dict.fromkeys([*ids, *STOP_TOKEN_IDS[model_type]]))
+    rows = vocab_size if type(vocab_size) is int else 2**31
+    found = tuple(dict.fromkeys(i for i in [*ids, *STOP_TOKEN_IDS[model_type]] if 0 <= i < rows))
+    return found or STOP_TOKEN_IDS[model_type]
 
 
 def _read_layers(model_type: str, f: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
@@ -137,7 +171,7 @@ def _read_layers(model_type: str, f: Mapping[str, Any]) -> tuple[LayerSpec, ...]
         return (LayerSpec(None, *rope[_FULL]),) * count
     types = f.get("layer_types")
     if types is None:
-        period = f.get("_sliding_window_pattern", f["sliding_window_pattern"])
+        period = f["sliding_window_pattern"] if model_type == "gemma3_text" else 2
         if not isinstance(period, int) or period < 1:
             raise GemkitError(f"config.json has sliding_window_pattern {period!r}; it must be a whole number above 0.")
         types = [_SLIDING if (i + 1) % period else _FULL for i in range(count)]
@@ -150,22 +184,26 @@ def _read_layers(model_type: str, f: Mapping[str, Any]) -> tuple[LayerSpec, ...]
 
 
 def _read_rope(model_type: str, f: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """(theta, factor) per layer type; precedence as in transformers 5: rope_scaling, rope_parameters, flat keys."""
-    parameters, scaling = f.get("rope_parameters") or {}, f.get("rope_scaling") or {}
-    of_layers = [parameters.get(key) or {} for key in (_FULL, _SLIDING)] if isinstance(parameters, Mapping) else []
-    if not all(isinstance(part, Mapping) for part in (parameters, scaling, *of_layers)):
+    """(theta, factor) per layer type, from rope_scaling, rope_parameters and the flat keys.
+
+    Gemma 1 and 2 have one rope, in which rope_scaling goes before rope_parameters. Gemma 3 has two, of which
+    rope_scaling changes the full layers'; rope_parameters that are not nested by layer type have no effect in it.
+    """
+    parameters, scaling = f.get("rope_parameters"), f.get("rope_scaling")
+    given = parameters if isinstance(parameters, Mapping) else {}
+    of_layers = [given.get(key) or {} for key in (_FULL, _SLIDING)]
+    if not all(isinstance(part, Mapping) for part in (parameters or {}, scaling or {}, *of_layers)):
         raise GemkitError("config.json: rope_parameters and rope_scaling must be objects or null.")
-    nested = any(key in parameters for key in (_SLIDING, _FULL))
     if model_type != "gemma3_text":
-        if nested:
+        if model_type == "gemma2" and not scaling and any(key in given for key in (_SLIDING, _FULL)):
             raise GemkitError(f"config.json: {model_type} has one rope for all layers; flatten rope_parameters.")
-        one = _rope(scaling or parameters, f["rope_theta"])
+        one = _rope(scaling or given, f["rope_theta"])
         return {_SLIDING: one, _FULL: one}
-    if parameters and not nested:
-        raise GemkitError(f"config.json: rope_parameters of a gemma3_text model needs {_FULL} and {_SLIDING}.")
     full, sliding = of_layers
+    if parameters is None:
+        full = {"rope_type": "default"}  # so that a "type", as older files have it, has no effect
     return {
-        _FULL: _rope({**full, **scaling}, f["rope_theta"]),
+        _FULL: _rope({**full, **(scaling or {})}, f["rope_theta"]),
         _SLIDING: _rope(sliding, f["rope_local_base_freq"]),
     }
 

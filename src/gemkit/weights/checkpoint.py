@@ -12,6 +12,7 @@ import numpy as np
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.tensors import manifest
 from gemkit.errors import GemkitError
+from gemkit.weights.folder import listed
 from gemkit.weights.quant import GGMLType, dequantise, nbytes, quantise
 
 if TYPE_CHECKING:
@@ -158,22 +159,22 @@ def check(
     source: object = None,
     label: Callable[[str], str] = str,
 ) -> None:
-    """Raises GemkitError that names every tensor that is missing, too many or of the wrong shape.
+    """Raises GemkitError that names tensors that are missing, too many or of the wrong shape, and counts the rest.
 
     shapes: by canonical name. label: turns a canonical name into the file's own.
     """
     wanted = manifest(config)
     faults = []
     if missing := [label(key) for key in wanted if key not in shapes]:
-        faults.append(f"missing {', '.join(missing)}")
+        faults.append(f"missing {listed(missing)}")
     if extra := [label(key) for key in shapes if key not in wanted]:
-        faults.append(f"unknown {', '.join(extra)}")
+        faults.append(f"unknown {listed(extra)}")
     if wrong := [
         f"{label(key)} is {list(shapes[key])} but must be {list(spec.shape)}"
         for key, spec in wanted.items()
         if key in shapes and tuple(shapes[key]) != spec.shape
     ]:
-        faults.append(f"misshapen: {', '.join(wrong)}")
+        faults.append(f"misshapen: {listed(wrong)}")
     if faults:
         where = f"{source}: " if source is not None else ""
         raise GemkitError(

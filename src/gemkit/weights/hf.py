@@ -20,15 +20,13 @@ import numpy as np
 from gemkit.arch.config import ModelConfig
 from gemkit.errors import GemkitError
 from gemkit.text.vocabulary import PieceType, Vocabulary
-from gemkit.weights import names
-from gemkit.weights.checkpoint import Checkpoint, Tensor, check
+from gemkit.weights.checkpoint import Checkpoint
+from gemkit.weights.hf_tensors import read_tensors, refuse_quantised
 from gemkit.weights.json_file import read_file, read_object
-from gemkit.weights.safetensors import TYPES, ShardedFiles, open_weights, shown
+from gemkit.weights.safetensors import open_weights, shown
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _UNTUNED = {"base", "pt", "pretrained"}
 _TUNED = {"it", "instruct", "chat"}
-_COMPARED_BYTES = 1 << 24
 
 
 def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
@@ -42,9 +40,10 @@ def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
     config = _config(folder, facts)
     tokenizer = _tokenizer_file(folder)
     template = _chat_template(folder)
-    files = open_weights(folder)
+    named = facts.get("transformers_weights")
+    files = open_weights(folder, named if isinstance(named, str) else None)
     try:
-        tensors, ignored = _tensors(folder, config, files, facts.get("model_type") == "gemma3")
+        config, tensors, ignored = read_tensors(folder, config, facts, files)
         metadata: dict[str, object] = {key: value for key, value in files.metadata.items() if key == "format"}
         if isinstance(dtype := facts.get("dtype") or facts.get("torch_dtype"), str):
             metadata["dtype"] = dtype
@@ -74,11 +73,7 @@ def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
 def _config(folder: Path, facts: dict[str, object]) -> ModelConfig:
     """``config.json``, with the stop ids of ``generation_config.json`` besides its own."""
     path = folder / "config.json"
-    if facts.get("quantization_config"):
-        raise GemkitError(
-            f"{path}: the weights are quantised in a format that gemkit does not read (quantization_config): "
-            "get the model in BF16, F16 or F32, or as GGUF"
-        )
+    refuse_quantised(path, facts)
     try:
         config = ModelConfig.from_hf(facts)
     except GemkitError as error:
@@ -88,11 +83,9 @@ def _config(folder: Path, facts: dict[str, object]) -> ModelConfig:
         return config
     eos = read_object(path).get("eos_token_id")
     ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if wrong := [token for token in ids if type(token) is not int or not 0 <= token < config.vocab_size]:
-        raise GemkitError(
-            f"{path}: eos_token_id names {shown(wrong[0])}, which is no id of a vocabulary of {config.vocab_size}; "
-            "get the file again"
-        )
+    if wrong := [token for token in ids if type(token) is not int]:
+        raise GemkitError(f"{path}: eos_token_id names {shown(wrong[0])}, which is no id; get the file again")
+    ids = [token for token in ids if 0 <= token < config.vocab_size]  # others cannot be chosen
     return dataclasses.replace(config, stop_token_ids=tuple(dict.fromkeys([*config.stop_token_ids, *ids])))
 
 
@@ -134,72 +127,6 @@ def _text(path: Path) -> str:
         return read_file(path).decode()
     except UnicodeDecodeError:
         raise GemkitError(f"{path} is not UTF-8; get the file again") from None
-
-
-# --- tensors ---------------------------------------------------------------------------------------------------------
-
-
-def _tensors(
-    folder: Path, config: ModelConfig, files: ShardedFiles, multimodal: bool
-) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors by canonical name, and a sentence about those of the image part."""
-    if config.num_hidden_layers > len(files.tensors):
-        raise GemkitError(
-            f"{folder}: config.json announces {config.num_hidden_layers} layers but there are {len(files.tensors)} "
-            "tensors: get a whole model"
-        )
-    labels: dict[str, str] = {}
-    ignored: dict[str, int] = {}
-    for name in files.tensors:
-        if multimodal and (part := names.image_part(name)):
-            ignored[part] = ignored.get(part, 0) + 1
-            continue
-        if name.endswith(".rotary_emb.inv_freq"):  # follows from the configuration
-            continue
-        key = names.from_multimodal(name)
-        if key in labels:
-            raise GemkitError(f"{folder}: {shown(labels[key])} and {shown(name)} are one tensor; get the model again")
-        labels[key] = name
-    tied_head = labels.pop(_HEAD, None) if config.tie_word_embeddings else None
-
-    # Absent tensors are named as the file would name them
-    known = next((key for key in labels if key.startswith("model.")), "model.")
-    prefix = labels.get(known, known)[: len(labels.get(known, known)) - len(known) + len("model.")]
-
-    def label(key: str) -> str:
-        return _plain(labels.get(key) or prefix + key.removeprefix("model."))
-
-    check(config, {key: files.tensors[name].shape for key, name in labels.items()}, folder, label)
-    tensors = {}
-    for key, name in labels.items():
-        entry = files.tensors[name]
-        if entry.dtype not in TYPES:
-            raise GemkitError(
-                f"{files.path(name)}: {shown(name)} is {entry.dtype}; gemkit reads {', '.join(TYPES)}: "
-                "get the model in one of them, or as GGUF"
-            )
-        tensors[key] = Tensor(TYPES[entry.dtype], entry.shape, files.data(name))
-    if tied_head is not None and not _equal(files, tied_head, labels[_EMBEDDING]):
-        raise GemkitError(
-            f"{files.path(tied_head)}: {shown(tied_head)} differs from {labels[_EMBEDDING]}, to which config.json ties "
-            "it; set tie_word_embeddings to false if the head is its own, else get the model again"
-        )
-    counts = ", ".join(f"{count} tensors of {part}" for part, count in ignored.items())
-    return tensors, counts and f"{counts}: images are not read"
-
-
-def _equal(files: ShardedFiles, a: str, b: str) -> bool:
-    """Whether two tensors are the same, bit for bit; compares a piece at a time."""
-    one, other = files.tensors[a], files.tensors[b]
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    x, y = files.data(a), files.data(b)
-    pieces = (slice(at, at + _COMPARED_BYTES) for at in range(0, x.size, _COMPARED_BYTES))
-    return all(np.array_equal(x[piece], y[piece]) for piece in pieces)
-
-
-def _plain(name: str) -> str:
-    return name if name.isascii() and name.isprintable() and len(name) <= 200 else shown(name)
 
 
 # --- vocabulary ------------------------------------------------------------------------------------------------------
