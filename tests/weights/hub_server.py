@@ -4,7 +4,7 @@
 on 127.0.0.1 and prints a JSON line with two ports: the hub's, and that of the content network it redirects to.
 PUT /_faults takes a list of rules {"path": part of the path, "on": "hub" or "cdn", "do": …, "times": n}:
 status (status, headers), cut (at: bytes of the answer before the connection dies), stall (seconds), slow (bytes a
-second), corrupt (the last byte), whole (a range is ignored).
+second), corrupt (the last byte), whole (a range is ignored), page (a login page in HTML).
 PUT /_settings takes {"gated": [repositories], "secret": whether lists keep sizes and checksums from strangers}.
 GET /_log returns and empties the list of requests. A token or key is good if it is "good".
 """
@@ -94,7 +94,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.state.lock:
             self.state.log.append({**entry, "method": self.command})
         self.fault = self.state.fault(self.where, path)
-        if self.fault.get("do") == "status":
+        if self.fault.get("do") == "page":
+            self.send(200, b"<!DOCTYPE html><html>Sign in</html>", {"Content-Type": "text/html; charset=utf-8"})
+        elif self.fault.get("do") == "status":
             self.send(self.fault["status"], b"", self.fault.get("headers", {}))
         elif self.where == "cdn":
             self.content(path)

@@ -155,7 +155,7 @@ def test_a_gate_is_one_line_that_says_what_to_do(world: World, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "stranger")
     assert "the account of your token" in fails("gated", NAME)
     monkeypatch.setenv("HF_TOKEN", "wrong")
-    fails("does not know your token", NAME)
+    fails("does not accept your token", NAME)
     assert world.left(models=True) == [] and not list(world.hf.glob("models--*")), "a refusal leaves no trace"
     monkeypatch.setenv("HF_TOKEN", "good")
     world.log()

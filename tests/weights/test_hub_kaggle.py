@@ -99,7 +99,7 @@ def test_keys_and_gates_are_one_line(world: World, monkeypatch):
     assert world.left(models=True) == []
     monkeypatch.setenv("KAGGLE_USERNAME", "user")
     monkeypatch.setenv("KAGGLE_KEY", "old")
-    fails("anew", KAGGLE)
+    fails("get a new key", KAGGLE)
     monkeypatch.setenv("KAGGLE_KEY", "good")
     world.log()
     assert same(resolve(KAGGLE), gemma())

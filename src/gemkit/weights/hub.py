@@ -12,6 +12,7 @@ from pathlib import Path
 from gemkit.cache import cache_dir
 from gemkit.errors import GemkitError, GemkitWarning, UsageError
 from gemkit.weights import hub_hf, hub_hf_cache, hub_kaggle
+from gemkit.weights.hub_errors import import_error
 from gemkit.weights.hub_list import Entry, installed
 from gemkit.weights.hub_names import HfName, KaggleName, Name, parse
 from gemkit.weights.hub_progress import Progress, on_terminal
@@ -152,9 +153,7 @@ def _download(name: Name, text: str, progress: Callable[[Progress], None] | None
             return hub_hf.download(name, progress, **options)
         return hub_kaggle.download(name, progress, **options)
     except ImportError as error:
-        raise GemkitError(
-            f"downloads need the package huggingface_hub ({error}): pip install huggingface_hub"
-        ) from None
+        raise import_error(error) from None
     finally:
         if show is not None:
             show(None)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from gemkit.errors import GemkitError, UsageError
+from gemkit.weights.hub_errors import clock_note, explain, is_page, page_error
 from gemkit.weights.hub_item import Item, locked, rename
 from gemkit.weights.hub_progress import Progress, Tally
 
@@ -199,7 +200,15 @@ class _Transfer:
             try:
                 self._attempt(client, refused)
             except httpx2.TransportError as error:
-                self._failed(str(error) or type(error).__name__)
+                reason, may_pass = explain(error, self.item.url)
+                if not may_pass:
+                    raise Unreachable(f"{self.item.name} cannot be fetched: {reason}") from None
+                self._failed(reason)
+            except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+                raise GemkitError(
+                    f"{self.item.name} cannot be fetched ({' '.join(str(error).split())}): a proxy or a login page of "
+                    "the network may stand in between"
+                ) from None
             except _Again as again:
                 self._failed(str(again), again.wait)
         expected = self.expected or self.item.expected(httpx2.Headers())
@@ -250,6 +259,8 @@ class _Transfer:
     def _accept(self, response: httpx2.Response, refused: Callable[[httpx2.Response], GemkitError]) -> None:
         """Returns if the response is the rest of the file, or all of it: then what is there is dropped."""
         status = response.status_code
+        if status in (200, 206, 511) and (status == 511 or is_page(response.headers.get("Content-Type", ""))):
+            raise page_error(response.url.host, "")
         part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         if status == 206 and part and int(part[1]) == self.at:
             self.size = int(part[2]) if self.size is None else self.size
@@ -266,7 +277,8 @@ class _Transfer:
         # A redirect's signature runs out on a slow line; the hub then gives a fresh one
         expired = status in (401, 403) and response.history and "X-Error-Code" not in response.headers
         if status in _TRANSIENT or expired:
-            raise _Again(f"the server answered {status}", _wait(response))
+            host = response.url.host
+            raise _Again(f"{host} answered {status}{clock_note(response.headers)}", _wait(response))
         response.read()
         raise refused(response)
 
@@ -287,10 +299,9 @@ class _Transfer:
     def _failed(self, reason: str, wait: float = 0.0) -> None:
         self.failures += 1
         if self.failures >= _ATTEMPTS:
-            host = self.item.url.split("/")[2]
             raise Unreachable(
-                f"{self.item.name} cannot be fetched from {host} ({' '.join(reason.split())}): check the network and "
-                "run it again; it goes on where it stopped"
+                f"{self.item.name} cannot be fetched: {' '.join(reason.split())}; run it again, and it goes on where "
+                "it stopped"
             ) from None
         if self.stop.wait(max(pause(self.failures), wait)):
             raise _Stopped

@@ -8,6 +8,7 @@ file is checked against its own name.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemkit.errors import GemkitError, UsageError
+from gemkit.weights.hub_errors import check_token, explain, is_page, page_error, session
 from gemkit.weights.hub_fetch import Unreachable, fetch_all, pause, timeout, write_error
 from gemkit.weights.hub_hf_cache import repo_folder, whole
 from gemkit.weights.hub_item import Item, git_blob, sha256
@@ -50,7 +52,8 @@ def download(name: HfName, progress: Callable[[Progress], None], *, attempts: in
 
     The snapshot is made when all of its files are there. Raises GemkitError; `Unreachable` if the hub is not there.
     """
-    from huggingface_hub import get_session
+    client = session(endpoint(), "HF_ENDPOINT")
+    _check_token()
     from huggingface_hub.utils import build_hf_headers
 
     commit, files = _listing(name, attempts)
@@ -70,7 +73,7 @@ def download(name: HfName, progress: Callable[[Progress], None], *, attempts: in
     ]
     try:
         if items:
-            fetch_all(items, get_session(), partial(_refused, name), progress)
+            fetch_all(items, client, partial(_refused, name), progress)
         for file in wanted:
             _point(snapshot / file.name, folder / "blobs" / file.blob)
         if name.revision != commit:
@@ -117,13 +120,21 @@ def _listing(name: HfName, attempts: int) -> tuple[str, dict[str, _File | None]]
             status = error.response.status_code
             if status not in (408, 429, 500, 502, 503, 504):
                 raise explained(name, error) from None
-            reason = f"it answered {status}"
+            reason = f"{endpoint()} cannot be reached (it answered {status}): try again later"
         except httpx2.TransportError as error:
-            reason = str(error) or type(error).__name__
+            reason, may_pass = explain(error, endpoint())
+            if not may_pass:
+                raise Unreachable(reason) from None
         except GemkitError:
             raise
         except HFValidationError:
             raise UsageError(f"{name} is not a Hugging Face name: check it") from None
+        except httpx2.TooManyRedirects:
+            raise page_error(endpoint(), "HF_ENDPOINT") from None
+        except json.JSONDecodeError as error:
+            if is_page("", error.doc):
+                raise page_error(endpoint(), "HF_ENDPOINT") from None
+            raise GemkitError(f"{endpoint()} is not a Hugging Face hub ({error}): check HF_ENDPOINT") from None
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
             raise GemkitError(f"{endpoint()} is not a Hugging Face hub ({error}): check HF_ENDPOINT") from None
     raise _unreachable(reason)
@@ -160,17 +171,40 @@ def _ask_for(name: HfName, file: str, commit: str) -> _File:
     except HfHubHTTPError as error:
         raise explained(name, error) from None
     except httpx2.TransportError as error:
-        raise _unreachable(str(error) or type(error).__name__) from None
+        raise _unreachable(explain(error, url)[0]) from None
     if found := _file(file, facts.etag, facts.size):
         return found
     raise GemkitError(f"{endpoint()} tells no checksum of {name.repo}/{file}: check HF_ENDPOINT")
 
 
+def _check_token() -> None:
+    """Raises GemkitError for a token that cannot be read or sent."""
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return
+    try:
+        token = get_token()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise GemkitError(
+            f"the token in {constants.HF_TOKEN_PATH} cannot be read ({reason}): run 'hf auth login', or set HF_TOKEN"
+        ) from None
+    if token:
+        check_token(token, _token_origin(), f"{_HUB}/settings/tokens")
+
+
+def _token_origin() -> str:
+    """The variable or file that the token is from."""
+    from huggingface_hub import constants
+
+    names = [name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)]
+    return names[0] if names else f"the token in {constants.HF_TOKEN_PATH}"
+
+
 def _unreachable(reason: str) -> Unreachable:
-    return Unreachable(
-        f"{endpoint()} cannot be reached ({' '.join(reason.split())}): check the network, or use a model that is "
-        "there already ('gemkit ls')"
-    )
+    address = ", correct HF_ENDPOINT," if os.environ.get("HF_ENDPOINT") else ","
+    return Unreachable(f"{reason}{address} or use a model that is here already ('gemkit ls')")
 
 
 def _item(name: HfName, file: _File, commit: str, folder: Path, headers: dict[str, str]) -> Item:
@@ -266,9 +300,17 @@ def explained(name: HfName, error: Exception) -> GemkitError:
     if isinstance(error, GatedRepoError) or (unsigned and name.repo in {preset.hub_id for preset in PRESETS.values()}):
         token = "with the account of your token" if get_token() else "and set HF_TOKEN to a token of that account"
         return GemkitError(f"{name.repo} is gated: open {page}, accept its terms {token}{instead}")
-    if response is not None and "Invalid credentials" in response.headers.get("X-Error-Message", ""):
+    if status == 407:
+        return GemkitError("the proxy asks for a user: set HTTPS_PROXY=http://user:password@host:port")
+    if status == 511:
+        return page_error(endpoint(), "HF_ENDPOINT")
+    if status == 401 and not unsigned:
+        message = response.headers.get("X-Error-Message", "")
+        state = "has expired" if "expired" in message else "is not known there: it may have expired or been revoked"
+        origin = _token_origin()
         return GemkitError(
-            f"Hugging Face does not know your token: set HF_TOKEN to a new one of {endpoint()}/settings/tokens"
+            f"Hugging Face does not accept your token ({origin}), which {state}; get a new one from {_HUB}/settings/"
+            f"tokens, or unset {origin if origin.isupper() else 'it with hf auth logout'}"
         )
     if isinstance(error, RepositoryNotFoundError) or unsigned:
         private = "" if get_token() else ", and set HF_TOKEN if it is private"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gemkit.errors import GemkitError
+from gemkit.weights.hub_errors import check_token, explain, is_page, page_error, session
 from gemkit.weights.hub_fetch import Unreachable, fetch_all, pause, timeout, write_error
 from gemkit.weights.hub_hf_cache import is_whole
 from gemkit.weights.hub_item import Item, md5
@@ -91,9 +92,8 @@ def download(name: KaggleName, progress: Callable[[Progress], None], *, attempts
 
     Raises GemkitError; `Unreachable` if the hub is not there.
     """
-    from huggingface_hub import get_session
-
-    client, headers = get_session(), _headers()
+    client = session(endpoint(), "KAGGLE_API_ENDPOINT")
+    headers = _headers()
     version = name.version or _newest(name, client, headers, attempts)
     name = KaggleName(name.handle, version)
     files = _files(name, client, headers, attempts)
@@ -233,13 +233,19 @@ def _ask(name: KaggleName, url: str, client: httpx2.Client, headers: dict[str, s
         try:
             response = client.get(url, headers=headers, timeout=timeout(), follow_redirects=True)
         except httpx2.TransportError as error:
-            reason = str(error) or type(error).__name__
+            reason, may_pass = explain(error, url)
+            if not may_pass:
+                raise Unreachable(reason) from None
             continue
+        except httpx2.TooManyRedirects:
+            raise page_error(endpoint(), "KAGGLE_API_ENDPOINT") from None
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise GemkitError(f"{endpoint()} is not Kaggle ({error}): check KAGGLE_API_ENDPOINT") from None
         if response.status_code in (408, 429, 500, 502, 503, 504):
-            reason = f"it answered {response.status_code}"
+            reason = f"{endpoint()} cannot be reached (it answered {response.status_code}): try again later"
             continue
+        if response.status_code == 511 or is_page(response.headers.get("Content-Type", ""), response.text[:200]):
+            raise page_error(endpoint(), "KAGGLE_API_ENDPOINT")
         if response.status_code != 200:
             raise _refused(name, response)
         try:
@@ -249,22 +255,22 @@ def _ask(name: KaggleName, url: str, client: httpx2.Client, headers: dict[str, s
         if not isinstance(answer, dict):
             raise GemkitError(f"{endpoint()} is not Kaggle (it sends no JSON): check KAGGLE_API_ENDPOINT")
         return answer
-    raise Unreachable(
-        f"{endpoint()} cannot be reached ({' '.join(reason.split())}): check the network, or use a model that is "
-        "there already ('gemkit ls')"
-    )
+    address = ", correct KAGGLE_API_ENDPOINT," if os.environ.get("KAGGLE_API_ENDPOINT") else ","
+    raise Unreachable(f"{reason}{address} or use a model that is here already ('gemkit ls')")
 
 
 def _refused(name: KaggleName, response: httpx2.Response) -> GemkitError:
     owner, model, framework, _ = name.handle.split("/")
     page = f"{_HUB}/models/{owner}/{model}"
+    if response.status_code == 407:
+        return GemkitError("the proxy asks for a user: set HTTPS_PROXY=http://user:password@host:port")
     if response.status_code in (401, 403):
         if not credentials():
             how = "and set KAGGLE_USERNAME and KAGGLE_KEY"
         elif response.status_code == 403:
             how = "with the account of your key"
         else:
-            how = "and set KAGGLE_USERNAME and KAGGLE_KEY anew: Kaggle does not know the present ones"
+            how = "and get a new key: Kaggle does not know the present one, which may have expired or been replaced"
         return GemkitError(
             f"Kaggle refuses {name}: open {page}, accept its terms {how} (keys: {_HUB}/settings){_elsewhere(name)}"
         )
@@ -293,16 +299,18 @@ def credentials() -> dict[str, str]:
     import base64
 
     folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or os.path.expanduser(os.path.join("~", ".kaggle")))
-    token = os.environ.get("KAGGLE_API_TOKEN") or ""
-    if token and Path(token).is_file():
-        token = Path(token).read_text("utf-8").strip()
-    if not token and (folder / "access_token").is_file():
-        token = (folder / "access_token").read_text("utf-8").strip()
+    origin, token = "KAGGLE_API_TOKEN", (os.environ.get("KAGGLE_API_TOKEN") or "").strip()
+    file = Path(token) if token else folder / "access_token"
+    if _is_file(file):
+        origin, token = f"the token in {file}", _read_key(file)
     if token:
+        check_token(token, origin, f"{_HUB}/settings")
         return {"Authorization": f"Bearer {token}"}
-    user, key = os.environ.get("KAGGLE_USERNAME"), os.environ.get("KAGGLE_KEY")
+    user, key = ((os.environ.get(name) or "").strip() for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"))
     path = folder / "kaggle.json"
-    if not (user and key) and path.is_file():
+    origin = "KAGGLE_KEY"
+    if not (user and key) and _is_file(path):
+        origin = f"the key in {path}"
         try:
             values = json.loads(path.read_bytes())
             user, key = str(values["username"]), str(values["key"])
@@ -310,7 +318,23 @@ def credentials() -> dict[str, str]:
             raise GemkitError(f"{path} is not Kaggle's key file: get a new one from {_HUB}/settings") from None
     if not (user and key):
         return {}
+    check_token(key, origin, f"{_HUB}/settings")
     return {"Authorization": "Basic " + base64.b64encode(f"{user}:{key}".encode()).decode()}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a token that is too long for a file's name, or a folder that may not be read
+        return False
+
+
+def _read_key(path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise GemkitError(f"{path} cannot be read ({reason}): get a new key from {_HUB}/settings") from None
 
 
 def _url(name: KaggleName) -> str:
