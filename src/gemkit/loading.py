@@ -242,6 +242,24 @@ def _check_adapters(adapters: Mapping[str, LoraAdapter], config: ModelConfig) ->
             check_fits(adapter, config)
 
 
+def load_tokenizer(path_or_name: str | os.PathLike[str], *, offline: bool = False) -> Tokenizer:
+    """Loads the tokenizer of a model, or a ``tokenizer.model`` or ``tokenizer.json``, without reading weights.
+
+    Raises GemkitError as `load` does.
+    """
+    path = find(path_or_name, offline)
+    if path.is_file() and (path.suffix == ".model" or path.name.endswith("tokenizer.json")):
+        from gemkit.text.tokenizer import Tokenizer
+
+        return Tokenizer.from_file(path)
+    if (tokenizer := _remembered_tokenizer(path)) is not None:
+        return tokenizer
+    from gemkit.weights.files import open_checkpoint
+
+    with open_checkpoint(path) as checkpoint:
+        return _tokenizer(checkpoint)
+
+
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     from gemkit.text.tokenizer import Tokenizer
 

@@ -107,7 +107,7 @@ def test_what_is_no_prompt_is_refused(pipe, files, words, option, names, piped, 
 def test_a_prompt_without_any_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     assert Prompt(["Hello"], None, ()).text() == "Hello"
-    with pytest.raises(UsageError, match="a prompt is missing"):
+    with pytest.raises(UsageError, match="the text is missing"):
         Prompt((), None, ())
     with pytest.raises(UsageError, match="standard input is empty"):
         Prompt((), "-", ())
@@ -160,7 +160,7 @@ def test_the_command_takes_all_of_them(files):
 
 def test_a_terminal_is_read_for_a_dash_alone():
     with Screen([*GENERATE, "demo"]) as screen:
-        screen.until("a prompt is missing: gemkit generate MODEL")
+        screen.until("the text is missing: gemkit generate MODEL")
         assert screen.code() == 2
     with Screen([*GENERATE, "demo", "-", "--max-tokens", "4", "--temp", "0"]) as screen:
         screen.until("waiting for the end of standard input")

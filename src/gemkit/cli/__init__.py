@@ -10,8 +10,8 @@ import click
 from gemkit import __version__
 from gemkit.cli.command import Verbs
 
-VERBS = ("generate", "replay", "chat", "score", "show", "bench", "check", "doctor", "convert", "quantize")
-VERBS += ("download", "ls", "rm")
+VERBS = ("generate", "replay", "chat", "score", "embed", "tokenize", "show", "bench", "check", "doctor")
+VERBS += ("convert", "quantize", "download", "ls", "rm")
 ALIASES = {"run": "generate"}
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemkit.cli.command import Verb
-from gemkit.cli.common import Text, json_option, print_json
+from gemkit.cli.common import Text, completion, json_option, print_json
 from gemkit.errors import GemkitError, UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "note": "blue"}
 
 
 @click.command("check", cls=Verb, short_help="Lint a model's files: GGUF, Hugging Face or KerasHub.")
-@click.argument("model", metavar="MODEL", type=Text())
+@click.argument("model", metavar="MODEL", type=Text(), shell_complete=completion("models"))
 @click.option("--deep", is_flag=True, help="Read every tensor to its end, not a sample of the large ones.")
 @click.option("--strict", is_flag=True, help="Exit with 1 for warnings too.")
 @json_option

@@ -42,12 +42,30 @@ def failure(error: Exception) -> click.ClickException:
 
 def model_argument(command: Callable) -> Callable:
     """Add the first positional argument: a model's file or folder, a hub's name for it, or `demo`."""
-    return click.argument("model", metavar="MODEL")(command)
+    return click.argument("model", metavar="MODEL", shell_complete=completion("models"))(command)
 
 
 def default_model_argument(command: Callable) -> Callable:
     """Add the first positional argument where it may be left out, for the model that is the user's default."""
-    return click.argument("model", metavar="[MODEL]", required=False, type=Text(), callback=_model_or_default)(command)
+    return click.argument(
+        "model",
+        metavar="[MODEL]",
+        required=False,
+        type=Text(),
+        callback=_model_or_default,
+        shell_complete=completion("models"),
+    )(command)
+
+
+def completion(name: str) -> Callable:
+    """Return a function of `gemkit.cli.complete`, which is imported when the shell asks."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list:
+        from gemkit.cli import complete as functions
+
+        return getattr(functions, name)(ctx, param, incomplete)
+
+    return complete
 
 
 def _model_or_default(ctx: click.Context, param: click.Parameter, model: str | None) -> str | None:
@@ -105,7 +123,13 @@ LOAD_OPTIONS = (
         help="What runs the model; torch, jax and keras are extras.",
     ),
     click.option("--device", metavar="NAME", help="Of the backends torch and jax: cpu, cuda, cuda:1, ... ."),
-    click.option("--adapter-path", "adapter", metavar="PATH", help="A folder with a LoRA adapter (PEFT) to use."),
+    click.option(
+        "--adapter-path",
+        "adapter",
+        metavar="PATH",
+        type=click.Path(),
+        help="A folder with a LoRA adapter (PEFT) to use.",
+    ),
     click.option("--offline", is_flag=True, help="Never ask a hub: use what was downloaded before."),
     click.option(
         "--activations",

@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from gemkit.cli.command import Verb
-from gemkit.cli.common import Text, json_option, print_json, table
+from gemkit.cli.common import Text, completion, json_option, print_json, table
 
 
 @click.command("doctor", cls=Verb, short_help="Look at this machine: what it can run, and what is wrong.")
-@click.argument("model", metavar="[MODEL]", required=False, type=Text())
+@click.argument("model", metavar="[MODEL]", required=False, type=Text(), shell_complete=completion("models"))
 @click.option("--measure", is_flag=True, help="Measure the read bandwidth, and predict decode rates from it.")
 @json_option
 def command(model: str | None, measure: bool, as_json: bool) -> None:

@@ -6,12 +6,12 @@ import warnings
 import click
 
 from gemkit.cli.command import Verb
-from gemkit.cli.common import Text, json_option, print_json
+from gemkit.cli.common import Text, completion, json_option, print_json
 from gemkit.errors import GemkitWarning
 
 
 @click.command("download", cls=Verb, short_help="Fetch a model from Hugging Face or Kaggle.")
-@click.argument("name", metavar="NAME", type=Text())
+@click.argument("name", metavar="NAME", type=Text(), shell_complete=completion("published"))
 @click.option("--revision", metavar="R", type=Text(), help="Branch, tag or commit; on Kaggle, the version.")
 @click.option("--offline", is_flag=True, help="Use only what is downloaded already.")
 @json_option

@@ -32,6 +32,7 @@ from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
     from gemkit.api import Completion, Model, Piece, Usage
+    from gemkit.text.tokenizer import Tokenizer
 
 
 class _Bias(click.ParamType):
@@ -153,7 +154,7 @@ def command(
             completion = loaded.generate(ids, **settings)
             usage = completion.usage
             written = completion.ids
-            print_json(_record(completion, logprobs is not None))
+            print_json(_record(completion, loaded.tokenizer, logprobs is not None))
         else:
             usage, written = _print_stream(loaded.stream(ids, **settings), len(ids))
         if receipt is not None:
@@ -209,16 +210,23 @@ def _prompt_ids(
     return render(tokenizer, [*system, {"role": "user", "content": text}])
 
 
-def _record(completion: "Completion", with_logprobs: bool) -> dict:
+def _record(completion: "Completion", tokenizer: "Tokenizer", with_logprobs: bool) -> dict:
+    from gemkit.cli.tokens import token_record, token_records
+
     record = {
         "text": completion.text,
         "ids": completion.ids,
+        "tokens": token_records(tokenizer, completion.ids),
         "finish_reason": completion.finish_reason,
         "usage": dataclasses.asdict(completion.usage),
     }
     if with_logprobs:
         record["logprobs"] = [
-            {"id": token, "logprob": logprob, "top": [{"id": other, "logprob": value} for other, value in top]}
+            {
+                **token_record(tokenizer, token),
+                "logprob": logprob,
+                "top": [{**token_record(tokenizer, other), "logprob": value} for other, value in top],
+            }
             for token, logprob, top in zip(completion.ids, completion.logprobs, completion.top_logprobs)
         ]
     return record

@@ -1,6 +1,6 @@
-"""The prompt of `generate`: an instruction from the command line, files, and standard input, put together.
+"""The text of a call, such as the prompt of `generate`: words of the command line, files and standard input together.
 
-Their order is instruction, files, standard input, with a blank line between two. One alone is taken exactly as it is.
+Their order is words, files, standard input, with a blank line between two. One alone is taken exactly as it is.
 A terminal is read only for `-`. Standard input is read in the background, so that a pipe and the model load at once.
 """
 
@@ -48,10 +48,9 @@ class Prompt:
         given = self._instruction is not None or bool(self._files)
         kind = input_kind()
         if not explicit and not given and kind in ("terminal", "none"):
-            raise UsageError(
-                'a prompt is missing: gemkit generate MODEL "TEXT", --prompt TEXT, --file FILE or a pipe (- reads the '
-                "terminal)"
-            )
+            context = click.get_current_context(silent=True)
+            verb = context.command_path if context is not None else "gemkit generate"
+            raise UsageError(f'the text is missing: {verb} MODEL "TEXT", --file FILE or a pipe (- reads the terminal)')
         self._needed = explicit or not given
         # Words are typed by people, whose pipes end; programs that pass --prompt may leave theirs open.
         self._waits = self._needed or bool(words)

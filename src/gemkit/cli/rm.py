@@ -5,12 +5,12 @@ import sys
 import click
 
 from gemkit.cli.command import Verb
-from gemkit.cli.common import Text, megabytes
+from gemkit.cli.common import Text, completion, megabytes
 from gemkit.errors import GemkitError, UsageError
 
 
 @click.command("rm", cls=Verb, short_help="Delete a downloaded model.")
-@click.argument("name", metavar="NAME", type=Text())
+@click.argument("name", metavar="NAME", type=Text(), shell_complete=completion("downloaded"))
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def command(name: str, yes: bool) -> None:
     """Delete the model NAME, as `gemkit ls` calls it, and what gemkit keeps of it."""
