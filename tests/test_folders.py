@@ -1,6 +1,7 @@
 """A folder as Hugging Face and peft write it, from load to text, beside their own results. Budget: 30 s."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -139,6 +140,41 @@ def test_every_backend_says_what_the_native_core_says(world, backend):
         text = model.generate(TEXT, max_tokens=8, temperature=0.0, ignore_eos=True)
     with gemkit.load(world / "model", 2, "float32") as model:
         assert model.generate(TEXT, max_tokens=8, temperature=0.0, ignore_eos=True).ids == text.ids
+
+
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory) -> Path:
+    """A model that writes "stop" after "x" and then ends: the head has each letter's row at the one before."""
+    size = len(vocabulary().pieces)
+    config = tiny_config("gemma3_text", head_dim=32, vocab_size=size, hidden_size=size + 20, tie_word_embeddings=False)
+    params = {name: np.zeros_like(value) for name, value in tiny_params(config).items()}
+    np.fill_diagonal(params["model.embed_tokens.weight"], 1)
+    letters = [vocabulary().pieces.index(letter.encode()) for letter in "xstop"]
+    for before, letter in zip(letters, [*letters[1:], 1]):
+        params["lm_head.weight"][letter, before] = 5
+    folder = tmp_path_factory.mktemp("speller") / "model"
+    hf.build(config, params, torch.float32).save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(write_model(vocabulary()))
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "jax", "keras"])
+def test_generation_ends_after_any_stop_id_that_the_files_name(speller, tmp_path, backend):
+    folder = tmp_path / "model"
+    shutil.copytree(speller, folder)
+    s, t, o, p = (vocabulary().pieces.index(letter.encode()) for letter in "stop")
+    options = {"max_tokens": 8, "temperature": 0.0}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 9, o]}))
+    with gemkit.load(folder, 1, backend=backend) as model:
+        assert o in model.stop_ids and o not in model.tokenizer.stop_ids
+        answer = model.generate("x", **options)
+        assert (answer, answer.ids, answer.finish_reason) == ("st", [s, t, o], "stop")
+        assert "".join(model.stream("x", **options)) == "st"
+        assert model.generate("x", **options, ignore_eos=True).ids[:5] == [s, t, o, p, 1]
+    (folder / "generation_config.json").unlink()
+    with gemkit.load(folder, 1, backend=backend) as model:
+        answer = model.generate("x", **options)
+        assert (answer, answer.ids) == ("stop", [s, t, o, p, 1])
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,11 @@ class Model:
             raise GemkitError("the model is closed: load it again")
         return self._engine
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: those that the model's files name and those of its vocabulary."""
+        return self.engine.stop_ids
+
     def settle(self) -> None:
         """Waits until what a first load prepares for later ones, and what makes this one fast, is done; by itself it is
         done beside the work."""

@@ -95,8 +95,11 @@ class FakeRunner:
         context: int = 256,
         memory: int = 10**6,
         forced: list[int] | None = None,
+        stop_token_ids: tuple[int, ...] = (),
     ) -> None:
-        self.config = SimpleNamespace(vocab_size=V, hidden_size=D, max_position_embeddings=context)
+        self.config = SimpleNamespace(
+            vocab_size=V, hidden_size=D, max_position_embeddings=context, stop_token_ids=stop_token_ids
+        )
         self.windows = windows
         self.page_size = page_size
         self.groups = tuple(PageGroup(window, (g,)) for g, window in enumerate(windows))

@@ -392,15 +392,15 @@ def test_stop_ids_of_both_files(folder):
 
     edit(folder / "config.json", eos_token_id=1)
     assert stops(eos_token_id=[1, 106]) == (1, 106)
-    assert stops(eos_token_id=[50, 106, 50]) == (1, 106, 50)
-    assert stops(eos_token_id=7) == (1, 106, 7)
-    assert stops(eos_token_id=None) == stops(eos_token_id=...) == (1, 106)
+    assert stops(eos_token_id=[50, 106, 50]) == (1, 50, 106)
+    assert stops(eos_token_id=7) == (1, 7)
+    assert stops(eos_token_id=None) == stops(eos_token_id=...) == (1,)
     edit(folder / "config.json", eos_token_id=[1, 49])
-    assert stops(eos_token_id=50) == (1, 49, 106, 50)
+    assert stops(eos_token_id=50) == (1, 49, 50)
     (folder / "generation_config.json").unlink()
     with read_hf(folder) as checkpoint:
-        assert checkpoint.config.stop_token_ids == (1, 49, 106)
-    assert stops(eos_token_id=[7, 512, -1]) == (1, 49, 106, 7)  # ids that no token has
+        assert checkpoint.config.stop_token_ids == (1, 49)
+    assert stops(eos_token_id=[7, 512, -1]) == (1, 49, 7)  # ids that no token has
     for wrong in ("1", [1, None], True, 1.0, {}):
         edit(folder / "generation_config.json", eos_token_id=wrong)
         assert "generation_config.json" in refusal(folder)

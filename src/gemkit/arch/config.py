@@ -16,6 +16,7 @@ MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
 
 # <eos> and <end_of_turn>; the two ids after which a turn is over (generation_config.json of the published models).
 STOP_TOKEN_IDS = {"gemma": (1, 107), "gemma2": (1, 107), "gemma3_text": (1, 106)}
+GOOGLE_VOCABULARY = 256_000  # every published vocabulary has as many pieces or more
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gemkit.arch.config import STOP_TOKEN_IDS, LayerSpec, ModelConfig, is_positive
+from gemkit.arch.config import GOOGLE_VOCABULARY, STOP_TOKEN_IDS, LayerSpec, ModelConfig, is_positive
 from gemkit.errors import GemkitError
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -152,13 +152,15 @@ def _refuse_other_mathematics(model_type: str, data: Mapping[str, Any]) -> None:
 def _stop_ids(model_type: str, eos: Any, vocab_size: Any) -> tuple[int, ...]:
     """The file's end ids and the end of a turn: base models list <eos> alone, yet tuned ones are built on them.
 
-    Ids outside the vocabulary cannot be chosen and are left out.
+    Ids outside the vocabulary cannot be chosen and are left out. In a vocabulary smaller than Google's, which is
+    another, the ids of Google's turns may be words.
     """
     ids = [eos] if isinstance(eos, int) else eos
     if not isinstance(ids, (list, tuple)) or not all(type(i) is int for i in ids):
         raise GemkitError(f"config.json has eos_token_id {eos!r}; it must be a token id or a list of them.")
     rows = vocab_size if type(vocab_size) is int else 2**31
-    found = tuple(dict.fromkeys(i for i in [*ids, *STOP_TOKEN_IDS[model_type]] if 0 <= i < rows))
+    usual = STOP_TOKEN_IDS[model_type] if rows >= GOOGLE_VOCABULARY else ()
+    found = tuple(dict.fromkeys(i for i in [*ids, *usual] if 0 <= i < rows))
     return found or STOP_TOKEN_IDS[model_type]
 
 

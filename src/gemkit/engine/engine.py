@@ -38,6 +38,7 @@ class Engine:
     context_size: the most tokens of prompt and answer together; at most (and by default) the model's.
     max_sequences: the most requests that run at once; others wait.
     cache_bytes: bound on the cache; by default each running request may fill its context. Memory is taken as needed.
+    stop_ids: the tokens that end an answer, the model's (``config.stop_token_ids``) and the tokenizer's.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Engine:
         self.context_size = longest if context_size is None else context_size
         if not 2 <= self.context_size <= longest:
             raise UsageError(f"ctx_size is {context_size}; this model takes 2 to {longest} tokens")
-        self._stop_ids = frozenset(tokenizer.stop_ids)
+        self.stop_ids = frozenset(runner.config.stop_token_ids) | frozenset(tokenizer.stop_ids)
         chunk = runner.max_tokens_per_step
         max_sequences = min(max_sequences, chunk)
         page_bytes = [runner.page_bytes(g) for g in range(len(runner.groups))]
@@ -298,7 +299,7 @@ class Engine:
     def _judge(self, sequence: Sequence, token: int, length: int) -> tuple[str, str | None]:
         """Returns the text that a token adds, and why the request ends with it if it does."""
         stream = sequence.stream
-        if token in self._stop_ids and not sequence.ignore_eos:
+        if token in self.stop_ids and not sequence.ignore_eos:
             return stream.flush(), "stop"
         text = stream.push(token)
         if stream.stopped:

@@ -19,6 +19,7 @@ from gemkit.weights import names
 from gemkit.weights.checkpoint import Checkpoint, Tensor, check
 from gemkit.weights.gguf_file import STRING, GGUFArray, GGUFFile, GGUFTensor, shown
 from gemkit.weights.quant import GGMLType
+from gemkit.weights.tuned import instruction_tuned
 
 __all__ = ["ARCHITECTURES", "GGMLType", "GGUFFile", "GGUFTensor", "config_from_metadata", "read_gguf"]
 
@@ -27,8 +28,6 @@ ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 # llama.cpp knows the two 27B models by their number of layers; they alone scale queries by hidden size / heads.
 _27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 _BOS = 2
-_UNTUNED = {"base", "pt", "pretrained"}
-_TUNED = {"it", "instruct", "chat"}
 
 _REQUIRED = object()
 
@@ -77,6 +76,7 @@ def _checkpoint(file: GGUFFile) -> Checkpoint:
     if tokens is not None:
         _check_vocabulary(facts, config)
     template = _get(facts, "tokenizer.chat_template", str, None)
+    said = [_get(facts, f"general.{key}", str, "") for key in ("name", "finetune")]
     return Checkpoint(
         config,
         tensors,
@@ -84,7 +84,7 @@ def _checkpoint(file: GGUFFile) -> Checkpoint:
         vocabulary_key=None if tokens is None else lambda: _vocabulary_key(file),
         chat_template=template,
         name=_get(facts, "general.name", str, "") or file.path.stem,
-        instruction_tuned=_instruction_tuned(facts, template),
+        instruction_tuned=instruction_tuned(None, template, *said),
         source=file.path,
         metadata={key: value for key, value in facts.items() if not isinstance(value, GGUFArray)},
         close=file.close,
@@ -199,17 +199,6 @@ def _stop_ids(facts: Mapping[str, object], model_type: str, rows: int) -> tuple[
     if not ids:
         raise GemkitError(f"its vocabulary of {rows} has no stop token; get another conversion")
     return tuple(ids)
-
-
-def _instruction_tuned(facts: Mapping[str, object], template: str | None) -> bool | None:
-    """A chat template says yes; else the name does, with words such as "it" or "pt"; a name without them says no."""
-    if template:
-        return True
-    said = [_get(facts, f"general.{key}", str, "") for key in ("name", "finetune")]
-    if not any(said):
-        return None
-    words = set(re.findall(r"[a-z]+", " ".join(said).lower()))
-    return bool(words & _TUNED) and not words & _UNTUNED
 
 
 def _get(facts: Mapping[str, object], key: str, kind: type[T], default: object = _REQUIRED) -> T:

@@ -1,7 +1,8 @@
 """Model folders in the layout of Hugging Face: ``config.json``, safetensors, a tokenizer. See `read_hf`.
 
-Read are ``config.json``; the stop ids of ``generation_config.json``; ``model.safetensors`` or the shards of its index;
-``tokenizer.model`` with the tokens that ``tokenizer_config.json`` adds, or else ``tokenizer.json``; the chat template.
+Read are ``config.json``; the stop ids of ``generation_config.json`` and ``tokenizer_config.json``;
+``model.safetensors`` or the shards of its index; ``tokenizer.model`` with the tokens that ``tokenizer_config.json``
+adds, or else ``tokenizer.json``; the chat template.
 Multimodal Gemma 3 is read as its text model.
 """
 
@@ -11,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,12 +21,11 @@ from gemkit.arch.config import ModelConfig
 from gemkit.errors import GemkitError
 from gemkit.text.vocabulary import PieceType, Vocabulary
 from gemkit.weights.checkpoint import Checkpoint
+from gemkit.weights.hf_stop import stop_ids
 from gemkit.weights.hf_tensors import read_tensors, refuse_quantised
 from gemkit.weights.json_file import read_file, read_object
 from gemkit.weights.safetensors import open_weights, shown
-
-_UNTUNED = {"base", "pt", "pretrained"}
-_TUNED = {"it", "instruct", "chat"}
+from gemkit.weights.tuned import instruction_tuned
 
 
 def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
@@ -57,7 +56,7 @@ def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
             vocabulary_key=tokenizer and (lambda: _vocabulary_key(tokenizer)),
             chat_template=template,
             name=name,
-            instruction_tuned=_instruction_tuned(name, template),
+            instruction_tuned=instruction_tuned(None, template, name),
             source=folder,
             metadata=metadata,
             close=files.close,
@@ -71,22 +70,15 @@ def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _config(folder: Path, facts: dict[str, object]) -> ModelConfig:
-    """``config.json``, with the stop ids of ``generation_config.json`` besides its own."""
+    """``config.json``, with the stop ids of the other files besides its own."""
     path = folder / "config.json"
     refuse_quantised(path, facts)
     try:
         config = ModelConfig.from_hf(facts)
     except GemkitError as error:
         raise GemkitError(f"{path}: {error}") from None
-    path = folder / "generation_config.json"
-    if not os.path.lexists(path):
-        return config
-    eos = read_object(path).get("eos_token_id")
-    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if wrong := [token for token in ids if type(token) is not int]:
-        raise GemkitError(f"{path}: eos_token_id names {shown(wrong[0])}, which is no id; get the file again")
-    ids = [token for token in ids if 0 <= token < config.vocab_size]  # others cannot be chosen
-    return dataclasses.replace(config, stop_token_ids=tuple(dict.fromkeys([*config.stop_token_ids, *ids])))
+    ids = dict.fromkeys([*config.stop_token_ids, *stop_ids(folder, config.vocab_size)])
+    return dataclasses.replace(config, stop_token_ids=tuple(ids))
 
 
 def _name(folder: Path) -> str:
@@ -95,12 +87,6 @@ def _name(folder: Path) -> str:
     if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
         return "/".join(folder.parents[1].name.split("--", 2)[1:])
     return folder.parent.name if folder.name.isdigit() else folder.name
-
-
-def _instruction_tuned(name: str, template: str | None) -> bool:
-    """A chat template says yes; else the name does, with words such as "it" or "pt"; a name without them says no."""
-    words = set(re.findall(r"[a-z]+", name.rpartition("/")[2].lower()))
-    return template is not None or (bool(words & _TUNED) and not words & _UNTUNED)
 
 
 def _chat_template(folder: Path) -> str | None:
@@ -115,6 +101,8 @@ def _chat_template(folder: Path) -> str | None:
         if isinstance(template, list):  # several, by name
             named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}
             template = named.get("default")
+        if isinstance(template, dict):
+            template = template.get("default")
         if template is not None and not isinstance(template, str):
             raise GemkitError(f"{path}: its chat_template is {shown(template)}, not text; get the file again")
         if template:

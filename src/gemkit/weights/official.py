@@ -16,6 +16,7 @@ from gemkit.errors import GemkitError
 from gemkit.weights import hf
 from gemkit.weights.checkpoint import Checkpoint, Tensor
 from gemkit.weights.json_file import read_object
+from gemkit.weights.tuned import instruction_tuned
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 
@@ -95,7 +96,7 @@ def make_checkpoint(
         vocabulary_key=tokenizer and (lambda: hf._vocabulary_key(tokenizer)),
         chat_template=template,
         name=name,
-        instruction_tuned=hf._instruction_tuned(name, template),
+        instruction_tuned=instruction_tuned(None, template, name),
         source=source,
         metadata=metadata,
         close=close,

@@ -7,7 +7,6 @@ what is there and stays silent about the rest.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,11 +18,9 @@ from gemkit.arch.config import STOP_TOKEN_IDS, ModelConfig
 from gemkit.arch.presets import PRESETS, Preset
 from gemkit.arch.tensors import TensorSpec, manifest
 from gemkit.weights.quant import GGMLType, dequantise
+from gemkit.weights.tuned import by_name
 
 GGUF, HF, KERAS = "gguf", "hf", "keras"
-
-_TUNED = re.compile(r"(?i)(?:^|[-_. /])(it|instruct|chat)(?:$|[-_. /])")
-_UNTUNED = re.compile(r"(?i)(?:^|[-_. /])(pt|base|pretrained)(?:$|[-_. /])")
 
 _WHOLE = 1 << 20  # tensors up to this many numbers are read whole
 _SAMPLED_ROWS = 256
@@ -158,9 +155,8 @@ class Subject:
     def tuned(self) -> bool | None:
         """It expects chat turns: its name has "it", or it has a template. None if nothing tells."""
         # Stop ids do not tell: many tools, gemkit's own among them, list the end of the turn for every model.
-        if _UNTUNED.search(self.name):
-            return False
-        return True if _TUNED.search(self.name) or self.template else None
+        said = by_name(self.name)
+        return True if said is None and self.template else said
 
     @cached_property
     def answers(self) -> bool:

@@ -106,7 +106,7 @@ class Answer:
     def _ended(self, count: int) -> str:
         if not self._complete:
             return "stopped"
-        if self._came[-1][1].id in self._model.config.stop_token_ids:
+        if self._came[-1][1].id in self._model.stop_ids:
             return "stop"
         return "length" if count == self._limit else "context"
 

@@ -1,0 +1,87 @@
+"""The tokens after which generation ends, as the files of a Hugging Face folder name them.
+
+transformers obeys ``eos_token_id`` of generation_config.json, or of config.json where there is no such file; vLLM and
+llama.cpp's converter also ``eos_token`` of tokenizer_config.json. gemkit ends after any of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from gemkit.errors import GemkitError
+from gemkit.text.special import CORE
+from gemkit.weights.json_file import read_file, read_object
+from gemkit.weights.safetensors import shown
+
+
+def stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """Returns the ids that generation_config.json and tokenizer_config.json name, in this order, each once.
+
+    Ids outside the vocabulary are left out. Raises GemkitError if generation_config.json names what is no id.
+    """
+    return tuple(
+        dict.fromkeys([*_generation(folder / "generation_config.json", vocab_size), *_token(folder, vocab_size)])
+    )
+
+
+def _generation(path: Path, vocab_size: int) -> list[int]:
+    if not os.path.lexists(path):
+        return []
+    eos = read_object(path).get("eos_token_id")
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if wrong := [token for token in ids if type(token) is not int]:
+        raise GemkitError(f"{path}: eos_token_id names {shown(wrong[0])}, which is no id; get the file again")
+    return [token for token in ids if 0 <= token < vocab_size]  # others cannot be chosen
+
+
+def _token(folder: Path, vocab_size: int) -> list[int]:
+    """The id of ``eos_token``; none if no file says which that is, or the model has no row for it."""
+    path = folder / "tokenizer_config.json"
+    if not os.path.lexists(path):
+        return []
+    settings = read_object(path)
+    eos = settings.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if not isinstance(eos, str) or not eos:
+        return []
+    found = _added(settings.get("added_tokens_decoder"), eos)
+    if found is None:
+        found = next((number for piece, number in CORE.values() if piece == eos), None)
+    if found is None:
+        found = _vocabulary(folder, eos)
+    return [] if found is None or not 0 <= found < vocab_size else [found]
+
+
+def _added(rows: object, piece: str) -> int | None:
+    for number, row in rows.items() if isinstance(rows, dict) else ():
+        if isinstance(row, dict) and row.get("content") == piece and number.isdecimal():
+            return int(number)
+    return None
+
+
+def _vocabulary(folder: Path, piece: str) -> int | None:
+    """The id of a token that tokenizer_config.json does not list: newer files have it in the tokenizer's own."""
+    path = folder / "tokenizer.json"
+    if os.path.lexists(path):
+        text = read_file(path).decode("utf-8", "replace")
+        try:  # the list of added tokens stands before the vocabulary, which takes long to read
+            rows, _ = json.JSONDecoder().raw_decode(text, text.index("[", text.index('"added_tokens"')))
+            found = {row["content"]: row["id"] for row in rows}.get(piece)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            found = None
+        if type(found) is int:
+            return found
+    path = folder / "tokenizer.model"
+    if not os.path.lexists(path):
+        return None
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(read_file(path))
+    except RuntimeError:  # said when the vocabulary is read
+        return None
+    found = model.piece_to_id(piece)
+    return found if model.id_to_piece(found) == piece else None
