@@ -308,6 +308,16 @@ class Model:
         """Starts a conversation. system: instructions put before it. options: those of `generate`, for every answer."""
         return Chat(self, system, options)
 
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """Returns the ids of a conversation in the form that the model was tuned on, after exactly one BOS.
+
+        messages: dictionaries with "role" (user, assistant or system) and "content". Control tokens named in them stay
+        plain text. add_generation_prompt: open the assistant's next turn; where the last message is the assistant's, it
+        is left open instead, and generation continues it. Without it, every turn is closed.
+        Raises GemkitError for messages that the form has no place for.
+        """
+        return chat_template.render(self.tokenizer, messages, add_generation_prompt)
+
     def score(
         self, text: str | Sequence[int] | Sequence[str], adapter: str | None = None, parse_special: bool = False
     ) -> Score | list[Score]:
@@ -318,7 +328,7 @@ class Model:
         """
         kind = _kind(text)
         if kind == "messages":
-            raise UsageError("score takes text or ids: render a conversation with gemkit.text.chat.render first")
+            raise UsageError("score takes text or ids: render a conversation with Model.render first")
         texts = text if kind == "batch" else [text]
         if not parse_special:
             self._warn_of_control(texts)
@@ -395,7 +405,7 @@ class Model:
                 GemkitWarning,
                 stacklevel=3,
             )
-        return chat_template.render(self.tokenizer, prompt)
+        return self.render(prompt)
 
 
 class Chat:

@@ -204,10 +204,8 @@ def _prompt_ids(
     if start.startswith(tuple(tokenizer.find_control(start))):
         warn_of_control(tokenizer, text)
 
-    from gemkit.text.chat import render
-
     system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-    return render(tokenizer, [*system, {"role": "user", "content": text}])
+    return model.render([*system, {"role": "user", "content": text}])
 
 
 def _record(completion: "Completion", tokenizer: "Tokenizer", with_logprobs: bool) -> dict:

@@ -29,18 +29,23 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pro
     """Returns the ids of a conversation, after one BOS.
 
     messages: {"role": …, "content": …}; the role is user, model (or assistant), system (or developer); the content is a
-    string or a list of {"type": "text", "text": …}. add_generation_prompt: open the model's next turn.
+    string or a list of {"type": "text", "text": …}. add_generation_prompt: open the model's next turn; where the last
+    message is the model's, leave its turn open instead, to be continued, without white space at its end.
     Raises GemkitError for an empty conversation, one that the model begins, an unknown role, content that is no text,
     and a vocabulary without turns.
     """
     start, end = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
     if start is None or end is None:
         raise GemkitError("this vocabulary has no turn tokens: give the prompt as plain text")
-    ids = [tokenizer.bos_id]
-    for role, text in turns(messages):
+    ids, rows = [tokenizer.bos_id], turns(messages)
+    if add_generation_prompt and rows[-1][0] == "model":
+        last = rows.pop()[1]
+    else:
+        last = ""
+    for role, text in rows:
         ids += [start, *tokenizer.encode(f"{role}\n{text}", bos=False), end, *tokenizer.encode("\n", bos=False)]
     if add_generation_prompt:
-        ids += [start, *tokenizer.encode("model\n", bos=False)]
+        ids += [start, *tokenizer.encode(f"model\n{last}", bos=False)]
     return ids
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 from gemkit.cli.repl.session import Session
+from gemkit.text.chat import render
 
 STOP = 106
 
@@ -27,6 +28,9 @@ class Model:
         self.checkpoint = SimpleNamespace(name=name, instruction_tuned=True)
         self.stop_ids = frozenset({1, STOP})
         self.answers, self.stops, self.asked = list(answers), stops, []
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
+        return render(self.tokenizer, messages, add_generation_prompt)
 
     def stream(self, ids: list[int], **settings: object) -> Iterator[str]:
         self.asked.append((list(ids), settings))

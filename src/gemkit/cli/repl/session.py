@@ -140,7 +140,7 @@ class Session:
     def count(self, messages: list[Message] | None = None) -> int:
         """Tokens of the conversation, 0 for an empty one."""
         messages = self.messages if messages is None else messages
-        return len(template.render(self.model.tokenizer, messages, add_generation_prompt=False)) if messages else 0
+        return len(self.model.render(messages, add_generation_prompt=False)) if messages else 0
 
     def last_question(self) -> int | None:
         """Where the last message of the user stands."""
@@ -158,7 +158,7 @@ class Session:
             before = self.messages[: question + 1]
         else:
             before = [*self.messages, {"role": "user", "content": text}]
-        ids = template.render(self.model.tokenizer, before)
+        ids = self.model.render(before)
         room = self.model.ctx_size
         if len(ids) >= room:
             alone = self.count(before[-1:]) >= room
