@@ -1,12 +1,12 @@
-"""The documents hold: the generated page is current, links and tests exist, the README's example runs. Budget: 30 s.
+"""The documents hold: the generated page is current, links and tests exist. Budget: 10 s.
+
+Whether commands and programs do what the pages say is in docs/test_run.py.
 
 `python tests/test_docs.py --write` writes the generated pages.
 """
 
 import inspect
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -73,26 +73,6 @@ def test_every_line_of_the_numerics_contract_names_its_test():
     promises = [row for row in rows if not row.startswith("| promise")]
     assert len(promises) > 15
     assert not [row for row in promises if not re.search(r"`(tests|native/tests)/[\w/.:]+` \|$", row)]
-
-
-def run_example(page: Path) -> tuple[str, str]:
-    code = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
-    environment = {**os.environ, "PYTHONUTF8": "1"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, env=environment)
-    assert run.returncode == 0, run.stderr.decode()
-    return code, run.stdout.decode()
-
-
-def test_the_readme_example_runs():
-    code, output = run_example(ROOT / "README.md")
-    assert len([line for line in code.splitlines() if line.strip()]) == 6
-    assert "Mercury, Venus, Earth, Mars" in output
-    assert 1 < float(re.fullmatch(r"perplexity ([\d.]+)", output.splitlines()[-1])[1]) < 1000
-
-
-def test_the_example_of_the_first_steps_runs():
-    output = run_example(ROOT / "docs" / "first-steps.md")[1]
-    assert "four, five" in output and "length" in output
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:

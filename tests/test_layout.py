@@ -164,7 +164,7 @@ def test_no_address_of_a_machine_is_written_down():
 
 def test_the_readme_tree_lists_the_folders_that_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = re.search(r"```\n(src/gemkit/\n.*?)```", readme, re.DOTALL)
+    tree = re.search(r"```text\n(src/gemkit/\n.*?)```", readme, re.DOTALL)
     assert tree, "README.md has no tree that starts with src/gemkit/"
     listed, parent = set(), ""
     for indent, name in re.findall(r"^( {0,2})([\w./-]+)/(?= |$)", tree[1], re.MULTILINE):

@@ -19,7 +19,7 @@ gemkit check MODEL --json     # for programs
 Run it on what you downloaded, before it costs an evening, and on what you are about to publish. It reads files that
 would not load and reports all that it finds:
 
-```
+```text
 error stop-turn: An instruction-tuned model's stop ids lack <end_of_turn> (106
   in Gemma 3, 107 in Gemma 1 and 2).
   at  generation_config.json: eos_token_id: it is 1, without 106
