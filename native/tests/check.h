@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -38,11 +39,18 @@ struct Random {
   }
 };
 
-// The paths that this machine runs; portable is always the last.
-inline std::vector<const gemkit::Kernels*> paths() {
-  std::vector<const gemkit::Kernels*> found;
-  const char* error = nullptr;
-  for (const char* name : {"avx512", "avx2", "neon", "portable"})
-    if (const gemkit::Kernels* k = gemkit::select_kernels(name, &error)) found.push_back(k);
-  return found;
+// The paths that this machine runs; portable is always the last. Asked for once: a virtual machine takes microseconds
+// to milliseconds for each question about the processor.
+inline const std::vector<const gemkit::Kernels*>& paths() {
+  static const std::vector<const gemkit::Kernels*> all = [] {
+    std::vector<const gemkit::Kernels*> found;
+    const char* error = nullptr;
+    for (const char* name : {"avx512", "avx2", "neon", "portable"})
+      if (const gemkit::Kernels* k = gemkit::select_kernels(name, &error)) found.push_back(k);
+    return found;
+  }();
+  return all;
 }
+
+// A test program's argument `short`: smaller shapes, for sanitizers and emulators, which take 10 to 100 times as long.
+inline bool short_run(int argc, char** argv) { return argc > 1 && !std::strcmp(argv[1], "short"); }
