@@ -198,6 +198,19 @@ def test_embed():
             m.embed(bad)
 
 
+def test_chat_leaves_out_the_oldest_messages_when_asked():
+    m = fake()
+    m.ctx_size = 150
+    chat = m.chat("be brief", context_shift=True, max_tokens=5, seed=3)
+    with pytest.warns(GemkitWarning, match=r"the \d+ oldest messages are left out") as warned:
+        for number in range(12):
+            chat.send(f"question {number}")
+    assert chat.dropped and chat.dropped % 2 == 0 and len(chat.messages) == 25
+    assert 1 <= len(warned) < 12
+    seen = [chat.messages[0], *chat.messages[1 + chat.dropped : -1]]
+    assert chat.messages[-1]["content"] == m.generate(seen, max_tokens=5, seed=3)
+
+
 def test_chat_keeps_the_history():
     m = fake()
     talk = m.chat("be brief", seed=7, max_tokens=12)

@@ -24,7 +24,7 @@ from gemkit.engine.sequence import Sequence as Request
 from gemkit.engine.sequence import Token
 from gemkit.errors import GemkitError, GemkitWarning, UsageError, listed
 from gemkit.text import chat as chat_template
-from gemkit.text import fim
+from gemkit.text import fim, window
 from gemkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -304,9 +304,13 @@ class Model:
         )
         return _pieces(self.engine, request)
 
-    def chat(self, system: str | None = None, **options: Any) -> Chat:
-        """Starts a conversation. system: instructions put before it. options: those of `generate`, for every answer."""
-        return Chat(self, system, options)
+    def chat(self, system: str | None = None, *, context_shift: bool = False, **options: Any) -> Chat:
+        """Starts a conversation. system: instructions put before it. options: those of `generate`, for every answer.
+
+        context_shift: when the context is full, leave out the oldest messages, with a GemkitWarning each time; by
+        default that is an error.
+        """
+        return Chat(self, system, options, context_shift)
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Returns the ids of a conversation in the form that the model was tuned on, after exactly one BOS.
@@ -409,24 +413,50 @@ class Model:
 
 
 class Chat:
-    """A conversation with a model. ``messages`` is its history: dictionaries with "role" and "content"."""
+    """A conversation with a model. ``messages`` is its history: dictionaries with "role" and "content".
 
-    def __init__(self, model: Model, system: str | None, options: dict[str, Any]) -> None:
+    dropped: how many of its oldest messages the model does not see, the system's not counted.
+    """
+
+    def __init__(self, model: Model, system: str | None, options: dict[str, Any], context_shift: bool = False) -> None:
         self.model = model
+        self.context_shift, self.dropped = context_shift, 0
         self.options = {"temperature": 1.0, **options}
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
 
     def send(self, text: str, **options: Any) -> Completion:
         """Says something and returns the answer; both join the history, neither does after an error."""
         turn = {"role": "user", "content": text}
-        answer = self.model.generate([*self.messages, turn], **self.options | options)
+        answer = self.model.generate(self._seen(turn, options), **self.options | options)
         self.messages += [turn, {"role": "assistant", "content": answer.text}]
         return answer
 
     def stream(self, text: str, **options: Any) -> Iterator[Piece]:
         """Says something and yields the answer piece by piece; what was said until the iterator is closed is kept."""
         turn = {"role": "user", "content": text}
-        return self._stream(turn, self.model.stream([*self.messages, turn], **self.options | options))
+        return self._stream(turn, self.model.stream(self._seen(turn, options), **self.options | options))
+
+    def _seen(self, turn: dict[str, str], options: dict[str, Any]) -> list[Mapping[str, Any]]:
+        """The messages that the model sees, this one among them; warns when more of the oldest are left out."""
+        messages = [*self.messages, turn]
+        if not self.context_shift:
+            return messages
+
+        def count(some: list[Mapping[str, Any]]) -> int:
+            return len(self.model.render(some))
+
+        asked = (self.options | options).get("max_tokens")
+        dropped = window.shift(
+            messages, self.dropped, count, self.model.ctx_size, asked if isinstance(asked, int) else None
+        )
+        if dropped > self.dropped:
+            warnings.warn(
+                f"the context is full: the {dropped} oldest messages are left out from here on (context_shift)",
+                GemkitWarning,
+                stacklevel=3,
+            )
+        self.dropped = dropped
+        return window.visible(messages, dropped)
 
     def _stream(self, turn: dict[str, str], pieces: Iterator[Piece]) -> Iterator[Piece]:
         said = []

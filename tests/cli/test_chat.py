@@ -133,7 +133,7 @@ def test_commands_and_their_other_names(chat):
     chat.send("/set temp=hot\r")
     chat.until(lambda text: "temperature is 'hot'" in text and ready(text))
     chat.send("!clear\r")
-    chat.until(lambda text: text.count("starts anew") == 2 and ready(text))
+    chat.until(lambda text: "> !clear\nThe conversation starts anew." in text and ready(text))
     chat.send("/sy\tBe brief.\r")
     chat.until(lambda text: "The system prompt is set" in text and ready(text))
     chat.send("/system\r")
@@ -180,7 +180,8 @@ def test_unicode_survives_typing_saving_and_loading(chat, tmp_path):
     chat.send("/clear\r/load nowhere.json\r")
     chat.until(lambda text: "does not exist" in text and ready(text))
     chat.send(f"/load {path}\r")
-    chat.until(lambda text: "Loaded 4 messages" in text and ready(text))
+    shown = chat.until(lambda text: "Loaded 4 messages" in text and ready(text))
+    assert "> bytes " in shown.split("Loaded 4 messages")[1]
     again = tmp_path / "again.json"
     chat.send(f"/save {again}\r")
     chat.until(lambda text: again.exists() and ready(text))
@@ -220,6 +221,53 @@ def test_the_arrows_find_history_of_an_earlier_run(home, chat):
         assert other.code() == 0
     chat.send("/set seed=none\r")
     chat.until(lambda text: "seed is back" in text and ready(text))
+
+
+def test_the_last_conversation_is_continued(home, tmp_path):
+    # A cache folder of its own: other tests of this file may run at the same time.
+    for name in ("demo", "packed", "tokenizers"):
+        (home / name).mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(home / name)
+    home, kept = tmp_path, tmp_path / "last_chat.json"
+    command = [sys.executable, "-m", "gemkit", "chat"]
+    with start(home, "--no-history", "--max-tokens", "4") as screen:
+        screen.until(ready)
+        screen.send("not kept\r")
+        screen.until(lambda text: re.search(SPEED, text) and ready(text))
+    assert not kept.exists()
+    with Screen([*command, "--continue"], GEMKIT_CACHE=str(home)) as screen:
+        screen.until("there is no conversation to continue")
+        assert screen.code() == 2
+    with start(home, "--max-tokens", "6", "--temp", "0", "--system-prompt", "Be brief.") as screen:
+        screen.until(ready)
+        screen.send("One, two,\r")
+        screen.until(lambda text: re.search(SPEED, text) and ready(text))
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    record = json.loads(kept.read_text(encoding="utf-8"))
+    assert record["argument"] == "demo" and len(record["messages"]) == 3
+    with Screen([*command, "--continue", "--max-tokens", "3"], GEMKIT_CACHE=str(home)) as screen:
+        text = screen.until(ready)
+        assert "System prompt: Be brief." in text and "> One, two," in text
+        screen.send("/continue\r")
+        screen.until(lambda text: "3 tokens · " in text and ready(text))
+    again = json.loads(kept.read_text(encoding="utf-8"))
+    assert again["messages"][:2] == record["messages"][:2] and again["settings"]["temperature"] == 0
+    assert again["messages"][2]["content"].startswith(record["messages"][2]["content"])
+    environment = {**os.environ, "GEMKIT_CACHE": str(home)}
+    done = subprocess.run(
+        [*command, "--continue", "--ctx-size", "120", "--context-shift"],
+        input=b"Go on " * 45,
+        capture_output=True,
+        env=environment,
+        timeout=60,
+    )
+    assert done.returncode == 0 and done.stdout.strip()
+    assert b"the 2 oldest messages are left out" in done.stderr
+    assert len(json.loads(kept.read_text(encoding="utf-8"))["messages"]) == 5
+    done = subprocess.run(
+        [*command, "--continue", "--system-prompt", "x"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+    )
+    assert done.returncode == 2 and b"drop one of them" in done.stderr
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"flag": "--plain"}])

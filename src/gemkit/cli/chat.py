@@ -5,22 +5,25 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from gemkit.cli.command import Verb
-from gemkit.cli.common import Text, default_model_argument, failure, load_options, read_text
+from gemkit.cli.common import Text, default_model_argument, failure, load_options, missing_model, read_text
 from gemkit.cli.generate import _real, _whole
 from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
     from gemkit.api import Model
-    from gemkit.cli.repl.session import Session, Turn
+    from gemkit.cli.repl.session import Answer, Session, Turn
     from gemkit.cli.repl.terminal import Terminal
 
+RECALLED = 40  # messages of a loaded conversation that are shown
 MUCH = 2000  # tokens of a prompt that takes a noticeable time to read
 PRETRAINED = (
     "{name} is pretrained only: it continues text and was not taught to chat. "
@@ -38,12 +41,18 @@ PRETRAINED = (
 @_real("--min-p", help="Leave out tokens under this share of the likeliest.")
 @_real("--repetition-penalty", help="Above 1 discourages what the text already has.")
 @_whole("-s", "--seed", help="The same seed gives the same answers.")
+@click.option("--continue", "resume", is_flag=True, help="Go on with the last conversation.")
+@click.option("--context-shift", is_flag=True, help="Leave out the oldest messages when the context is full.")
+@click.option("--no-history", is_flag=True, help="Keep neither the conversation nor what was typed.")
 @click.option("--plain", is_flag=True, help="No colours, no rendered Markdown.")
 @click.option("--quiet", is_flag=True, help="No greeting, no line about speed.")
 @load_options
 def command(
-    model: str,
+    model: str | None,
     system_prompt: str | None,
+    resume: bool,
+    context_shift: bool,
+    no_history: bool,
     plain: bool,
     quiet: bool,
     load: dict,
@@ -55,19 +64,36 @@ def command(
     """
     from gemkit.cli.repl.session import DEFAULTS, Session, check_settings
 
+    context = click.get_current_context()
     settings = {name: options.pop(name) for name in DEFAULTS if name in options}
     settings = check_settings(settings)  # wrong values are found before the model is loaded
+    last = _last(context, model) if resume else None
+    model = model if model is not None else last and last.argument
+    if model is None:
+        raise missing_model(context)
+
+    def begin(loaded: "Model") -> Session:
+        session = Session(loaded, settings, shift=context_shift)
+        if last is None:
+            session.clear(system_prompt)
+        else:
+            session.load(last.path)
+            session.settings |= {name: value for name, value in settings.items() if _is_given(context, name)}
+        return session
+
     if sys.stdin is not None and sys.stdin.isatty():
         interactive = sys.stdout.isatty() or sys.stderr.isatty()
         if not interactive:
             raise UsageError("chat needs a terminal to show its prompt on: gemkit generate writes into a file")
         styled = not plain and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        with _loaded(model, load, styled) as (loaded, terminal):
-            session = Session(loaded, settings)
-            session.clear(system_prompt)
+        with _loaded(model, load, styled, not no_history) as (loaded, terminal):
+            session = begin(loaded)
+            keeper = Keeper(None if no_history else model)
             _greet(session, terminal, quiet)
+            if last is not None:
+                _recall(session, terminal)
             try:
-                _converse(session, terminal, quiet)
+                _converse(session, terminal, quiet, keeper)
             finally:
                 terminal.close()
         return
@@ -77,15 +103,67 @@ def command(
     import gemkit
 
     with gemkit.load(model, **load) as loaded:
-        session = Session(loaded, settings)
-        session.clear(system_prompt)
+        session = begin(loaded)
         if _is_pretrained(session):
             click.echo(f"gemkit: {PRETRAINED.format(name=session.name)}", err=True)
         _answer_once(session, text)
+        if last is not None and not Keeper(None if no_history else model).keep(session):
+            click.echo(f"gemkit: {NOT_KEPT}", err=True)
+
+
+@dataclass(frozen=True)
+class _Last:
+    """The last conversation: its file, and the model as it was named then."""
+
+    path: Path
+    argument: str | None
+
+
+def _last(context: click.Context, model: str | None) -> _Last:
+    """Finds the last conversation; raises UsageError if there is none."""
+    from gemkit.cli.repl import transcript
+
+    if context.get_parameter_source("system_prompt") is ParameterSource.COMMANDLINE:
+        raise UsageError("--system-prompt begins a conversation and --continue goes on with one: drop one of them")
+    path = transcript.last_path()
+    if not path.exists():
+        raise UsageError("there is no conversation to continue: one is kept after each answer, but for --no-history")
+    argument = transcript.read(path).get("argument")
+    return _Last(path, argument if isinstance(argument, str) else None)
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+class Keeper:
+    """Keeps the conversation after each turn, for `--continue`. argument: the model's name; None keeps nothing."""
+
+    def __init__(self, argument: str | None) -> None:
+        # A path means the same from another folder
+        self._argument = os.path.abspath(argument) if argument is not None and os.path.exists(argument) else argument
+        self._kept: object = None
+
+    def keep(self, session: "Session") -> bool:
+        """Writes the conversation if it changed and is not empty; returns False if that failed."""
+        if self._argument is None or session.messages is self._kept or session.last_question() is None:
+            return True
+        from gemkit.cli.repl import transcript
+
+        self._kept = session.messages
+        try:
+            transcript.write(transcript.last_path(), {"argument": self._argument, **session.record()})
+        except OSError:
+            self._argument = None
+            return False
+        return True
+
+
+NOT_KEPT = "The conversation cannot be kept for --continue: the cache folder cannot be written."
 
 
 @contextmanager
-def _loaded(model: str, loading: dict[str, object], styled: bool) -> "Iterator[tuple[Model, Terminal]]":
+def _loaded(model: str, loading: dict[str, object], styled: bool, history: bool) -> "Iterator[tuple[Model, Terminal]]":
     """The model and the terminal, whose library is imported while the weights are read."""
     import gemkit
     from gemkit.cache import cache_dir
@@ -102,7 +180,7 @@ def _loaded(model: str, loading: dict[str, object], styled: bool) -> "Iterator[t
             if note:
                 click.echo(f"\r{' ' * len(note)}\r", nl=False)
     with loaded:
-        yield loaded, module.result().Terminal(cache_dir() / "chat_history", styled)
+        yield loaded, module.result().Terminal(cache_dir() / "chat_history" if history else None, styled)
 
 
 def _is_pretrained(session: "Session") -> bool:
@@ -120,7 +198,23 @@ def _greet(session: "Session", terminal: "Terminal", quiet: bool) -> None:
     terminal.say("")
 
 
-def _converse(session: "Session", terminal: "Terminal", quiet: bool) -> None:
+def _recall(session: "Session", terminal: "Terminal") -> None:
+    """Shows a conversation that was loaded, its newest messages if it is long."""
+    shown = session.messages[-RECALLED:]
+    if len(shown) < len(session.messages):
+        terminal.note(f"{len(session.messages) - len(shown)} earlier messages are not shown.", "dim")
+    for message in shown:
+        if message["role"] == "system":
+            terminal.note(f"System prompt: {message['content']}", "dim")
+        elif message["role"] == "user":
+            terminal.quote(message["content"])
+        else:
+            terminal.show(message["content"])
+            terminal.end()
+        terminal.say("")
+
+
+def _converse(session: "Session", terminal: "Terminal", quiet: bool, keeper: Keeper) -> None:
     """Reads messages and commands until the user leaves."""
     debug = click.get_current_context().find_root().params.get("debug")
     while True:
@@ -138,6 +232,8 @@ def _converse(session: "Session", terminal: "Terminal", quiet: bool) -> None:
             # Whatever it was, the conversation can still be saved.
             terminal.note(failure(error).format_message(), "error")
             going = True
+        if not keeper.keep(session):
+            terminal.note(NOT_KEPT, "warning")
         if not going:
             return
         terminal.say("")
@@ -150,14 +246,21 @@ def _line(session: "Session", terminal: "Terminal", line: str, quiet: bool) -> b
     reply = commands.run(session, line)
     if reply is not None and reply.text:
         terminal.note(reply.text, "dim")
-    if reply is None or reply.action == "regen":
-        _turn(session, terminal, None if reply else commands.unquote(line), quiet)
+    action = "ask" if reply is None else reply.action
+    if action == "show":
+        terminal.say("")
+        _recall(session, terminal)
+    elif action == "continue":
+        _turn(session, terminal, session.go_on(), quiet)
+    elif action in ("ask", "regen"):
+        _turn(session, terminal, session.ask(None if reply else commands.unquote(line)), quiet)
     return reply is None or reply.action != "exit"
 
 
-def _turn(session: "Session", terminal: "Terminal", text: str | None, quiet: bool) -> None:
+def _turn(session: "Session", terminal: "Terminal", answer: "Answer", quiet: bool) -> None:
     """One answer, shown as it comes. Ctrl-C ends it; what was said stays."""
-    answer = session.ask(text)
+    if answer.dropped > session.dropped:
+        terminal.note(SHIFTED.format(count=answer.dropped), "warning")
     terminal.say("")
     with terminal.answering() as stop:
         try:
@@ -174,15 +277,18 @@ def _turn(session: "Session", terminal: "Terminal", text: str | None, quiet: boo
         terminal.note("Stopped before the answer began; arrow up brings the message back.", "dim")
         return
     ended = _ENDED.get(turn.ended)
+    if turn.ended == "context" and session.shift:
+        ended = "The context is full: /continue goes on without the oldest messages."
     if ended:
         terminal.note(ended, "dim" if turn.ended == "stopped" else "warning")
     if not quiet:
         terminal.say(_speed(session, turn), "dim")
 
 
+SHIFTED = "The context is full: the {count} oldest messages are left out from here on (--context-shift)."
 _ENDED = {
-    "stopped": "Stopped.",
-    "length": "The answer ended at max_tokens: /set max_tokens=N changes it.",
+    "stopped": "Stopped. /continue goes on.",
+    "length": "The answer ended at max_tokens: /continue goes on, /set max_tokens=N changes it.",
     "context": "The context is full: /clear or /undo makes room (/save first to keep it), or start with a larger "
     "--ctx-size.",
 }
@@ -202,6 +308,8 @@ def _answer_once(session: "Session", text: str) -> None:
     from gemkit.cli.repl.text import visible
 
     answer = session.ask(text)
+    if answer.dropped:
+        click.echo(f"gemkit: {SHIFTED.format(count=answer.dropped)}", err=True)
     try:
         for piece in answer:
             sys.stdout.write(visible(piece))

@@ -1,5 +1,7 @@
 """The chat's commands, as functions of a session. Budget: 1 s."""
 
+import re
+
 import pytest
 from cli.repl.fakes import say, session
 
@@ -145,6 +147,44 @@ def test_regen_undo_tokens_and_exit():
     assert s.messages == []
     for line in ("/exit", "/bye", "/quit", "!exit"):
         assert run(s, line).action == "exit"
+
+
+def test_tokens_says_what_does_not_fit():
+    s = session("a" * 40, ctx_size=200)
+    say(s, "b" * 60)
+    s.model.ctx_size = s.count() // 2
+    text = run(s, "/tokens").text
+    assert re.search(r"\((199|200|201)%\), so that no answer fits: /undo or /clear", text) and "--context-shift" in text
+    s.shift = True
+    assert "the next message drops the oldest" in run(s, "/tokens").text
+    s.dropped = 2
+    assert "does not see the 2 oldest messages" in run(s, "/tokens").text
+
+
+def test_read_attaches_lists_and_removes(tmp_path):
+    path = tmp_path / "my notes.txt"
+    path.write_text("alpha", encoding="utf-8")
+    s = session("ok", ctx_size=100)
+    assert "No file goes" in run(s, "/read").text
+    assert "my notes.txt (5 tokens) goes with your next message." in run(s, f'/read "{path}"').text
+    assert "my notes.txt (5 tokens), my notes.txt (5 tokens) go with" in run(s, f"/read {path}").text
+    assert run(s, "/read").text.count("my notes.txt") == 2
+    path.write_text("x" * 95, encoding="utf-8")
+    assert "more than the context of 100 tokens" in run(s, f"/read {path}").text
+    assert "No file goes" in run(s, '/read ""').text and s.attached == []
+    run(s, f"/read {path}")
+    run(s, "/clear")
+    assert s.attached == []
+
+
+def test_continue_and_load_say_what_comes_next(tmp_path):
+    s = session("a")
+    with pytest.raises(UsageError, match="no answer to go on with"):
+        run(s, "/continue")
+    say(s, "x")
+    assert run(s, "/continue").action == "continue"
+    run(s, f"/save {tmp_path / 'x.json'}")
+    assert run(s, f"/load {tmp_path / 'x.json'}").action == "show"
 
 
 def test_triple_quotes():

@@ -60,6 +60,75 @@ def test_a_full_context_is_said_and_loses_nothing():
     assert s.messages == before and len(s.model.asked) == 1
 
 
+def test_with_context_shift_the_oldest_messages_are_left_out_and_kept():
+    s = session(*(f"answer {number}" + "x" * 20 for number in range(9)), ctx_size=400)
+    s.shift = True
+    s.clear("Be brief.")
+    dropped = []
+    for number in range(8):
+        dropped.append(s.dropped)
+        say(s, f"question {number}")
+        prompt = s.model.last_prompt()
+        assert "Be brief." in prompt and f"question {number}" in prompt
+        assert len(s.model.asked[-1][0]) <= 300
+        assert ("question 0" in prompt) == (s.dropped == 0)
+    assert dropped[0] == 0 < s.dropped and s.dropped % 2 == 0 and sorted(dropped) == dropped
+    assert len(s.messages) == 17 and s.messages[1]["content"] == "question 0"
+    assert s.count() < s.count(s.messages)
+    with pytest.raises(UsageError, match="Shorten the message"):
+        s.ask("c" * 500)
+    s.undo()
+    assert s.dropped == 0
+
+
+def test_an_answer_is_continued_where_it_ended():
+    s = session("four score", " and seven", " years", stops=False)
+    s.settings = {"max_tokens": 10}
+    with pytest.raises(UsageError, match="no answer to go on with"):
+        s.go_on()
+    say(s, "x")
+    answer = s.go_on()
+    list(answer)
+    s.keep(answer)
+    assert s.messages[1:] == [{"role": "assistant", "content": "four score and seven"}]
+    assert s.model.last_prompt().endswith("model\nfour score")
+    answer = s.go_on()
+    next(answer)
+    s.keep(answer)
+    assert s.messages[1:] == [{"role": "assistant", "content": "four score and seven ", "stopped": True}]
+
+
+def test_attached_files_go_with_the_next_message(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(b"alpha\nbeta\n")
+    s = session("", "ok", "ok")
+    assert (s.attach(str(path)).name, s.attached[0].tokens) == ("notes.txt", 10)
+    s.model.stops = False
+    assert say(s, "first") == "" and s.attached  # no token came: it goes with the message when it is sent again
+    s.model.stops = True
+    say(s, "Summarize.")
+    assert s.messages[0]["content"] == "Summarize.\n\nFile notes.txt:\n\nalpha\nbeta" and s.attached == []
+    say(s, "more")
+    assert s.messages[2]["content"] == "more"
+
+
+def test_a_file_that_cannot_go_is_refused(tmp_path):
+    s = session("ok", ctx_size=100)
+    for name, data, words in [
+        ("latin1.txt", b"na\xefve", "not UTF-8"),
+        ("empty.txt", b" \n", "is empty"),
+        ("long.txt", b"x" * 100, "100 tokens, the context 100"),
+    ]:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UsageError, match=words):
+            s.attach(str(tmp_path / name))
+    with pytest.raises(UsageError, match="there is no file"):
+        s.attach(str(tmp_path / "nowhere.txt"))
+    with pytest.raises(UsageError, match="is not a file"):
+        s.attach(str(tmp_path))
+    assert s.attached == []
+
+
 def test_another_answer_replaces_the_last_one():
     s = session("one", "two")
     say(s, "x")
@@ -121,6 +190,9 @@ def test_save_overwrites_conversations_only(tmp_path):
     with pytest.raises(UsageError, match="no conversation"):
         s.save(str(tmp_path))
     assert path.read_bytes() == b"GGUF weights"
+    with pytest.raises(UsageError, match=r"the folder .*no does not exist"):
+        s.save(str(tmp_path / "no" / "a.json"))
+    assert not (tmp_path / "no").exists()
     s.save(str(tmp_path / "a.json"))
     s.undo()
     s.save(str(tmp_path / "a.json"))

@@ -15,7 +15,10 @@ QUOTES = '"""'
 
 @dataclass(frozen=True)
 class Reply:
-    """What a command answers. action: "exit", "regen" (answer again), or nothing."""
+    """What a command answers.
+
+    action: "exit", "regen" (answer again), "continue" (go on with the answer), "show" (the conversation), or nothing.
+    """
 
     text: str = ""
     action: str = ""
@@ -151,10 +154,33 @@ def save(session: Session, argument: str) -> Reply:
 
 
 def load(session: Session, argument: str) -> Reply:
-    """Reads a conversation from a file, in place of this one."""
+    """Reads a conversation from a file, in place of this one, and shows it."""
     name = session.load(_file(argument, "/load"))
     other = f" They were saved with {name}." if name not in (None, session.name) else ""
-    return Reply(f"Loaded {_messages(session)}.{other}")
+    return Reply(f"Loaded {_messages(session)}.{other}", "show")
+
+
+def read(session: Session, argument: str) -> Reply:
+    """Attaches a text file to the next message; alone, lists the files; empty quotes remove them."""
+    if argument in ('""', "''"):
+        session.attached = []
+        return Reply("No file goes with the next message.")
+    if argument:
+        session.attach(_file(argument, "/read"))
+    if not session.attached:
+        return Reply("No file goes with the next message: /read FILE attaches one.")
+    files = ", ".join(f"{file.name} ({file.tokens:,} tokens)" for file in session.attached)
+    verb = "goes" if len(session.attached) == 1 else "go"
+    taken = session.count() + sum(file.tokens for file in session.attached)
+    over = f" With the conversation that is more than the context of {session.model.ctx_size:,} tokens."
+    return Reply(f"{files} {verb} with your next message.{over if taken >= session.model.ctx_size else ''}")
+
+
+def continue_(session: Session, argument: str) -> Reply:
+    """Goes on with an answer that was stopped or reached its limit."""
+    if not session.messages or session.messages[-1]["role"] != "assistant":
+        raise UsageError("there is no answer to go on with: write a message first")
+    return Reply(action="continue")
 
 
 def _file(argument: str, name: str) -> str:
@@ -193,7 +219,15 @@ def clear(session: Session, argument: str) -> Reply:
 def tokens(session: Session, argument: str) -> Reply:
     """How much of the context is taken, and how fast the last answer was."""
     count, room, last = session.count(), session.model.ctx_size, session.last
-    text = f"The conversation takes {count:,} of {room:,} tokens ({share(count, room)})."
+    text = f"The conversation takes {count:,} of {room:,} tokens ({share(count, room)})"
+    if count < room:
+        text += "."
+    elif session.shift:
+        text += ": the next message drops the oldest ones."
+    else:
+        text += ", so that no answer fits: /undo or /clear makes room, as does a larger --ctx-size or --context-shift."
+    if session.dropped:
+        text += f" The model does not see the {session.dropped} oldest messages."
     if last is not None:
         text += f" The last answer: {last.tokens:,} tokens, {last.rate:.1f} tok/s."
     return Reply(text)
@@ -210,6 +244,8 @@ COMMANDS = {
     "set": Command(set_, "NAME=VALUE", "temperature, top_k, max_tokens, seed, ...; alone: list"),
     "save": Command(save, "FILE", "write the conversation to a file"),
     "load": Command(load, "FILE", "go on with a saved conversation"),
+    "read": Command(read, "FILE", "attach a text file to the next message; alone: list"),
+    "continue": Command(continue_, "", "go on with an answer that was cut short"),
     "regen": Command(regen, "", "answer the last message again"),
     "undo": Command(undo, "", "forget the last message and its answer"),
     "clear": Command(clear, "", "forget the conversation"),

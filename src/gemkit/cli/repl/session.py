@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -10,15 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemkit.cache import atomic_write
+from gemkit.cli.common import decode_text
+from gemkit.cli.repl import transcript
+from gemkit.cli.repl.transcript import Message
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError, UsageError
 from gemkit.text import chat as template
+from gemkit.text import window
 
 if TYPE_CHECKING:
     from gemkit.api import Model, Piece
-
-Message = dict[str, Any]
 
 # The settings of a conversation; those that were not given take the values of `gemkit.api.Model.generate`.
 DEFAULTS: dict[str, object] = {
@@ -32,7 +32,6 @@ DEFAULTS: dict[str, object] = {
     "max_tokens": None,
     "seed": None,
 }
-MAX_FILE_BYTES = 64 << 20
 
 
 def check_settings(settings: dict[str, object]) -> dict[str, object]:
@@ -63,11 +62,32 @@ class Turn:
     ended: str
 
 
-class Answer:
-    """An answer as it comes: an iterator of pieces. `Session.keep` puts what was said into the conversation."""
+@dataclass(frozen=True)
+class Attachment:
+    """A file that goes with the next message."""
 
-    def __init__(self, model: Model, before: list[Message], ids: list[int], settings: dict[str, object]) -> None:
-        self.before = before
+    name: str
+    text: str
+    tokens: int
+
+
+class Answer:
+    """An answer as it comes: an iterator of pieces. `Session.keep` puts what was said into the conversation.
+
+    before: the messages that it answers. dropped: how many of the oldest the model does not see. begun: the text that
+    it goes on from, empty for a new answer.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        before: list[Message],
+        ids: list[int],
+        settings: dict[str, object],
+        dropped: int = 0,
+        begun: str = "",
+    ) -> None:
+        self.before, self.dropped, self.begun = before, dropped, begun
         self._model, self._ids, self._limit = model, ids, settings.get("max_tokens")
         self._came: list[tuple[float, Piece]] = []
         self._complete = False
@@ -116,12 +136,17 @@ class Session:
     """The conversation. messages: dictionaries with "role" and "content", the system's first; settings: those given.
 
     last: how the last answer went. An answer that the user stopped has the key "stopped".
+    shift: leave out the oldest messages when the context is full; dropped: how many the model does not see now, the
+    system's not counted. attached: files for the next message.
     """
 
     model: Model
     settings: dict[str, object] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
     last: Turn | None = None
+    shift: bool = False
+    dropped: int = 0
+    attached: list[Attachment] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -133,13 +158,13 @@ class Session:
         return first["content"] if first and first["role"] == "system" else None
 
     def clear(self, system: str | None = None) -> None:
-        """Starts anew, with these instructions."""
+        """Starts a new conversation, with these instructions."""
         self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self.last = None
+        self.last, self.dropped, self.attached = None, 0, []
 
     def count(self, messages: list[Message] | None = None) -> int:
-        """Tokens of the conversation, 0 for an empty one."""
-        messages = self.messages if messages is None else messages
+        """Returns the tokens of messages, by default of those that the model sees; 0 for none."""
+        messages = window.visible(self.messages, self.dropped) if messages is None else messages
         return len(self.model.render(messages, add_generation_prompt=False)) if messages else 0
 
     def last_question(self) -> int | None:
@@ -147,7 +172,7 @@ class Session:
         return next((i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "user"), None)
 
     def ask(self, text: str | None) -> Answer:
-        """Starts the answer to a new message, or with None another answer to the last one.
+        """Starts the answer to a new message, with the attached files, or with None another answer to the last one.
 
         Raises UsageError if the conversation does not fit in the context; it is then as it was.
         """
@@ -155,108 +180,110 @@ class Session:
             question = self.last_question()
             if question is None:
                 raise UsageError("there is nothing to answer again: write a message first")
-            before = self.messages[: question + 1]
-        else:
-            before = [*self.messages, {"role": "user", "content": text}]
-        ids = self.model.render(before)
+            return self._answer(self.messages[: question + 1])
+        parts = [text, *(f"File {file.name}:\n\n{file.text}" for file in self.attached)]
+        return self._answer([*self.messages, {"role": "user", "content": "\n\n".join(parts)}])
+
+    def go_on(self) -> Answer:
+        """Continues the last answer where it ended.
+
+        Raises UsageError if there is none, and as `ask` does.
+        """
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise UsageError("there is no answer to go on with: write a message first")
+        return self._answer(self.messages[:-1], self.messages[-1]["content"])
+
+    def _answer(self, before: list[Message], begun: str = "") -> Answer:
         room = self.model.ctx_size
+        tail = self.model.tokenizer.encode(begun, bos=False) if begun else []
+
+        def rendered(messages: list[Message]) -> list[int]:
+            return [*self.model.render(messages), *tail]
+
+        dropped = self.dropped
+        if self.shift:
+            limit = self.settings.get("max_tokens")
+            dropped = window.shift(before, dropped, lambda messages: len(rendered(messages)), room, limit)
+        ids = rendered(window.visible(before, dropped))
         if len(ids) >= room:
-            alone = self.count(before[-1:]) >= room
+            alone = self.shift or self.count(before[-1:]) >= room
             raise UsageError(
                 f"the context is full: with this message the conversation takes {len(ids):,} of {room:,} tokens. "
                 + ("Shorten the message" if alone else "/clear or /undo makes room (/save first to keep it)")
-                + ", or start with a larger --ctx-size. Nothing is lost: arrow up brings the message back."
+                + ", or start with a larger --ctx-size"
+                + ("" if alone else " or with --context-shift")
+                + ". Nothing is lost: arrow up brings the message back."
             )
         defaults = {name: value for name, value in DEFAULTS.items() if value is not None}
-        return Answer(self.model, before, ids, defaults | self.settings)
+        return Answer(self.model, before, ids, defaults | self.settings, dropped, begun)
 
     def keep(self, answer: Answer) -> Turn | None:
         """Ends an answer and puts it into the conversation, unless nothing was said; returns how it went."""
         turn = answer.close()
         if turn is not None:
-            message: Message = {"role": "assistant", "content": answer.text}
+            message: Message = {"role": "assistant", "content": answer.begun + answer.text}
             if turn.ended == "stopped":
                 message["stopped"] = True
             self.messages, self.last = [*answer.before, message], turn
+            self.dropped, self.attached = answer.dropped, []
         return turn
+
+    def attach(self, path: str) -> Attachment:
+        """Reads a text file that goes with the next message.
+
+        Raises UsageError for what is no UTF-8 text, is empty, or alone does not fit in the context.
+        """
+        target = transcript.expand(path)
+        data = transcript.read_bytes(target, f"there is no file {target}: check the path", "no context holds it")
+        text = decode_text(data, str(target)).strip("\n")
+        if not text.strip():
+            raise UsageError(f"{target} is empty")
+        tokens = len(self.model.tokenizer.encode(text, bos=False))
+        if tokens >= self.model.ctx_size:
+            raise UsageError(
+                f"{target} has {tokens:,} tokens, the context {self.model.ctx_size:,}: give a part of it, or start "
+                "with a larger --ctx-size"
+            )
+        self.attached.append(Attachment(target.name, text, tokens))
+        return self.attached[-1]
 
     def undo(self) -> bool:
         """Forgets the last message and its answer; returns whether there was one."""
         question = self.last_question()
         if question is None:
             return False
-        self.messages, self.last = self.messages[:question], None
+        self.messages, self.last, self.dropped = self.messages[:question], None, 0
         return True
+
+    def record(self) -> dict[str, Any]:
+        """Returns what is saved of it."""
+        return {"model": self.name, "settings": self.settings, "messages": self.messages}
 
     def save(self, path: str) -> Path:
         """Writes the conversation as JSON. Raises UsageError rather than overwrite another kind of file."""
-        target = _expand(path)
-        if target.exists():
-            try:
-                _read(target)
-            except UsageError:
-                raise UsageError(f"{target} exists and is no conversation: choose another name") from None
-        record = {"model": self.name, "settings": self.settings, "messages": self.messages}
-        atomic_write(target, (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
+        target = transcript.expand(path)
+        transcript.check_target(target)
+        transcript.write(target, self.record())
         return target
 
-    def load(self, path: str) -> str | None:
+    def load(self, path: str | Path) -> str | None:
         """Takes messages and settings of a file; returns the name of the model it was saved with.
 
         Raises UsageError, with the conversation as it was, for a file that is not one of `save`'s.
         """
-        target = _expand(path)
-        record = _read(target)
-        messages = [_message(target, number, message) for number, message in enumerate(record["messages"])]
+        target = transcript.expand(str(path))
+        record = transcript.read(target)
+        messages = transcript.messages(target, record)
         try:
             settings = check_settings(record.get("settings", {}))
             if messages:
                 template.turns(messages)
         except GemkitError as error:
             raise UsageError(f"{target}: {error!s:.300}") from None
-        self.messages, self.settings, self.last = messages, settings, None
+        self.clear()
+        self.messages, self.settings = messages, settings
         name = record.get("model")
         return name[:80] if isinstance(name, str) else None
-
-
-def _expand(path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UsageError(f"{path}: there is no such user") from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A file's record, its outermost shape checked. A bare list of messages is one too."""
-    if not path.exists():
-        raise UsageError(f"{path} does not exist: /save FILE writes a conversation")
-    # Reading a pipe or a device could wait forever.
-    if not path.is_file():
-        raise UsageError(f"{path} is not a file")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise UsageError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: it is no conversation")
-    try:
-        record = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise UsageError(f"{path} is not JSON in UTF-8: /save FILE writes what /load reads") from None
-    record = {"messages": record} if isinstance(record, list) else record
-    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
-        raise UsageError(f"{path} has no list of messages: /save FILE writes what /load reads")
-    if not isinstance(record.get("settings", {}), dict):
-        raise UsageError(f"{path} has settings that are no JSON object")
-    return record
-
-
-def _message(path: Path, number: int, message: object) -> Message:
-    role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-    if role not in ("user", "assistant", "system") or not isinstance(content, str):
-        raise UsageError(f'{path}: message {number} is no {{"role": "user" | "assistant" | "system", "content": text}}')
-    if any("\ud800" <= character <= "\udfff" for character in content):
-        raise UsageError(f"{path}: message {number} is not Unicode text")
-    if role == "system" and number:
-        raise UsageError(f"{path}: message {number} is the system's: only the first may be")
-    stopped = {"stopped": True} if role == "assistant" and message.get("stopped") is True else {}
-    return {"role": role, "content": content, **stopped}
 
 
 def share(part: int, whole: int) -> str:

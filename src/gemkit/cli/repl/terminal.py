@@ -73,8 +73,10 @@ class _History(FileHistory):
                 super().store_string(clean(string))
 
 
-def open_history(path: Path) -> History:
-    """The history in a file that only its owner may read, its older half dropped when it is large."""
+def open_history(path: Path | None) -> History:
+    """The history in a file that only its owner may read, its older half dropped when it is large; None: no file."""
+    if path is None:
+        return InMemoryHistory()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
@@ -89,7 +91,7 @@ def open_history(path: Path) -> History:
 
 
 class _Complete(Completer):
-    """Commands, the names of settings, and files for /save and /load."""
+    """Commands, the names of settings, and files for /save, /load and /read."""
 
     def __init__(self) -> None:
         self._paths = PathCompleter(expanduser=True)
@@ -103,7 +105,7 @@ class _Complete(Completer):
                     yield Completion(name + " " * bool(command.usage), -len(match[1]), display=name)
         elif match := re.fullmatch(r"[/!]set\s+(?:\S+\s+)*(\w*)", text):
             yield from (Completion(f"{n}=", -len(match[1])) for n in DEFAULTS if n.startswith(match[1].lower()))
-        elif match := re.fullmatch(r"[/!](?:save|load)\s+(.*)", text):
+        elif match := re.fullmatch(r"[/!](?:save|load|read)\s+(.*)", text):
             yield from self._paths.get_completions(Document(match[1]), complete_event)
 
 
@@ -160,10 +162,11 @@ class Stop:
 class Terminal:
     """Input and output. styled: Markdown is rendered; else text goes out as it comes.
 
-    history: the file of what was typed. Prompts and notes go to standard error if standard output is no terminal.
+    history: the file of what was typed, None to keep it in memory. Prompts and notes go to standard error if standard
+    output is no terminal.
     """
 
-    def __init__(self, history: Path, styled: bool, stdin: Input | None = None) -> None:
+    def __init__(self, history: Path | None, styled: bool, stdin: Input | None = None) -> None:
         self._apart = not sys.stdout.isatty()
         self._stream = sys.stderr if self._apart else sys.stdout
         self.styled = styled and not self._apart
@@ -211,6 +214,12 @@ class Terminal:
             self._write([*wrap.feed([Span(text, style, text)]), *wrap.finish(), ("", "\n")])
         else:
             self.say(text)
+
+    def quote(self, message: str) -> None:
+        """Shows a message as its user typed it."""
+        lines = message.split("\n")
+        text = "\n".join([f"{PROMPT}{lines[0]}", *(" " * len(PROMPT) + line if line else line for line in lines[1:])])
+        self._write([("prompt", text[: len(PROMPT)]), ("", f"{text[len(PROMPT) :]}\n")])
 
     def show(self, piece: str) -> None:
         """Shows a piece of an answer."""
