@@ -53,8 +53,9 @@ def load(
 ) -> Model:
     """Loads a model: a GGUF file, a folder with one, a Hugging Face folder, a hub's name, or "demo".
 
-    Names: "gemma-3-1b-it" and the like, "hf:org/name[:file]", "kaggle:…"; see `gemkit.weights.hub`. "demo" is the
-    model that the extra `demo` installs. offline: never ask a hub.
+    Names: "gemma-3-1b-it" and the like, "hf:org/name[:file]", "kaggle:…"; see `gemkit.weights.hub`. A short name means
+    Google's 4-bit file where there is one, unless a dtype, an adapter or another backend asks for the original. "demo"
+    is the model that the extra `demo` installs. offline: never ask a hub.
     threads: by default the physical cores that this process may use. activations: "int8" is fast, "float32" is close
     to the reference. ctx_size: the most tokens, prompt and answer together, by default what the model was made for;
     memory is taken as it is needed.
@@ -82,7 +83,10 @@ def load(
 
 
 class Loading:
-    """A load in two halves, for who has something to do in between; the arguments are those of `load`."""
+    """A load in two halves, for who has something to do in between; the arguments are those of `load`.
+
+    keep: whether a packed copy of the weights is kept for later starts.
+    """
 
     def __init__(
         self,
@@ -96,6 +100,7 @@ class Loading:
         offline: bool = False,
         backend: str = "native",
         device: str | None = None,
+        keep: bool = True,
     ) -> None:
         if threads is None:
             threads = default_threads()
@@ -115,10 +120,10 @@ class Loading:
             )
         self.threads, self.activations, self.ctx_size = threads, activations, ctx_size
         self.dtype = dtype
-        self.backend, self.device = backend, device
+        self.backend, self.device, self.keep = backend, device, keep
         # Read before the model, which may be gigabytes away
         self.adapters = _adapters(adapter)
-        self.path = find(path_or_name, offline)
+        self.path = find(path_or_name, offline, original=wants_original(backend, dtype, adapter))
         self._beside = ThreadPoolExecutor(1)
         self._early: Future[Tokenizer | None] = self._beside.submit(_remembered_tokenizer, self.path)
 
@@ -132,9 +137,9 @@ class Loading:
         with self._beside, open_checkpoint(self.path) as stored:
             # The vocabulary is read while the core packs the weights: each takes a tenth of a second or more.
             tokenizer = self._beside.submit(lambda: self._early.result() or _tokenizer(stored))
-            checkpoint = _converted(stored, self.dtype)
+            checkpoint = _converted(stored, self.dtype, self.activations)
             _check_adapters(self.adapters, checkpoint.config)
-            store = PackedStore.of(stored.source, checkpoint.tensors)
+            store = PackedStore.of(stored.source, checkpoint.tensors, self.keep)
             runner = NativeRunner(
                 checkpoint.config,
                 checkpoint.tensors,
@@ -178,8 +183,22 @@ def _choose_keras_backend() -> None:
     os.environ["KERAS_BACKEND"] = installed[0]
 
 
-def find(path_or_name: str | os.PathLike[str], offline: bool = False, *, download: bool = True) -> Path:
-    """Returns the model's file or folder. download: fetch it if it is missing; False raises GemkitError instead."""
+def wants_original(backend: str = "native", dtype: str = "auto", adapter: object = None) -> bool:
+    """Whether a short name means the original weights of a model, rather than Google's 4-bit file of it.
+
+    The other backends take no 4-bit blocks, a type is asked for to be had of the original, and adapters are trained on
+    it.
+    """
+    return backend != "native" or dtype != "auto" or adapter is not None
+
+
+def find(
+    path_or_name: str | os.PathLike[str], offline: bool = False, *, download: bool = True, original: bool = False
+) -> Path:
+    """Returns the model's file or folder.
+
+    download: fetch it if it is missing; False raises GemkitError instead. original: of `gemkit.weights.hub.resolve`.
+    """
     if path_or_name == "demo":
         from gemkit.weights.demo import demo_path
 
@@ -189,7 +208,7 @@ def find(path_or_name: str | os.PathLike[str], offline: bool = False, *, downloa
         return path
     from gemkit.weights.hub import resolve
 
-    return resolve(path_or_name, offline=offline, download=download)
+    return resolve(path_or_name, offline=offline, download=download, original=original)
 
 
 def default_threads() -> int:
@@ -210,12 +229,26 @@ def default_threads() -> int:
     return max(1, count)
 
 
-def _converted(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+def _converted(checkpoint: Checkpoint, dtype: str, activations: str) -> Checkpoint:
+    if dtype == "auto" and activations == "int8" and _is_quick(checkpoint.source):
+        from gemkit.weights.dtype import narrow_head
+
+        return narrow_head(checkpoint)
     if dtype == "auto":
         return checkpoint
     from gemkit.weights.dtype import convert
 
     return convert(checkpoint, dtype)
+
+
+def _is_quick(source: Path | None) -> bool:
+    """Whether a file is Google's 4-bit file of a model, in the cache where it was downloaded to."""
+    if source is None or "-qat-" not in str(source):
+        return False
+    from gemkit.weights.hub_hf_cache import repo_of
+    from gemkit.weights.hub_names import original_of
+
+    return original_of(repo_of(source) or "") is not None
 
 
 def _adapters(paths: Adapters | None) -> dict[str, LoraAdapter]:

@@ -97,6 +97,7 @@ FLAGS = {
     "download": ["name", "--revision", "--offline", "--json"],
     "ls": ["--json"],
     "rm": ["name", "--yes"],
+    "cache": ["action", "--all", "--older-than", "--max-size", "--json"],
 }
 
 

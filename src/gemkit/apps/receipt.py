@@ -18,7 +18,7 @@ from gemkit.api import Completion, Model
 from gemkit.arch.tensors import manifest
 from gemkit.cache import atomic_write
 from gemkit.errors import GemkitError, UsageError
-from gemkit.loading import Loading, find
+from gemkit.loading import Loading, find, wants_original
 from gemkit.weights.files import open_checkpoint
 
 FORMAT = 1
@@ -51,7 +51,7 @@ def write_receipt(
     model: as it was given to `gemkit.load`, with `load`. settings: of `Model.generate`, the seed among them. ids: what
     was generated. Raises GemkitError if the file cannot be written.
     """
-    source = find(model)
+    source = find(model, original=_original(load))
     record = {
         "format": FORMAT,
         "gemkit": __version__,
@@ -112,7 +112,7 @@ def replay(
     load = {name: value for name, value in record["load"].items() if name in LOAD}
     if "adapter" in load and _folder(load["adapter"]) != record["load"].get("adapter_sha256"):
         raise GemkitError(f"{load['adapter']} is not the receipt's adapter: put the one back that it was made with")
-    source = find(model if model is not None else record["model"])
+    source = find(model if model is not None else record["model"], original=_original(load))
     if _weights(source) != record["weights"]:
         raise GemkitError(f"{source} has other weights than the receipt: give the model that it was made with")
     settings = {name: tuple(v) if isinstance(v, list) else v for name, v in record["settings"].items()}
@@ -127,6 +127,10 @@ def replay(
     differ = (n for n, (a, b) in enumerate(zip(found.ids, wanted)) if a != b)
     at = next(differ, None if len(found.ids) == len(wanted) else min(len(found.ids), len(wanted)))
     return Replay(found.ids, str(found), at, (record["instructions"], now))
+
+
+def _original(load: Mapping[str, object]) -> bool:
+    return wants_original(dtype=str(load.get("dtype", "auto")), adapter=load.get("adapter"))
 
 
 def _weights(source: Path) -> str:

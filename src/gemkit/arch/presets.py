@@ -15,12 +15,16 @@ from gemkit.errors import GemkitError
 
 @dataclass(frozen=True)
 class Preset:
-    """A published model. hub_id: its name on Hugging Face; instruction_tuned: it expects chat turns."""
+    """A published model. hub_id: its name on Hugging Face; instruction_tuned: it expects chat turns.
+
+    qat_id: where Google publishes it as a GGUF file in Q4_0 after quantisation-aware training, if it does.
+    """
 
     name: str
     hub_id: str
     instruction_tuned: bool
     config: ModelConfig
+    qat_id: str | None = None
 
 
 def _gemma1(*, D: int, F: int, N: int, K: int, L: int) -> ModelConfig:
@@ -156,7 +160,12 @@ _ROWS: tuple[tuple[str, bool, ModelConfig], ...] = (
     ("gemma-3-27b-it", True, _GEMMA3_27B),
 )
 
-PRESETS: dict[str, Preset] = {name: Preset(name, f"google/{name}", tuned, config) for name, tuned, config in _ROWS}
+_QAT = {f"gemma-3-{size}-{kind}" for size in ("1b", "4b", "12b", "27b") for kind in ("it", "pt")}
+
+PRESETS: dict[str, Preset] = {
+    name: Preset(name, f"google/{name}", tuned, config, f"google/{name}-qat-q4_0-gguf" if name in _QAT else None)
+    for name, tuned, config in _ROWS
+}
 
 
 def preset(name: str) -> Preset:

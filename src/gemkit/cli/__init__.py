@@ -11,7 +11,7 @@ from gemkit import __version__
 from gemkit.cli.command import Verbs
 
 VERBS = ("generate", "replay", "chat", "score", "embed", "tokenize", "show", "bench", "check", "doctor")
-VERBS += ("convert", "quantize", "download", "ls", "rm")
+VERBS += ("convert", "quantize", "download", "ls", "rm", "cache")
 ALIASES = {"run": "generate"}
 
 

@@ -18,6 +18,7 @@ from gemkit.cli.common import (
     print_json,
     table,
 )
+from gemkit.cli.hints import hint_faster
 from gemkit.errors import GemkitError, UsageError
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def command(
     with gemkit.load(model, **load) as loaded:
         if prompt_tokens + max_tokens > loaded.ctx_size:
             raise UsageError(f"{prompt_tokens} + {max_tokens} tokens do not fit in a context of {loaded.ctx_size}")
+        if not as_json:
+            hint_faster(model, loaded, load)
         loaded.settle()
         runs = [_run(loaded, prompt_tokens, max_tokens, repetition) for repetition in range(reps + 1)][1:]
         memory = peak_memory()

@@ -16,6 +16,7 @@ from click.core import ParameterSource
 from gemkit.cli.command import Verb
 from gemkit.cli.common import Text, default_model_argument, failure, load_options, missing_model, read_text
 from gemkit.cli.generate import _real, _whole
+from gemkit.cli.hints import hint_faster
 from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def command(
         with _loaded(model, load, styled, not no_history) as (loaded, terminal):
             session = begin(loaded)
             keeper = Keeper(None if no_history else model)
+            if not quiet:
+                hint_faster(model, loaded, load)
             _greet(session, terminal, quiet)
             if last is not None:
                 _recall(session, terminal)
@@ -104,6 +107,8 @@ def command(
 
     with gemkit.load(model, **load) as loaded:
         session = begin(loaded)
+        if not quiet:
+            hint_faster(model, loaded, load)
         if _is_pretrained(session):
             click.echo(f"gemkit: {PRETRAINED.format(name=session.name)}", err=True)
         _answer_once(session, text)

@@ -52,7 +52,7 @@ def command(
     from gemkit.loading import find
 
     convert.check_request(to, dtype)
-    source = find(model, offline)
+    source = find(model, offline, original=True)
 
     bar = _Bar(not as_json and sys.stderr.isatty())
     path = convert.convert(source, target, to, dtype, bar.show)

@@ -26,6 +26,7 @@ from gemkit.cli.common import (
     target_file,
     warn_of_control,
 )
+from gemkit.cli.hints import hint_faster
 from gemkit.cli.paths import check_writable
 from gemkit.cli.prompt import Prompt, input_kind
 from gemkit.errors import UsageError
@@ -146,6 +147,8 @@ def command(
     Sampling(**settings)  # wrong values are found before the weights are read
     with loading.model() as loaded:
         load_seconds = time.perf_counter() - started
+        if not as_json:
+            hint_faster(model, loaded, load)
         ids = _prompt_ids(loaded, parts.text(), system_prompt, suffix, raw, special)
         settings.update(max_tokens=max_tokens, stop=stop)
         if receipt is not None:

@@ -45,4 +45,4 @@ def command(as_json: bool) -> None:
         ]
         click.echo(table(rows, ("name", "state", "format", "size", "when", "path")))
     if packed:
-        click.echo(f"\npacked weights of all models: {megabytes(packed)}")
+        click.echo(f"\npacked weights of all models: {megabytes(packed)} ('gemkit cache' lists them)")

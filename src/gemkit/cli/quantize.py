@@ -73,7 +73,7 @@ def command(
     check_new(target)
     from gemkit.loading import find
 
-    source = find(model, offline)
+    source = find(model, offline, original=True)
     from gemkit.apps import quantize, sample
 
     shown = not as_json and sys.stderr.isatty()

@@ -16,6 +16,7 @@ from gemkit.cli.common import (
     special_option,
     warn_of_control,
 )
+from gemkit.cli.hints import hint_faster
 from gemkit.cli.paths import check_text_file
 from gemkit.errors import UsageError
 
@@ -52,6 +53,8 @@ def command(
     import gemkit
 
     with gemkit.load(model, **load) as loaded:
+        if not as_json:
+            hint_faster(model, loaded, load)
         started = time.perf_counter()
         if not special:
             warn_of_control(loaded.tokenizer, text)

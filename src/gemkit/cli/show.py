@@ -17,6 +17,7 @@ from gemkit.cli.common import (
     print_json,
     table,
 )
+from gemkit.cli.hints import describe_variant, variant
 
 if TYPE_CHECKING:
     from gemkit.api import Model
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 @json_option
 def command(model: str, load: dict, as_json: bool) -> None:
     """Print the layers, shapes, parameters, bytes by type and memory plan of MODEL."""
-    import gemkit
+    from gemkit.loading import Loading
 
-    with gemkit.load(model, **load) as loaded:
+    with Loading(model, keep=False, **load).model() as loaded:
         record = _record(loaded)
     if as_json:
         print_json(record)
@@ -52,6 +53,7 @@ def _record(model: "Model") -> dict:
     return {
         "name": checkpoint.name,
         "file": str(checkpoint.source),
+        "variant": variant(checkpoint),
         "instruction_tuned": checkpoint.instruction_tuned,
         "config": config.to_hf(),
         "parameters": {"embedding": counts.embedding, "non_embedding": counts.non_embedding, "total": counts.total},
@@ -114,7 +116,10 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
 def _print(record: dict) -> None:
     config, parameters, memory = record["config"], record["parameters"], record["memory"]
     tuned = {True: "instruction-tuned", False: "pretrained", None: "tuning unknown"}[record["instruction_tuned"]]
-    click.echo(f"{record['name']} ({config['model_type']}, {tuned})\n{record['file']}\n")
+    click.echo(f"{record['name']} ({config['model_type']}, {tuned})\n{record['file']}")
+    if record["variant"]:
+        click.echo(describe_variant(record["variant"]))
+    click.echo()
     facts = [
         ("parameters", f"{parameters['total']:,}"),
         ("  embedding", f"{parameters['embedding']:,}"),

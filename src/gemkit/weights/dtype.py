@@ -29,6 +29,7 @@ TYPES = {
 }
 DTYPES = ("auto", *TYPES)
 
+_HEADS = ("model.embed_tokens.weight", "lm_head.weight")
 _CHUNK_ELEMENTS = 1 << 18
 _NONE = np.zeros(0, np.uint8)
 
@@ -85,6 +86,10 @@ def convert(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     for name, tensor in checkpoint.tensors.items():
         kind = TYPES[dtype] if len(tensor.shape) > 1 else GGMLType.F32
         tensors[name] = tensor if tensor.type == kind else Converted(name, kind, tensor)
+    return _with(checkpoint, tensors)
+
+
+def _with(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Checkpoint:
     return Checkpoint(
         checkpoint.config,
         tensors,
@@ -97,6 +102,21 @@ def convert(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
         metadata=checkpoint.metadata,
         close=checkpoint.close,
     )
+
+
+def narrow_head(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a float embedding and output matrix in int8, where its other matrices are quantised.
+
+    Google's 4-bit files keep the embedding in 16 bits. It is also the output matrix, so most of the bytes that a token
+    reads are its; in 8 bits it is read twice as fast and can have a screen. Others are returned as they are.
+    """
+    floats = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+    heads = [name for name in _HEADS if name in checkpoint.tensors and checkpoint.tensors[name].type in floats]
+    others = [t for name, t in checkpoint.tensors.items() if len(t.shape) > 1 and name not in _HEADS]
+    if not heads or any(t.type in floats for t in others) or any(checkpoint.tensors[n].shape[-1] % 32 for n in heads):
+        return checkpoint
+    changed = {name: Converted(name, GGMLType.Q8_0, checkpoint.tensors[name]) for name in heads}
+    return _with(checkpoint, {**checkpoint.tensors, **changed})
 
 
 def describe(checkpoint: Checkpoint) -> str:

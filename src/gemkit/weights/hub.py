@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from gemkit.cache import cache_dir
 from gemkit.errors import GemkitError, GemkitWarning, UsageError
-from gemkit.weights import hub_hf, hub_hf_cache, hub_kaggle
+from gemkit.weights import hub_hf, hub_hf_cache, hub_kaggle, kept
 from gemkit.weights.hub_errors import import_error
 from gemkit.weights.hub_list import Entry, installed
-from gemkit.weights.hub_names import HfName, KaggleName, Name, parse
+from gemkit.weights.hub_names import HfName, KaggleName, Name, parse, quick
 from gemkit.weights.hub_progress import Progress, on_terminal
 
 DEMO = "demo"
@@ -28,6 +27,7 @@ def resolve(
     download: bool = True,
     progress: Callable[[Progress], None] | None = None,
     refresh: bool = False,
+    original: bool = False,
 ) -> Path:
     """Returns a model's GGUF file or folder, and downloads it first if it is a hub's and not here whole.
 
@@ -35,6 +35,8 @@ def resolve(
     `hf:`; `kaggle:owner/model/framework/variation[/version]`. offline: never ask a hub, nor with HF_HUB_OFFLINE=1.
     download: False raises rather than fetches. progress: called about ten times a second; by default a line on the
     terminal. refresh: ask whether the hub has a newer one; without it, what is here whole is used with no question.
+    original: a short name means the weights as trained; without it, Google's 4-bit GGUF file where there is one, and
+    the original if only that is here.
     Raises GemkitError with the remedy. Example: ``resolve("demo").suffix`` is ``".gguf"``.
     """
     if name == DEMO:
@@ -44,15 +46,18 @@ def resolve(
     if (path := _local(name)) is not None:
         return path
     text = os.fspath(name)
-    names = parse(text)
-    found = next((path for one in names if (path := _find(one))), None)
+    names, fast = parse(text), quick(text)
+    wanted = names if fast is None or original else (fast, *names)
+    found = next((path for one in wanted if (path := _find(one))), None)
     offline = offline or hub_hf.is_offline()
     if found is not None and (offline or not refresh or not download):
         return found
     if offline or not download:
-        raise _not_here(text, names, offline and download)
+        raise _not_here(text, wanted, offline and download, None if fast is None or not original else _find(fast))
+    if wanted[0] == fast and _find(fast) is None:
+        _say(f"{text} is fetched as Google's 4-bit file, {fast}; its original weights are {names[0]}")
     try:
-        return _download(names[0], text, progress, 1 if found else None)
+        return _download(wanted[0], text, progress, 1 if found else None)
     except UsageError:
         raise
     except GemkitError as error:
@@ -72,7 +77,8 @@ def named(name: str) -> list[Entry]:
     if not found and name != DEMO:
         if _local(name) is not None:
             raise UsageError(f"{name} is a path, not a name of 'gemkit ls': delete it yourself")
-        found = [entry for entry in entries if any(_means(one, entry) for one in parse(name))]
+        meant = (*parse(name), *((fast,) if (fast := quick(name)) else ()))
+        found = [entry for entry in entries if any(_means(one, entry) for one in meant)]
     if not found:
         raise GemkitError(f"{name} is not downloaded: 'gemkit ls' lists what is")
     return found
@@ -92,32 +98,12 @@ def remove(entries: Iterable[Entry]) -> None:
 
 def remove_sidecars(paths: Iterable[Path]) -> None:
     """Deletes what gemkit keeps of the models at these paths: their packed weights."""
-    _remove_packed(paths)
+    kept.drop(paths)
 
 
 def packed_size() -> int:
     """Bytes of the packed weights that gemkit keeps of all models."""
-    return sum(path.stat().st_size for path in (cache_dir() / "packed").glob("*") if path.is_file())
-
-
-def _remove_packed(paths: Iterable[Path]) -> None:
-    """Deletes the records of these models, and each packed file that no other record names."""
-    folder, gone = cache_dir() / "packed", {str(path) for path in paths}
-    kept, dropped = set(), set()
-    for record in sorted(folder.glob("*.json")):
-        try:
-            value = json.loads(record.read_bytes())
-            source, packed = str(value["source"]), Path(str(value["packed"])).name
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if source in gone:
-            dropped.add(packed)
-            record.unlink(missing_ok=True)
-        else:
-            kept.add(packed)
-    for packed in dropped - kept:
-        with contextlib.suppress(OSError):  # Windows: another process has it mapped
-            (folder / packed).unlink()
+    return sum(copy.size for copy in kept.packed())
 
 
 def _local(name: str | os.PathLike[str]) -> Path | None:
@@ -159,7 +145,13 @@ def _download(name: Name, text: str, progress: Callable[[Progress], None] | None
             show(None)
 
 
-def _not_here(text: str, names: Iterable[Name], offline: bool) -> GemkitError:
+def _say(text: str) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(f"gemkit: {text}\n")
+
+
+def _not_here(text: str, names: Iterable[Name], offline: bool, other: Path | None = None) -> GemkitError:
+    """other: Google's 4-bit file of the model, if that is here and the original was asked for."""
     entries = installed()
     partly = any(
         any(_means(name, entry) for entry in entries)
@@ -168,6 +160,12 @@ def _not_here(text: str, names: Iterable[Name], offline: bool) -> GemkitError:
     )
     state = "is not whole, since its download broke off" if partly else "is not downloaded"
     how = ", and the network is switched off (--offline or HF_HUB_OFFLINE)" if offline else ""
+    if other is not None:
+        first = next(iter(names))
+        return GemkitError(
+            f"{text} is here only as Google's 4-bit file, and the original is asked for{how}: run 'gemkit download "
+            f"{first}', or leave out what asks for it (--dtype, --backend, an adapter)"
+        )
     return GemkitError(f"{text} {state}{how}: run 'gemkit download {text}'")
 
 

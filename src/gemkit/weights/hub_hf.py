@@ -24,7 +24,7 @@ from gemkit.weights.hub_errors import check_token, explain, is_page, page_error,
 from gemkit.weights.hub_fetch import Unreachable, fetch_all, pause, timeout, write_error
 from gemkit.weights.hub_hf_cache import repo_folder, whole
 from gemkit.weights.hub_item import Item, git_blob, sha256
-from gemkit.weights.hub_names import HfName, is_safe, kaggle_handle, select
+from gemkit.weights.hub_names import HfName, is_safe, kaggle_handle, original_of, select
 from gemkit.weights.hub_progress import Progress
 
 if TYPE_CHECKING:
@@ -294,10 +294,13 @@ def explained(name: HfName, error: Exception) -> GemkitError:
     page = f"{endpoint()}/{name.repo}"
     other = kaggle_handle(name.repo)
     instead = f"; or take kaggle:{other} with KAGGLE_USERNAME and KAGGLE_KEY" if other else ""
+    if original := original_of(name.repo):
+        instead = f"; or take the original weights, {original}"
     response = getattr(error, "response", None)
     status = response.status_code if response is not None else 0
     unsigned = status == 401 and not get_token()
-    if isinstance(error, GatedRepoError) or (unsigned and name.repo in {preset.hub_id for preset in PRESETS.values()}):
+    published = {one for preset in PRESETS.values() for one in (preset.hub_id, preset.qat_id)}
+    if isinstance(error, GatedRepoError) or (unsigned and name.repo in published):
         token = "with the account of your token" if get_token() else "and set HF_TOKEN to a token of that account"
         return GemkitError(f"{name.repo} is gated: open {page}, accept its terms {token}{instead}")
     if status == 407:
@@ -314,6 +317,7 @@ def explained(name: HfName, error: Exception) -> GemkitError:
         )
     if isinstance(error, RepositoryNotFoundError) or unsigned:
         private = "" if get_token() else ", and set HF_TOKEN if it is private"
+        private += instead if original else ""
         return GemkitError(f"Hugging Face has no model {name.repo}: check the name{private}")
     if isinstance(error, RevisionNotFoundError):
         return GemkitError(f"{name.repo} has no revision {name.revision or 'main'!r}: see {page}/commits")

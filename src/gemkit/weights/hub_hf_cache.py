@@ -131,6 +131,15 @@ def has_snapshot(repo: str, revision: str) -> bool:
     return commit is not None and (folder / "snapshots" / commit).is_dir()
 
 
+def repo_of(path: Path) -> str | None:
+    """Returns the repository that a file of the cache belongs to; None for a path elsewhere."""
+    try:
+        folder = path.absolute().relative_to(cache_folder()).parts[0]
+    except (ValueError, IndexError):
+        return None
+    return "/".join(folder.split("--", 2)[1:]) if folder.startswith("models--") else None
+
+
 def repo_folder(repo: str) -> Path:
     """The folder of a model in the cache, which may not exist."""
     return cache_folder() / ("models--" + repo.replace("/", "--"))

@@ -101,6 +101,18 @@ def locked(item: Item, stopped: Callable[[], bool]) -> Iterator[BinaryIO | None]
                     item.partial.unlink()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether another process fetches a partial file just now."""
+    try:
+        file = _try_lock(path) if path.exists() else None
+    except OSError:
+        return False
+    if file is None:
+        return path.exists()
+    file.close()
+    return False
+
+
 def _try_lock(path: Path) -> BinaryIO | None:
     """Opens a file, makes it if need be, and takes it for this process; None if another one has it."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)

@@ -97,6 +97,24 @@ def parse(name: str) -> tuple[Name, ...]:
     return _short(text)
 
 
+def quick(name: str) -> HfName | None:
+    """Returns Google's 4-bit file of a model, if `name` is a short one and there is such a file.
+
+    Example: ``quick("gemma-3-1b-it")`` is ``HfName("google/gemma-3-1b-it-qat-q4_0-gguf")``.
+    """
+    from gemkit.arch.presets import PRESETS
+
+    preset = PRESETS.get(name.strip().lower())
+    return HfName(preset.qat_id) if preset is not None and preset.qat_id is not None else None
+
+
+def original_of(repo: str) -> str | None:
+    """Returns the repository with the original weights, if `repo` has Google's 4-bit file of them."""
+    from gemkit.arch.presets import PRESETS
+
+    return next((preset.hub_id for preset in PRESETS.values() if preset.qat_id == repo), None)
+
+
 def with_revision(name: str, revision: str) -> str:
     """Returns the name with a revision of Hugging Face, or a version of Kaggle, put in."""
     first = parse(name)[0]
@@ -130,7 +148,7 @@ def _short(text: str) -> tuple[Name, ...]:
 def kaggle_handle(repo: str) -> str | None:
     """Returns Kaggle's name for a model that Google publishes on both hubs, or None where it is not known."""
     match = re.fullmatch(r"google/(gemma(?:-[23])?)-(\d.*)", repo)
-    if not match:
+    if not match or "-qat-" in repo:
         return None
     family, rest = match.groups()
     return f"google/{family}/transformers/" + (rest if family == "gemma" else f"{family}-{rest}")

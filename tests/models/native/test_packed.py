@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from weights.files import tiny_config, tiny_params
 
 import gemkit
 from gemkit.models.native import NativeRunner, PackedStore, packed
+from gemkit.weights import kept
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.gguf import read_gguf
 from gemkit.weights.gguf_writer import write_gguf
@@ -199,6 +201,49 @@ def test_a_full_disk_leaves_nothing_behind(cache, model, monkeypatch):
     assert len(writes) == 2 and not list(cache.iterdir())
 
 
+def test_copies_are_held_to_a_limit(cache, model, tmp_path, monkeypatch):
+    start(model)
+    other = write_model(tmp_path / "other.gguf", "gemma2")
+    monkeypatch.setattr(kept, "LIMIT", 1)
+    start(other)
+    assert len(images(cache)) == 1, "the one in use is kept, the other one had to go"
+    assert json.loads(next(cache.glob("*.json")).read_bytes())["source"] == str(other)
+    monkeypatch.setenv("GEMKIT_CACHE_SIZE", "100B")
+    first, _ = start(model)
+    assert not images(cache), "a limit that the user set holds for one copy too"
+    monkeypatch.setenv("GEMKIT_CACHE_SIZE", "100MB")
+    assert np.array_equal(start(model)[0], first) and len(images(cache)) == 1
+    monkeypatch.setenv("GEMKIT_CACHE_SIZE", "plenty")
+    with pytest.raises(gemkit.UsageError, match="GEMKIT_CACHE_SIZE"):
+        start(model)
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_told_what_the_end_waits_for(cache, model, monkeypatch):
+    real = packed._write_all
+    monkeypatch.setattr(packed, "_PATIENCE", 0.01)
+    monkeypatch.setattr(packed, "_write_all", lambda file, data: (time.sleep(0.05), real(file, data)))
+    for kind in (Screen, io.StringIO):
+        stream = kind()
+        monkeypatch.setattr(sys, "stderr", stream)
+        start(model)
+        shown = stream.getvalue().split("\r")
+        shutil.rmtree(cache)
+        if kind is Screen:
+            assert shown[0] == "gemkit: writing a packed copy of the weights for faster starts (0 MB) ..."
+            assert shown[1].strip() == "" and len(shown[1]) == len(shown[0]) and shown[2] == ""
+        else:
+            assert shown == [""]
+    monkeypatch.setattr(packed, "_PATIENCE", 60)
+    monkeypatch.setattr(sys, "stderr", stream := Screen())
+    start(model)
+    assert stream.getvalue() == "", "a short wait needs no word"
+
+
 def test_an_interrupt_while_closing_leaves_nothing_behind(cache, model, monkeypatch):
     inside = threading.Event()
 
@@ -216,11 +261,11 @@ def test_an_interrupt_while_closing_leaves_nothing_behind(cache, model, monkeypa
     class Interrupted:
         calls = 0
 
-        def join(self):
+        def join(self, timeout=None):
             self.calls += 1
             if self.calls == 1:
                 raise KeyboardInterrupt
-            thread.join()
+            thread.join(timeout)
 
     store._thread = Interrupted()
     with pytest.raises(KeyboardInterrupt):

@@ -8,7 +8,7 @@ of a model share one, and a record for each model (JSON) that names its image an
 model's files are still those. An image is written whole under another name, then renamed; processes share its memory.
 A file's pages are small, and finding them costs a sixth of the speed: once a model has been in use for a second, what
 every token reads is copied into huge pages, where the system has them and memory is ample.
-GEMKIT_PACKED=0 switches all of this off.
+GEMKIT_PACKED=0 switches all of this off. `gemkit.weights.kept` removes images that are dead or too many.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import json
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +34,12 @@ from gemkit.cache import cache_dir, try_atomic_write
 from gemkit.models.native.plan import Weight
 from gemkit.models.native.room import free_memory
 from gemkit.models.native.runner import IMAGE_VERSION
+from gemkit.weights.kept import file_facts, size_limit, tidy, touch
 
 _PAGE = 4096  # bytes before the image: a line of JSON, padded; the screen begins at a multiple of it
 _BLOCK = 1 << 22
-_STALE_SECONDS = 3600
 _AMPLE = 4  # times what is taken in: memory that has to be free
+_PATIENCE = 1.0  # seconds of waiting at the end before the terminal says what for
 _GRACE = 1.0  # seconds before the work begins: a model that was just loaded has its first token to give
 
 
@@ -46,10 +47,15 @@ class PackedStore:
     """The image of one model.
 
     source: the model's file or folder, as the user named it. files: those that its weights come from.
-    weights: its matrices; their order, types and shapes decide the layout.
+    weights: its matrices; their order, types and shapes decide the layout. writes: False only looks for an image.
+    size: bytes of the image that is being written.
     """
 
-    def __init__(self, source: Path, files: tuple[Path, ...], weights: Mapping[str, Weight]) -> None:
+    def __init__(
+        self, source: Path, files: tuple[Path, ...], weights: Mapping[str, Weight], writes: bool = True
+    ) -> None:
+        self.limit, self._strict = size_limit()
+        self.writes, self.size = writes, 0
         self.folder = cache_dir() / "packed"
         self.source, self.files = Path(source).absolute(), files
         layout = [IMAGE_VERSION, *((name, int(w.type), *w.shape) for name, w in weights.items())]
@@ -60,12 +66,12 @@ class PackedStore:
         self._cancelled, self._hurry, self._over = threading.Event(), threading.Event(), threading.Event()
 
     @classmethod
-    def of(cls, source: Path | None, weights: Mapping[str, Weight]) -> PackedStore | None:
+    def of(cls, source: Path | None, weights: Mapping[str, Weight], writes: bool = True) -> PackedStore | None:
         """The store of a model read from `source`, a file or a folder; None without one or where it is switched off."""
         if source is None or os.environ.get("GEMKIT_PACKED", "1") in ("0", "off", "no", "false"):
             return None
         files = (source,) if source.is_file() else tuple(sorted(source.glob("*.safetensors")))
-        return cls(source, files, weights)
+        return cls(source, files, weights, writes)
 
     def find(self) -> tuple[np.ndarray, np.ndarray | None] | None:
         """The image and the screen kept earlier, mapped; None if there are none or they are not this model's."""
@@ -73,27 +79,35 @@ class PackedStore:
             record = json.loads(self.record.read_bytes())
             if record["layout"] != self.layout or record["files"] != self._facts():
                 return None
-            return self._map(self.folder / Path(record["packed"]).name)
+            found = self._map(self.folder / Path(record["packed"]).name)
         except (OSError, ValueError, KeyError, TypeError):
             return None
+        if found is not None and self.writes:
+            touch(self.record)
+        return found
 
     def keep(self, model: _native.Model) -> None:
-        """Gives the model a screen and writes both beside what else the process does; a full disk is no error."""
-        self._begin(self._keep, model)
+        """Gives the model a screen and writes both in the background; a full disk is no error."""
+        if self.writes:
+            self._begin(self._keep, model)
 
     def take_in(self, model: _native.Model) -> None:
-        """Moves what was found into huge pages, beside what else the process does."""
-        self._begin(self._take_in, model)
+        """Moves what was found into huge pages, in the background."""
+        if self.writes:
+            self._begin(self._take_in, model)
 
     def settle(self) -> None:
         """Waits until all is written and taken in; an interrupt gives the writing up and leaves nothing behind."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        atexit.unregister(self.finish)
+        atexit.unregister(self._finish_at_exit)
         self._hurry.set()
         try:
-            thread.join()
+            thread.join(_PATIENCE)
+            if thread.is_alive():
+                with _said(self.size):
+                    thread.join()
         except BaseException:
             self._cancelled.set()
             thread.join()
@@ -104,10 +118,14 @@ class PackedStore:
         self._over.set()
         self.settle()
 
+    def _finish_at_exit(self) -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # nothing is left to interrupt
+            self.finish()
+
     def _begin(self, work: Callable[[_native.Model], None], model: _native.Model) -> None:
         self._thread = threading.Thread(target=work, args=(model,), name="gemkit-packed", daemon=True)
         self._thread.start()
-        atexit.register(self.finish)
+        atexit.register(self._finish_at_exit)
 
     def _take_in(self, model: _native.Model, mapped: bool = True) -> None:
         self._hurry.wait(_GRACE)
@@ -132,6 +150,7 @@ class PackedStore:
         self._hurry.wait(_GRACE)
         _yield_to_others()
         screen = kept = None
+        self.size = model.image().nbytes + model.screen_bytes
         try:
             facts = self._facts()
             name = f"{self._digest()[:32]}-{self.layout[:16]}.packed"
@@ -142,6 +161,7 @@ class PackedStore:
             if facts == self._facts():  # else the model changed while it was read
                 record = {"source": str(self.source), "files": facts, "layout": self.layout, "packed": name}
                 try_atomic_write(self.record, json.dumps(record).encode())
+                tidy(name, self.limit)
             kept = self._map(path)
             screen = kept[1] if kept is not None else screen  # its pages are shared with other processes
         except (OSError, ValueError):
@@ -160,7 +180,10 @@ class PackedStore:
 
     def _write(self, path: Path, image: np.ndarray, screen: np.ndarray) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_stale()
+        tidy(path.name, self.limit)
+        # A limit that the user set holds for one image too
+        if self._strict and image.nbytes + screen.nbytes > self.limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         # Half as much again is left free: a cache must not be what fills a disk
         if shutil.disk_usage(self.folder).free < 1.5 * (image.nbytes + screen.nbytes):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -191,32 +214,29 @@ class PackedStore:
 
     def _facts(self) -> list[list[object]]:
         """What ties a record to these very files."""
-        facts = []
-        for path in self.files:
-            status = path.stat()
-            facts.append([path.name, status.st_size, status.st_mtime_ns, status.st_ino])
-        return facts
-
-    def _remove_stale(self) -> None:
-        """Clears away what killed processes left, and images whose models are gone."""
-        named = set()
-        for path in self.folder.glob("*.json"):
-            try:
-                record = json.loads(path.read_bytes())
-                if Path(record["source"]).exists():
-                    named.add(record["packed"])
-                else:
-                    path.unlink()
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-        for path in [*self.folder.glob(".packed-*"), *self.folder.glob("*.packed")]:
-            with contextlib.suppress(OSError):
-                if path.name not in named and time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
+        return [file_facts(path) for path in self.files]
 
     def _check(self) -> None:
         if self._cancelled.is_set():
             raise _Cancelled
+
+
+@contextlib.contextmanager
+def _said(size: int) -> Iterator[None]:
+    """Says on a terminal, as long as it lasts, why the process does not end yet."""
+    stream = sys.stderr
+    if not size or stream is None or not stream.isatty():
+        yield
+        return
+    text = f"gemkit: writing a packed copy of the weights for faster starts ({size / 1e6:,.0f} MB) ..."
+    text = text[: shutil.get_terminal_size().columns - 1]
+    stream.write(text)
+    stream.flush()
+    try:
+        yield
+    finally:
+        stream.write("\r" + " " * len(text) + "\r")
+        stream.flush()
 
 
 class _Cancelled(Exception):
