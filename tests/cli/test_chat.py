@@ -188,6 +188,19 @@ def test_unicode_survives_typing_saving_and_loading(chat, tmp_path):
     assert json.loads(again.read_text(encoding="utf-8"))["messages"] == messages
 
 
+def test_a_table_of_a_loaded_conversation_is_laid_out(chat, tmp_path):
+    source = "| name | n |\n|:--|--:|\n| **日本** | 12 |\n| x | 3 |\n\nafter"
+    path = tmp_path / "table.json"
+    path.write_text(
+        json.dumps([{"role": "user", "content": "show"}, {"role": "assistant", "content": source}]), encoding="utf-8"
+    )
+    chat.send(f"/load {path}\r")
+    text = chat.until(lambda text: "after" in text and ready(text))
+    assert "> show\n\nname │  n\n─────┼───\n日本 │ 12\nx    │  3\n\nafter\n\n>" in text
+    chat.send("/clear\r")
+    chat.until(lambda text: "starts anew" in text and ready(text))
+
+
 def test_resizing_is_harmless(chat):
     chat.send("a long line that is typed while the terminal changes its size ")
     for rows, columns in ((10, 30), (40, 120), (24, 20), (30, 80)):

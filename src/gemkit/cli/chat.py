@@ -95,6 +95,7 @@ def command(
             _greet(session, terminal, quiet)
             if last is not None:
                 _recall(session, terminal)
+                terminal.say("")
             try:
                 _converse(session, terminal, quiet, keeper)
             finally:
@@ -208,7 +209,9 @@ def _recall(session: "Session", terminal: "Terminal") -> None:
     shown = session.messages[-RECALLED:]
     if len(shown) < len(session.messages):
         terminal.note(f"{len(session.messages) - len(shown)} earlier messages are not shown.", "dim")
-    for message in shown:
+    for number, message in enumerate(shown):
+        if number:
+            terminal.say("")
         if message["role"] == "system":
             terminal.note(f"System prompt: {message['content']}", "dim")
         elif message["role"] == "user":
@@ -216,7 +219,6 @@ def _recall(session: "Session", terminal: "Terminal") -> None:
         else:
             terminal.show(message["content"])
             terminal.end()
-        terminal.say("")
 
 
 def _converse(session: "Session", terminal: "Terminal", quiet: bool, keeper: Keeper) -> None:

@@ -36,7 +36,23 @@ def shown(text: str) -> list[tuple[str, str]]:
 HIDDEN = r"\*{1,3}|_{1,3}|`+|~~|\[| *#{1,6}[ \t]+"
 # An escape, a link's middle, a quote, a bullet, a number, a rule, a fence's line.
 SUBSTITUTED = r"\\[*_`#~|>]|\]\(|[ \t]*(>[ ]?|[-*+][ \t]+|\d+[.)][ \t]+|[-*_ \t]+|(```+|~~~+)[^\n]*)"
-MARKUP = [*"*_`~[]()\\\n#->|1.+ ab日", "**", "***", "```", "\n```\n", "](", "- ", "# ", "> ", "1. ", "\n~~~", "x" * 90]
+TABLE = r"[ \t]*\|[^\n]*\n[ \t|:-]+(\n[^\n]*)*"
+MARKUP = [
+    "\n|a|b|\n|-|:-:|\n",
+    "|c|d\n",
+    *"*_`~[]()\\\n#->|1.+ ab日",
+    "**",
+    "***",
+    "```",
+    "\n```\n",
+    "](",
+    "- ",
+    "# ",
+    "> ",
+    "1. ",
+    "\n~~~",
+    "x" * 90,
+]
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
@@ -54,6 +70,8 @@ def test_nothing_is_lost_and_cuts_do_not_matter(text: str, data: st.DataObject):
 @given(st.lists(st.sampled_from(MARKUP), max_size=60).map("".join))
 def test_only_markup_is_hidden(text: str):
     for span in render(text):
+        if span.hang is None and (not span.source or re.fullmatch(TABLE, span.source)):
+            continue
         if span.text != span.source:
             assert re.fullmatch(SUBSTITUTED if span.text else HIDDEN, span.source), span
 

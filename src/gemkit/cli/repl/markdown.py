@@ -3,13 +3,17 @@
 What is out is never changed, so nothing flickers and no scrollback is written again. A marker waits until it is known
 what it is: that of a block (a heading's #, a list's -) until its line shows it, that of a phrase (`**`, a backtick, a
 link's bracket) for its partner on the same line, `PHRASE` characters at most. One without a partner is text like any
-other. Every character of the source is in exactly one span's ``source``, in order, however the source was cut.
+other. A table waits for its last row; its source is that of one empty span in front of it. Every character of the
+source is in exactly one span's ``source``, in order, however the source was cut.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
+
+from gemkit.cli.repl import table
 
 PHRASE = 160
 _FENCE_INFO = 80
@@ -40,9 +44,15 @@ class Span(NamedTuple):
 
 
 class Markdown:
-    """The state of a text that is not complete. `feed` takes a piece, `finish` ends it; both return spans."""
+    """The state of a text that is not complete. `feed` takes a piece, `finish` ends it; both return spans.
 
-    def __init__(self) -> None:
+    width: the columns that a table may take, asked when it is shown. cells: the columns of a text.
+    rows: of the table that waits for its end, None if there is none.
+    """
+
+    def __init__(self, width: Callable[[], int] = lambda: 80, cells: Callable[[str], int] = len) -> None:
+        self._width, self._cells = width, cells
+        self.rows: int | None = None
         self._text = ""  # what waits
         self._line_start = True
         self._previous = "\n"  # the last source character that is out
@@ -58,9 +68,9 @@ class Markdown:
         return self._run(final=False)
 
     def finish(self) -> list[Span]:
-        """Returns what still waits and starts anew."""
+        """Returns what still waits, and begins a new text."""
         spans = self._run(final=True)
-        self.__init__()
+        self.__init__(self._width, self._cells)
         return spans
 
     def _run(self, final: bool) -> list[Span]:
@@ -96,6 +106,8 @@ class Markdown:
         if rest in ("`", "``", "~", "~~") and not known:
             return False
         if rest.startswith("|"):
+            if not self._quoted and (done := self._table(final)) is not None:
+                return done
             self._hang = None
         elif rest.startswith(">"):
             return self._quote(indent, rest, final)
@@ -116,6 +128,21 @@ class Markdown:
             self._hang = None if self._hang is None else self._hang + " " * indent
             self._emit(indent)
         return self._begun()
+
+    def _table(self, final: bool) -> bool | None:
+        """Shows a whole table; None if the line begins none."""
+        found = table.find(self._text, final)
+        self.rows = found if isinstance(found, int) else None
+        if not isinstance(found, table.Table):
+            return None if found is None else False
+        self._hang = None
+        self._emit(found.length, "", "")
+        lines = table.lay_out(found, self._width() - 1, self._cells, _cell)
+        for number, line in enumerate(lines):
+            self._out += [Span(text, style, "", None) for text, style in line]
+            if number < len(lines) - 1 or self._previous == "\n":
+                self._out.append(Span("\n", "", "", None))
+        return True
 
     def _begun(self) -> bool:
         self._line_start = self._quoted = False
@@ -217,6 +244,11 @@ class Markdown:
             self._previous = self._text[used - 1]
             self._text = self._text[used:]
         return used == len(line)
+
+
+def _cell(text: str, style: str) -> list[tuple[str, str]]:
+    """What is shown of a table's cell, with styles."""
+    return [(span.text, span.style) for span in inline(text, style, " ", True)[0]]
 
 
 def inline(line: str, style: str, previous: str, final: bool) -> tuple[list[Span], int]:

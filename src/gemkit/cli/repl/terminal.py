@@ -191,7 +191,8 @@ class Terminal:
             output=self._output,
         )
         self._last = "\n"  # what was written last
-        self._markdown = Markdown()
+        self._markdown = Markdown(self.width, get_cwidth)
+        self._hint = ""  # a note on the open line that the next text replaces
         self._wrap = Wrap(self.width, get_cwidth)
         self._utf8 = "utf" in (self._stream.encoding or "").lower()
 
@@ -225,6 +226,9 @@ class Terminal:
         """Shows a piece of an answer."""
         if self.styled:
             self._write(self._wrap.feed(self._markdown.feed(piece)))
+            if self._markdown.rows is not None and self._last == "\n":
+                rows = self._markdown.rows
+                self._show_hint(f"table, {rows} row{'' if rows == 1 else 's'} ...")
         else:
             self._write_plain(piece)
 
@@ -237,6 +241,24 @@ class Terminal:
         if self._last != "\n":
             self._write_plain("\n")
 
+    def _show_hint(self, text: str) -> None:
+        """Shows that something is coming which cannot be shown yet."""
+        if text == self._hint or get_cwidth(text) >= self.width():
+            return
+        self._clear_hint()
+        print_formatted_text(self._output, FormattedText([("class:dim", text)]), STYLE)
+        self._hint = text
+
+    def _clear_hint(self) -> None:
+        if self._hint:
+            self._hint = ""
+            self._erase_line()
+
+    def _erase_line(self) -> None:
+        self._output.write_raw("\r")
+        self._output.erase_end_of_line()
+        self._output.flush()
+
     @contextlib.contextmanager
     def passing(self, text: str) -> Iterator[None]:
         """Shows a note on a line of its own while something takes its time; only on a terminal with styles."""
@@ -247,9 +269,7 @@ class Terminal:
         try:
             yield
         finally:
-            self._output.write_raw("\r")
-            self._output.erase_end_of_line()
-            self._output.flush()
+            self._erase_line()
             self._last = "\n"
 
     @contextlib.contextmanager
@@ -277,6 +297,7 @@ class Terminal:
         fragments = [(style, text) for style, text in fragments if text]
         if not fragments:
             return
+        self._clear_hint()
         self._last = fragments[-1][1][-1]
         if not self.styled:
             self._stream.write("".join(visible(text) for _, text in fragments))
@@ -296,7 +317,7 @@ class Terminal:
 
     def _text(self, text: str) -> str:
         text = visible(text)
-        return text if self._utf8 else text.translate({0x2022: "*", 0x2500: "-", 0x2502: "|", 0xB7: "-"})
+        return text if self._utf8 else text.translate({0x2022: "*", 0x2500: "-", 0x2502: "|", 0x253C: "+", 0xB7: "-"})
 
 
 def _hide_typing() -> Callable[[], None]:
