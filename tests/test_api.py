@@ -257,7 +257,7 @@ def test_load_refuses_what_is_not_there(tmp_path):
         gemkit.load(tmp_path)
     (tmp_path / "a.gguf").touch()
     (tmp_path / "b.gguf").touch()
-    with pytest.raises(GemkitError, match="holds 2 GGUF files"):
+    with pytest.raises(GemkitError, match="holds 2 GGUF models"):
         gemkit.load(tmp_path)
     for options in ({"threads": 0}, {"threads": 1.5}, {"threads": True}, {"activations": "fp4"}):
         with pytest.raises(UsageError, match=next(iter(options))):

@@ -64,6 +64,7 @@ void Model::rotate_and_cache(const LayerPlan& layer, int64_t layer_in_group, int
     const int64_t head = n - N, keys = keys_offset(layer_in_group, head);
     float* k = k_ + t * kv_ld + head * H;
     rotate(k, layer.k_norm);
+    if (!all_finite(k, H) || !all_finite(v_ + t * kv_ld + head * H, H)) damaged_.store(true, std::memory_order_relaxed);
     const int32_t s = token_sequence_[t];
     const int64_t position = input_.positions[s] + (t - input_.starts[s]);
     const auto& table = input_.tables[layer.group];

@@ -244,6 +244,7 @@ std::string Model::check(const StepInput& in) {
 std::string Model::prepare(const StepInput& in) {
   if (std::string e = check(in); !e.empty()) return e;
   input_ = in;
+  damaged_.store(false, std::memory_order_relaxed);
   for (auto& taken : dealt_) taken.store(0, std::memory_order_relaxed);
   token_sequence_.resize(static_cast<size_t>(in.tokens));
   for (int64_t s = 0; s < in.sequences; s++)

@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -21,6 +22,17 @@ constexpr size_t kScreenRows = 32;     // most sequences of a step whose head is
 constexpr int64_t kScreenTop = 128;    // largest top-k that is
 constexpr int64_t kBlockQueries = 48;  // queries that pass over a page together
 constexpr int kImageVersion = 2;       // to be raised whenever the packed layout changes
+
+// A NaN or an infinity has all exponent bits set. On the bits, so that the compiler may take whole vectors.
+inline bool all_finite(const float* x, int64_t n) {
+  uint32_t wrong = 0;
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    wrong |= static_cast<uint32_t>((bits & 0x7f800000) == 0x7f800000);
+  }
+  return !wrong;
+}
 
 struct Options {
   int threads = 1;
@@ -236,6 +248,7 @@ class Model {
 
   // The step being run.
   StepInput input_;
+  std::atomic<bool> damaged_{false};         // a key or value is no finite number, which the cache would round away
   std::vector<std::atomic<int64_t>> dealt_;  // by layer and phase, then the screen: how much has been taken
   std::vector<int32_t> token_sequence_;      // [tokens]
   bool spread_ = false;                      // attention is divided by pages

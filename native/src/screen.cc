@@ -208,15 +208,20 @@ void Model::use_screen(bool use) {
   screen_losses_ = screen_pause_ = 0;
 }
 
-// The token of a row whose screen has run.
+// The token of a row whose screen has run; -1 where a logit is not finite.
 int32_t Model::choose_screened(size_t m, const SamplingParams& params) {
   const ScreenRow& row = screen_work_[m];
   float* logits = logits_ + static_cast<int64_t>(m) * padded(plan_.vocab);
+  // A row of the head that is not finite fails every bound, so that its panel is among those computed
   if (std::any_of(row.failed.begin(), row.failed.end(), [](char f) { return f != 0; }))
-    return choose(logits, plan_.vocab, params, kernels_);
+    return all_finite(logits, plan_.vocab) ? choose(logits, plan_.vocab, params, kernels_) : -1;
   std::vector<int32_t> scanned, panels;
   for (const auto& part : row.scanned) scanned.insert(scanned.end(), part.begin(), part.end());
   std::merge(row.first.begin(), row.first.end(), scanned.begin(), scanned.end(), std::back_inserter(panels));
+  for (const int32_t panel : panels) {
+    const int64_t first = int64_t{panel} * kPanelRows;
+    if (!all_finite(logits + first, std::min<int64_t>(plan_.vocab - first, kPanelRows))) return -1;
+  }
   return choose_among(logits, plan_.vocab, panels, params, kernels_);
 }
 

@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kVocabChunk = 8192;  // logits summed as one piece
 constexpr int64_t kDealtTokens = 16;   // a step of fewer reads more than it computes: equal shares read best
 constexpr int64_t kLeastPanels = 2;    // every piece passes over all activations
+constexpr const char* kNotNumbers =
+    "the model produced logits that are not numbers; the weights are damaged or out of range";
 
 }  // namespace
 
@@ -175,7 +177,8 @@ void Model::head_rows(const std::vector<int64_t>& rows, float* logits_to, int ra
   team_.barrier();
 }
 
-// log sum exp of each row of logits_, from fixed pieces of the vocabulary added in order.
+// log sum exp of each row of logits_, from fixed pieces of the vocabulary added in order; NaN where a logit is not
+// finite.
 void Model::log_normaliser(int64_t count, int rank, int size) {
   const int64_t V = plan_.vocab, ld = padded(V), chunks = (V + kVocabChunk - 1) / kVocabChunk;
   const Range mine = share(count * chunks, rank, size);
@@ -194,7 +197,9 @@ void Model::log_normaliser(int64_t count, int rank, int size) {
     }
   team_.barrier();
   for (int64_t i = mine.begin; i < mine.end; i++)
-    chunk_sums_[i] = kernels_.sum_exp(piece(i), width(i), row_largest_[i / chunks].max);
+    chunk_sums_[i] = all_finite(piece(i), width(i))
+                         ? kernels_.sum_exp(piece(i), width(i), row_largest_[i / chunks].max)
+                         : std::numeric_limits<double>::quiet_NaN();
   team_.barrier();
   if (rank == 0)
     for (int64_t r = 0; r < count; r++) {
@@ -228,15 +233,14 @@ std::string Model::with_logits(const StepInput& input, const std::vector<int64_t
     }
   };
   team_.run(run);
-  return {};
+  return damaged_.load(std::memory_order_relaxed) ? kNotNumbers : std::string();
 }
 
 namespace {
 
 std::string chosen(const std::vector<SampleRequest>& wanted, const std::vector<SampleOutput>& out) {
   for (size_t i = 0; i < out.size(); i++)
-    if (out[i].token < 0 || (wanted[i].logprob && !std::isfinite(out[i].logprob)))
-      return "the model produced logits that are not numbers; the weights are damaged or out of range";
+    if (out[i].token < 0 || (wanted[i].logprob && !std::isfinite(out[i].logprob))) return kNotNumbers;
   return {};
 }
 
@@ -267,7 +271,7 @@ std::string Model::step(const StepInput& input, const std::vector<SampleRequest>
     };
     team_.run(run);
     weigh_screen(wanted.size());
-    return chosen(wanted, out);
+    return damaged_.load(std::memory_order_relaxed) ? kNotNumbers : chosen(wanted, out);
   }
   lock.unlock();
   std::string e = with_logits(input, rows, [&](int64_t first, int64_t count, int rank, int size) {
@@ -276,6 +280,7 @@ std::string Model::step(const StepInput& input, const std::vector<SampleRequest>
       const SampleRequest& w = wanted[first + r];
       SampleOutput& o = out[first + r];
       float* row = logits_ + r * ld;
+      if (std::isnan(row_log_sum_[r])) continue;
       auto logprob = [&](int32_t id) { return static_cast<float>(static_cast<double>(row[id]) - row_log_sum_[r]); };
       if (w.top > 0) {
         o.top_ids.resize(static_cast<size_t>(std::min(w.top, V)));
@@ -342,7 +347,7 @@ std::string Model::hidden_locked(const StepInput& input, float* to) {
       kernels_.rms_norm(x_ + t * padded(D), vector(plan_.final_norm), to + t * D, D, plan_.norm_eps);
   };
   team_.run(run);
-  return {};
+  return damaged_.load(std::memory_order_relaxed) ? kNotNumbers : std::string();
 }
 
 }  // namespace gemkit

@@ -117,8 +117,16 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-probability."""
-        return math.exp(-float(self.logprobs.mean(dtype=np.float64)))
+        """exp of the mean negative log-probability; infinity where that is too large for a float."""
+        return perplexity(float(self.logprobs.mean(dtype=np.float64)))
+
+
+def perplexity(mean: float) -> float:
+    """Returns exp(-mean) of a mean log-probability; infinity where that is too large for a float."""
+    try:
+        return math.exp(-mean)
+    except OverflowError:
+        return math.inf
 
 
 class Model:

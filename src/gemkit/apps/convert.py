@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gemkit.arch.tensors import manifest
-from gemkit.engine.runner import Batch
+from gemkit.engine.runner import Batch, check_finite
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models.native import NativeRunner
@@ -183,7 +183,10 @@ class _Scored:
         self._pages = np.arange(pages, dtype=np.int32)[None]
 
     def logits(self, tokens: np.ndarray, start: int) -> np.ndarray:
-        """float32 [T, V] of the tokens that begin at position `start`, after those of the calls before."""
+        """float32 [T, V] of the tokens that begin at position `start`, after those of the calls before.
+
+        Raises GemkitError if any is not finite.
+        """
         batch = Batch(
             tokens=tokens,
             starts=np.array([0, len(tokens)], np.int32),
@@ -195,4 +198,6 @@ class _Scored:
             history=(np.zeros(0, np.int32),),
             prompt_lengths=np.zeros(1, np.int32),
         )
-        return self._runner.logits(batch)
+        logits = self._runner.logits(batch)
+        check_finite(logits)
+        return logits

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -212,8 +213,20 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def print_json(value: object) -> None:
-    """Print one JSON object on one line; no NaN or infinity."""
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """Print one JSON object on one line; a NaN or an infinity, which JSON lacks, becomes null."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_without_infinities(value), ensure_ascii=False, allow_nan=False)
+    click.echo(text)
+
+
+def _without_infinities(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_infinities(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:

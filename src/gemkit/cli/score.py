@@ -42,7 +42,8 @@ def command(
 ) -> None:
     """Print the perplexity that MODEL gives a text: exp of the mean negative log-probability per token.
 
-    A text longer than a window is cut into windows; each starts anew after a BOS token.
+    A text longer than a window is cut into windows; each begins again after a BOS token. A perplexity too large for a
+    number is printed as exp(…), and null in JSON.
     """
     if (text is None) == (path is None):
         raise UsageError("give the text with either --text or --file")
@@ -51,6 +52,7 @@ def command(
         text = read_text(path)
 
     import gemkit
+    import gemkit.api
 
     with gemkit.load(model, **load) as loaded:
         if not as_json:
@@ -66,11 +68,12 @@ def command(
         for start in range(0, len(ids), window):
             total += float(sum(loaded.score([bos, *ids[start : start + window]]).logprobs))
         seconds = time.perf_counter() - started
-    perplexity = math.exp(-total / len(ids))
+    perplexity = gemkit.api.perplexity(total / len(ids))
     if as_json:
         record = {"perplexity": perplexity, "logprob": total, "tokens": len(ids), "window": window}
         print_json({**record, "seconds": seconds})
     else:
         windows = math.ceil(len(ids) / window)
-        click.echo(f"perplexity {perplexity:.4f}")
+        shown = f"{perplexity:.4f}" if math.isfinite(perplexity) else f"exp({-total / len(ids):,.1f})"
+        click.echo(f"perplexity {shown}")
         click.echo(f"{len(ids):,} tokens in {windows:,} window{'s' * (windows > 1)}, {seconds:.2f} s")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gemkit.engine.pages import PageAllocator, PageTable, limits_for
-from gemkit.engine.runner import Batch, Runner, StepResult
+from gemkit.engine.runner import Batch, Runner, StepResult, check_finite
 from gemkit.engine.sampling import Sampling
 from gemkit.engine.scheduler import Scheduler, make_batch
 from gemkit.engine.sequence import Sequence, TextStream, Token, Tokenizer
@@ -181,7 +181,10 @@ class Engine:
             self.cancel(sequence)
 
     def score(self, prompts: Ids[Ids[int]], adapter: int = -1) -> list[np.ndarray]:
-        """Returns per list of ids the log-probability of each but the first, given those before: float32 [n - 1]."""
+        """Returns per list of ids the log-probability of each but the first, given those before: float32 [n - 1].
+
+        Raises GemkitError if any is not finite.
+        """
         ids = [self._check_context(prompt) for prompt in prompts]
         if any(len(row) < 2 for row in ids):
             raise UsageError("the text is empty: there is nothing to score")
@@ -191,6 +194,7 @@ class Engine:
             return self.runner.score(batch, np.concatenate([ids[i][start + 1 : end + 1] for i, start, end in parts]))
 
         def visit(part: Part, values: np.ndarray) -> None:
+            check_finite(values)
             scores[part.index][part.start : part.end] = values
 
         # The last id is only a target.
@@ -198,12 +202,16 @@ class Engine:
         return scores
 
     def mean_hidden(self, prompts: Ids[Ids[int]], skip: Ids[int], adapter: int = -1) -> np.ndarray:
-        """Returns for each list of ids the mean of its final hidden states but the first ``skip``: float64 [n, D]."""
+        """Returns for each list of ids the mean of its final hidden states but the first ``skip``: float64 [n, D].
+
+        Raises GemkitError if any is not finite.
+        """
         ids = [self._check_context(prompt) for prompt in prompts]
         assert all(count < len(row) for count, row in zip(skip, ids))
         sums = np.zeros((len(ids), self.runner.config.hidden_size))
 
         def visit(part: Part, values: np.ndarray) -> None:
+            check_finite(values)
             if part.start == 0:  # also when the list had to start over
                 sums[part.index] = 0
             sums[part.index] += values[max(0, skip[part.index] - part.start) :].sum(axis=0, dtype=np.float64)

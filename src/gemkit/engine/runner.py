@@ -13,6 +13,7 @@ import numpy as np
 
 from gemkit.arch.config import ModelConfig
 from gemkit.engine.sampling import Sampling
+from gemkit.errors import GemkitError
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,15 @@ def page_groups(config: ModelConfig) -> tuple[PageGroup, ...]:
     for i, layer in enumerate(config.layers):
         members[layer.sliding_window or 0].append(i)
     return tuple(PageGroup(window or None, tuple(layers)) for window, layers in members.items())
+
+
+NOT_NUMBERS = "the model produced logits that are not numbers; the weights are damaged or out of range"
+
+
+def check_finite(values: np.ndarray) -> None:
+    """Raises GemkitError unless all values are finite: the error that a step gives, whatever was asked of the model."""
+    if not np.isfinite(values).all():
+        raise GemkitError(NOT_NUMBERS)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from gemkit.arch.config import ModelConfig
-from gemkit.engine.runner import Batch, PageGroup, StepResult, page_groups
+from gemkit.engine.runner import Batch, PageGroup, StepResult, check_finite, page_groups
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models import padded
 from gemkit.models.jax import decoder
@@ -153,8 +153,7 @@ class JaxRunner:
         packed = np.asarray(packed)
         k = packed.shape[1] // 2
         top, ids, sums = packed[:, :k], packed[:, k : 2 * k].astype(np.int32), packed[:, -1].astype(np.float64)
-        if not np.isfinite(sums[rows]).all():
-            raise GemkitError("the model produced logits that are not numbers; the weights are damaged or out of range")
+        check_finite(sums[rows])
         known = []
         for r, b in zip(rows, wanted, strict=True):
             whole = np.asarray(logits_RV[r]) if padded.needs_whole(batch.sampling[b]) else None
@@ -253,7 +252,7 @@ def _take(hidden_BTD: Array, rows_R: Array) -> Array:
 
 def _likeliest(config: ModelConfig, few: bool, params: decoder.Params, hidden_RD: Array) -> tuple[Array, Array]:
     """Logits [R, V], and float32 [R, 2 k + 1]: the k largest, lower ids before equal ones, their ids, and
-    Σ exp(logit - largest). k is 1 if few."""
+    Σ exp(logit - largest), NaN where a logit is not finite. k is 1 if few."""
     logits_RV = decoder.logits(config, params, hidden_RD)
     if few:
         ids_RK = logits_RV.argmax(-1, keepdims=True)
@@ -262,15 +261,22 @@ def _likeliest(config: ModelConfig, few: bool, params: decoder.Params, hidden_RD
         top_RK, ids_RK = jax.lax.top_k(logits_RV, min(padded.TOP, config.vocab_size))
     # Not less top_RK[:, :1]: a second use of it makes XLA sort the whole vocabulary
     sums_R1 = jnp.exp(logits_RV - logits_RV.max(-1, keepdims=True)).sum(-1, keepdims=True)
+    sums_R1 = _checked(logits_RV, sums_R1[:, 0])[:, None]
     # Ids are exact in float32, up to 2**24
     return logits_RV, jnp.concatenate([top_RK, ids_RK.astype(top_RK.dtype), sums_R1], -1)
 
 
 def _scores(config: ModelConfig, params: decoder.Params, hidden_RD: Array, ids_R: Array) -> tuple[Array, Array]:
-    """The logits of ids less the largest [R], and Σ exp(logit - largest) [R]."""
+    """The logits of ids less the largest [R], and Σ exp(logit - largest) [R], NaN where a logit is not finite."""
     logits_RV = decoder.logits(config, params, hidden_RD)
     logits_RV -= logits_RV.max(-1, keepdims=True)
-    return jnp.take_along_axis(logits_RV, ids_R[:, None], 1)[:, 0], jnp.exp(logits_RV).sum(-1)
+    sums_R = _checked(logits_RV, jnp.exp(logits_RV).sum(-1))
+    return jnp.take_along_axis(logits_RV, ids_R[:, None], 1)[:, 0], sums_R
+
+
+def _checked(logits_RV: Array, sums_R: Array) -> Array:
+    """The sums, NaN where a logit is minus infinity, which leaves no trace in a sum."""
+    return jnp.where(jnp.isfinite(logits_RV.min(-1)), sums_R, jnp.nan)
 
 
 def _precision(dtype: np.dtype) -> AbstractContextManager:

@@ -14,7 +14,7 @@ from keras import KerasTensor as Tensor
 from keras import ops
 
 from gemkit.arch.config import ModelConfig
-from gemkit.engine.runner import Batch, StepResult, page_groups
+from gemkit.engine.runner import Batch, StepResult, check_finite, page_groups
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models import padded
 from gemkit.models.keras.attention import LayerCache
@@ -95,8 +95,7 @@ class Steps:
     def _reduced(self, hidden_RD: Tensor, samplings: list) -> list[padded.Logits]:
         logits_RV, *reduced = memory(self._likeliest, hidden_RD)
         top, ids, sums = map(ops.convert_to_numpy, reduced)
-        if not np.isfinite(sums[: len(samplings)]).all():
-            raise GemkitError("the model produced logits that are not numbers; the weights are damaged or out of range")
+        check_finite(sums[: len(samplings)])
         found = []
         for r, sampling in enumerate(samplings):
             order = np.lexsort((ids[r], -top[r]))  # the lower id before an equal one, which not every backend sees to
@@ -167,16 +166,18 @@ class Steps:
         return hidden_BTD, [(cache.k, cache.v) for cache in caches]
 
     def _likeliest_of(self, hidden_RD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits [R, V], the largest [R, k], their ids, and Σ exp(logit - largest) [R]."""
+        """Logits [R, V], the largest [R, k], their ids, and Σ exp(logit - largest) [R], NaN where one is not finite."""
         logits_RV = self.decoder.logits(hidden_RD)
         top_RK, ids_RK = ops.top_k(logits_RV, min(padded.TOP, self.config.vocab_size))
-        return logits_RV, top_RK, ids_RK, ops.sum(ops.exp(logits_RV - ops.max(logits_RV, -1, keepdims=True)), -1)
+        sums_R = ops.sum(ops.exp(logits_RV - ops.max(logits_RV, -1, keepdims=True)), -1)
+        return logits_RV, top_RK, ids_RK, _checked(logits_RV, sums_R)
 
     def _scores_of(self, hidden_RD: Tensor, ids_R: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits of ids less the largest [R], and Σ exp(logit - largest) [R]."""
+        """The logits of ids less the largest [R], and Σ exp(logit - largest) [R], NaN where one is not finite."""
         logits_RV = self.decoder.logits(hidden_RD)
         logits_RV = logits_RV - ops.max(logits_RV, -1, keepdims=True)
-        return ops.take_along_axis(logits_RV, ids_R[:, None], axis=1)[:, 0], ops.sum(ops.exp(logits_RV), -1)
+        sums_R = _checked(logits_RV, ops.sum(ops.exp(logits_RV), -1))
+        return ops.take_along_axis(logits_RV, ids_R[:, None], axis=1)[:, 0], sums_R
 
     def _compiled(self, function: Callable, donate: bool = False) -> Callable:
         """A function as the backend runs it best. Python runs a compiled one only for a new shape, which is counted.
@@ -235,6 +236,11 @@ def memory(function: Callable, *arguments):
 
 def _rows(hidden_BTD: Tensor, rows_R: Tensor) -> Tensor:
     return ops.take(ops.reshape(hidden_BTD, (-1, hidden_BTD.shape[-1])), rows_R, axis=0)
+
+
+def _checked(logits_RV: Tensor, sums_R: Tensor) -> Tensor:
+    """The sums, NaN where a logit is minus infinity, which leaves no trace in a sum."""
+    return ops.where(ops.isfinite(ops.min(logits_RV, -1)), sums_R, float("nan"))
 
 
 def _ints(array: np.ndarray) -> Tensor:

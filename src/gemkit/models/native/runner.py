@@ -9,7 +9,7 @@ import numpy as np
 
 from gemkit import _native
 from gemkit.arch.config import ModelConfig
-from gemkit.engine.runner import Batch, StepResult, page_groups
+from gemkit.engine.runner import NOT_NUMBERS, Batch, StepResult, page_groups
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models.native.plan import LowRank, Weight, build_plan
@@ -104,7 +104,8 @@ class NativeRunner:
         try:
             return function(*arguments)
         except ValueError as error:
-            raise GemkitError(f"{error}.") from None
+            message = str(error)
+            raise GemkitError(message if message == NOT_NUMBERS else f"{message}.") from None
 
     @property
     def weight_bytes(self) -> int:

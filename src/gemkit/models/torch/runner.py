@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from gemkit.arch.config import ModelConfig
-from gemkit.engine.runner import Batch, StepResult, page_groups
+from gemkit.engine.runner import Batch, StepResult, check_finite, page_groups
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models import padded
 from gemkit.models.torch.decoder import Decoder
@@ -150,8 +150,7 @@ class TorchRunner:
     ) -> list[padded.Logits]:
         """What `padded.choose` needs of some rows, of the batch's sequences `wanted`."""
         top, ids, log_sums = found(packed)
-        if not np.isfinite(top[rows, 0]).all():
-            raise GemkitError("the model produced logits that are not numbers; the weights are damaged or out of range")
+        check_finite(log_sums[rows])
         known = []
         for r, b in zip(rows, rows if wanted is None else wanted, strict=True):
             whole = logits_RV[int(r)].cpu().numpy() if padded.needs_whole(batch.sampling[b]) else None
@@ -174,6 +173,7 @@ class TorchRunner:
                 logits_RV = self.decoder.logits(hidden_TD[torch.from_numpy(rows).to(self.device)]).double()
                 ids = torch.from_numpy(targets[rows].astype(np.int64)).to(self.device)
                 picked = logits_RV.gather(1, ids[:, None])[:, 0] - logits_RV.logsumexp(-1)
+                picked = picked.where(logits_RV.isfinite().all(-1), torch.nan)
                 out[rows] = picked.float().cpu().numpy()
         return out
 

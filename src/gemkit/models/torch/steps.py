@@ -137,13 +137,18 @@ def _layer(layer: Block, x_BTD: Tensor, positions_BT: Tensor, cache: LayerCache)
 
 
 def _likeliest(decoder: Decoder, hidden_RD: Tensor, few: bool) -> tuple[Tensor, Tensor]:
-    """Logits [R, V], and float32 [R, 2 k + 1]: the k largest, their ids, Σ exp(logit - largest); k is 1 if few."""
+    """Logits [R, V], and float32 [R, 2 k + 1]: the k largest, their ids, Σ exp(logit - largest); k is 1 if few.
+
+    The sum is NaN where a logit is not finite.
+    """
     logits_RV = decoder.logits(hidden_RD)
     if few:
         top_RK, ids_RK = logits_RV.max(-1, keepdim=True)
     else:
         top_RK, ids_RK = logits_RV.topk(min(padded.TOP, logits_RV.shape[1]), dim=-1)
     sums_R1 = (logits_RV - logits_RV.amax(-1, keepdim=True)).exp().sum(-1, keepdim=True)
+    # A logit of minus infinity leaves no trace in a sum
+    sums_R1 = sums_R1.where(logits_RV.amin(-1, keepdim=True).isfinite(), torch.nan)
     # Ids are exact in float32, up to 2**24
     return logits_RV, torch.cat([top_RK, ids_RK.to(top_RK.dtype), sums_R1], -1)
 
