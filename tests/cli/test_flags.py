@@ -66,7 +66,7 @@ FLAGS = {
         "--quiet",
         *LOAD[:-1],
     ],
-    "score": ["[MODEL]", "--text", "-f/--file", "--window", "--special", *LOAD],
+    "score": ["[MODEL]", "words", "--text", "-f/--file", "--window", "--special", *LOAD],
     "embed": ["[MODEL]", "words", "-f/--file", "--special", "-o/--output", *LOAD],
     "tokenize": [
         "[MODEL]",

@@ -13,7 +13,7 @@ from cli.screen import Screen
 
 from gemkit.cli import main, prompt
 from gemkit.cli.prompt import Prompt
-from gemkit.errors import UsageError
+from gemkit.errors import GemkitError, UsageError
 from gemkit.weights.demo import demo_path
 
 GENERATE = [sys.executable, "-m", "gemkit", "generate"]
@@ -87,7 +87,7 @@ def test_instruction_files_and_pipe_are_put_together(pipe, files, words, option,
 @pytest.mark.parametrize(
     ("words", "option", "names", "piped", "message"),
     [
-        ([], None, [], b"", "standard input is empty: give a prompt"),
+        ([], None, [], b"", "standard input is empty: give the text"),
         ([], None, [], b" \n", "standard input is empty"),
         ([], "-", [], b"", "standard input is empty"),
         (["Shorten:", "-"], None, [], b"", "standard input is empty"),
@@ -102,6 +102,12 @@ def test_instruction_files_and_pipe_are_put_together(pipe, files, words, option,
 def test_what_is_no_prompt_is_refused(pipe, files, words, option, names, piped, message):
     with pytest.raises(UsageError, match=message):
         text(pipe, piped, words, option, [files.get(name, name) for name in names])
+
+
+def test_a_file_that_is_not_there_is_one_line(pipe, tmp_path):
+    for path, message in [(tmp_path / "nowhere.txt", "there is no file"), (tmp_path, "is a folder")]:
+        with pytest.raises(GemkitError, match=message):
+            Prompt((), None, [str(path)])
 
 
 def test_a_prompt_without_any_standard_input(monkeypatch):
@@ -161,6 +167,7 @@ def test_the_command_takes_all_of_them(files):
 def test_a_terminal_is_read_for_a_dash_alone():
     with Screen([*GENERATE, "demo"]) as screen:
         screen.until("the text is missing: gemkit generate MODEL")
+        screen.until("gemkit chat MODEL")
         assert screen.code() == 2
     with Screen([*GENERATE, "demo", "-", "--max-tokens", "4", "--temp", "0"]) as screen:
         screen.until("waiting for the end of standard input")

@@ -42,6 +42,7 @@ def test_tokenize_prints_ids_and_pieces(capsys, model):
     assert f"{len(ids)} tokens" in err and "--special" in err
     record = json.loads(run(capsys, "tokenize", "demo", TEXT, "--json")[0])
     assert [token["id"] for token in record["tokens"]] == ids and record["count"] == len(ids)
+    assert record["ids"] == ids
     assert "".join(token["text"] for token in record["tokens"][1:]) == TEXT
     assert json.loads(run(capsys, "tokenize", "demo", TEXT, "--ids")[0]) == ids
     assert run(capsys, "tokenize", "demo", TEXT, "--count")[0] == f"{len(ids)}\n"

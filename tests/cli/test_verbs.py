@@ -56,7 +56,7 @@ def test_generate_json(capsys, model):
     assert len(record["logprobs"]) == 6
     for entry in record["logprobs"]:
         assert len(entry["top"]) == 2
-        assert entry["top"][0] == {"id": entry["id"], "logprob": entry["logprob"]}
+        assert entry["top"][0] == {name: entry[name] for name in ("id", "text", "logprob")}
 
 
 def test_sampling_flags_reach_the_engine(capsys, model):
@@ -99,6 +99,15 @@ def test_score_is_the_api_and_windows_add_up(capsys, model, tmp_path):
     record = json.loads(run(capsys, "score", "demo", "--text", text, "--window", "5", "--json")[0])
     assert record["perplexity"] == pytest.approx(math.exp(-float(sum(parts)) / len(ids)), rel=1e-6)
     assert run(capsys, "score", "demo", "--text", text)[0].startswith("perplexity ")
+
+
+def test_score_takes_its_text_as_an_argument_and_from_a_pipe(capsys, monkeypatch):
+    text = "Paris is the capital of France."
+    expected = json.loads(run(capsys, "score", "demo", "--text", text, "--json")[0])["perplexity"]
+    assert json.loads(run(capsys, "score", "demo", text, "--json")[0])["perplexity"] == expected
+    for extra in ([], ["-"]):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert json.loads(run(capsys, "score", "demo", *extra, "--json")[0])["perplexity"] == expected
 
 
 def test_show(capsys):

@@ -82,6 +82,10 @@ class Verb(click.Command):
                     raise
         try:
             return super().make_context(info_name, args, parent, **extra)
+        except click.NoSuchOption as error:
+            if not error.possibilities and "words" in {param.name for param in self.params}:
+                error.message += " A text that begins with a dash goes after --."
+            raise
         except click.BadParameter as error:
             name = error.param.name if error.param is not None else None
             if error.ctx is not None and error.ctx.get_parameter_source(name) is ParameterSource.ENVIRONMENT:
@@ -161,6 +165,8 @@ class Verbs(click.Group):
 
     def _unknown(self, name: str) -> str:
         """The message for a word that is no verb: the nearest one, or how a model is given."""
+        if name == "help":
+            return "no verb 'help': 'gemkit -h' lists the verbs, 'gemkit VERB -h' the options of one"
         from difflib import get_close_matches
 
         verbs = [*self.verbs, *self.aliases]

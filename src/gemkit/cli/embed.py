@@ -19,6 +19,7 @@ from gemkit.cli.common import (
     split_text,
     target_file,
 )
+from gemkit.cli.paths import check_text_file
 from gemkit.cli.prompt import STDIN, input_kind
 from gemkit.errors import UsageError
 
@@ -116,6 +117,7 @@ def _texts(words: tuple[str, ...], files: tuple[str, ...]) -> list[str]:
 
 
 def _lines(path: str) -> list[tuple[str, str]]:
+    check_text_file(path)
     name = "standard input" if path == STDIN else path
     # Not splitlines, which also breaks at characters that belong to a text.
     lines = read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n")

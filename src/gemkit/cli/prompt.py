@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import click
 
 from gemkit.cli.common import decode_text, read_text
+from gemkit.cli.paths import check_text_file
 from gemkit.errors import UsageError
 
 STDIN = "-"
@@ -41,7 +42,7 @@ class Prompt:
         explicit = STDIN in (option, *words[-1:], *files)
         words = words[:-1] if words[-1:] == (STDIN,) else words
         self._instruction = " ".join(words) if words else option if option != STDIN else None
-        self._files = [(path, read_text(path)) for path in files if path != STDIN]
+        self._files = [(path, _read(path)) for path in files if path != STDIN]
         for path, text in self._files:
             if not text.strip():
                 raise UsageError(f"{path} is empty: there is nothing to go on from")
@@ -50,7 +51,10 @@ class Prompt:
         if not explicit and not given and kind in ("terminal", "none"):
             context = click.get_current_context(silent=True)
             verb = context.command_path if context is not None else "gemkit generate"
-            raise UsageError(f'the text is missing: {verb} MODEL "TEXT", --file FILE or a pipe (- reads the terminal)')
+            chat = "; gemkit chat MODEL is a conversation" if verb.endswith(("generate", "run")) else ""
+            raise UsageError(
+                f'the text is missing: {verb} MODEL "TEXT", --file FILE or a pipe (- reads the terminal){chat}'
+            )
         self._needed = explicit or not given
         # Words are typed by people, whose pipes end; programs that pass --prompt may leave theirs open.
         self._waits = self._needed or bool(words)
@@ -79,7 +83,12 @@ class Prompt:
 
     def _check(self, piped: str) -> None:
         if self._needed and not piped.strip():
-            raise UsageError("standard input is empty: give a prompt as an argument, with --prompt or through the pipe")
+            raise UsageError("standard input is empty: give the text as an argument, with --file or through the pipe")
+
+
+def _read(path: str) -> str:
+    check_text_file(path)
+    return read_text(path)
 
 
 class _Input:

@@ -14,17 +14,20 @@ from gemkit.cli.common import (
     print_json,
     read_text,
     special_option,
+    split_text,
     warn_of_control,
 )
 from gemkit.cli.hints import hint_faster
 from gemkit.cli.paths import check_text_file
+from gemkit.cli.prompt import STDIN, Prompt
 from gemkit.errors import UsageError
 
 
 @click.command("score", cls=Verb, short_help="Print how likely a text is.")
 @default_model_argument
+@click.argument("words", metavar="[TEXT]", nargs=-1, type=Text())
 @click.option("--text", type=Text(), help="The text.")
-@click.option("-f", "--file", "path", help="A UTF-8 file with the text; - reads standard input.")
+@click.option("-f", "--file", "path", type=click.Path(allow_dash=True), help="A UTF-8 file with the text.")
 @click.option(
     "--window", type=click.IntRange(1), metavar="N", help="Tokens scored together (default: the whole context)."
 )
@@ -33,6 +36,7 @@ from gemkit.errors import UsageError
 @json_option
 def command(
     model: str,
+    words: tuple[str, ...],
     text: str | None,
     path: str | None,
     special: bool,
@@ -42,14 +46,18 @@ def command(
 ) -> None:
     """Print the perplexity that MODEL gives a text: exp of the mean negative log-probability per token.
 
+    The text is what comes after MODEL, or --text, or a file, or else what is piped in.
     A text longer than a window is cut into windows; each begins again after a BOS token. A perplexity too large for a
     number is printed as exp(…), and null in JSON.
     """
-    if (text is None) == (path is None):
-        raise UsageError("give the text with either --text or --file")
-    if text is None:
+    model, words = split_text(click.get_current_context(), model, words, text is None and path is None)
+    if bool(words) + (text is not None) + (path is not None) > 1:
+        raise UsageError("the text is given twice: as an argument, with --text or --file; leave one out")
+    if path is not None:
         check_text_file(path)
         text = read_text(path)
+    elif text is None:
+        text = " ".join(words) if words and words != (STDIN,) else Prompt(words, None, ()).text()
 
     import gemkit
     import gemkit.api

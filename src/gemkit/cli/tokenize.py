@@ -68,7 +68,7 @@ def command(
     elif as_json:
         from gemkit.cli.tokens import token_records
 
-        print_json({"tokens": token_records(tokenizer, found), "count": len(found)})
+        print_json({"ids": found, "tokens": token_records(tokenizer, found), "count": len(found)})
     else:
         _print(tokenizer, found)
 
