@@ -27,7 +27,7 @@ class Scores(FakeRunner):
 
 
 def run(capsys, monkeypatch, logprob: float, *args: str) -> tuple[int, str, str]:
-    model = Model(SimpleNamespace(name="tiny", instruction_tuned=None), Scores(logprob), tokenizer())
+    model = Model(SimpleNamespace(name="tiny", tensors={}), Scores(logprob), tokenizer())
     monkeypatch.setattr(gemkit, "load", lambda *_, **__: model, raising=False)
     with pytest.raises(SystemExit) as exit_:
         main(["score", "tiny", "--text", "abc", *args])

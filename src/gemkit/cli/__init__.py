@@ -9,6 +9,7 @@ import click
 
 from gemkit import __version__
 from gemkit.cli.command import Verbs
+from gemkit.cli.streams import whole_text
 
 VERBS = ("generate", "replay", "chat", "score", "embed", "tokenize", "show", "bench", "check", "doctor")
 VERBS += ("convert", "quantize", "download", "ls", "rm", "cache")
@@ -24,11 +25,10 @@ def cli(debug: bool) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command with `args` (default: the process's own) and exit."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
     try:
-        sys.exit(cli.main(args, prog_name="gemkit", standalone_mode=False) or 0)
+        with whole_text():
+            code = cli.main(args, prog_name="gemkit", standalone_mode=False) or 0
+        sys.exit(code)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
     except click.Abort:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemkit.cli import config
+from gemkit.cli.streams import is_utf8
 from gemkit.errors import GemkitError, UsageError, listed
 
 if TYPE_CHECKING:
@@ -199,26 +200,48 @@ def given(**options: object) -> dict[str, object]:
 
 
 def read_text(path: str) -> str:
-    """Return the UTF-8 text of a file, or of standard input for `-`; raises UsageError if it is not UTF-8."""
+    """Return the text of a file, or of standard input for `-`: UTF-8, or what a byte order mark says.
+
+    Raises UsageError if it is neither.
+    """
     data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     return decode_text(data, "standard input" if path == "-" else path)
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """Return the text of UTF-8 bytes; raises UsageError, with the name of their source, if they are not UTF-8."""
+    """Return the text of bytes, read as `read_text` does; raises UsageError with the name of their source."""
+    from gemkit.text.encoding import decode
+
     try:
-        return data.decode("utf-8")
+        return decode(data)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{name} is not UTF-8 text (byte {error.start}): convert it first") from None
+        kind = error.encoding.upper().removesuffix("-LE").removesuffix("-BE")
+        where = error.reason if "mark" in error.reason else f"byte {error.start}"
+        raise UsageError(f"{name} is not {kind} text ({where}): save it as UTF-8") from None
 
 
 def print_json(value: object) -> None:
-    """Print one JSON object on one line; a NaN or an infinity, which JSON lacks, becomes null."""
+    """Print one JSON object on one line, with escapes unless standard output is UTF-8.
+
+    A NaN or an infinity, which JSON lacks, becomes null.
+    """
+    escaped = not is_utf8(sys.stdout)
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, ensure_ascii=escaped, allow_nan=False)
     except ValueError:
-        text = json.dumps(_without_infinities(value), ensure_ascii=False, allow_nan=False)
+        value = _without_infinities(value)
+        text = json.dumps(value, ensure_ascii=escaped, allow_nan=False)
+    if not escaped and not _is_unicode(text):
+        text = json.dumps(value, allow_nan=False)  # a file's name that is not UTF-8
     click.echo(text)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _without_infinities(value: object) -> object:

@@ -82,7 +82,8 @@ class Tokenizer:
         from gemkit.text.tokenizer_json import read_tokenizer_json
 
         # A model starts with the key of its first piece, 0x0A, which JSON may have as white space.
-        read = read_tokenizer_json if data[:64].lstrip()[:1] == b"{" else read_model
+        start = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
+        read = read_tokenizer_json if start[:1] == b"{" else read_model
         try:
             return cls.from_cached(f"file {hashlib.sha256(data).hexdigest()}", lambda: read(data))
         except GemkitError as error:

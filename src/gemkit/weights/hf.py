@@ -19,6 +19,7 @@ import numpy as np
 
 from gemkit.arch.config import ModelConfig
 from gemkit.errors import GemkitError
+from gemkit.text.encoding import decode
 from gemkit.text.vocabulary import PieceType, Vocabulary
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.hf_stop import stop_ids
@@ -112,7 +113,7 @@ def _chat_template(folder: Path) -> str | None:
 
 def _text(path: Path) -> str:
     try:
-        return read_file(path).decode()
+        return decode(read_file(path))
     except UnicodeDecodeError:
         raise GemkitError(f"{path} is not UTF-8; get the file again") from None
 

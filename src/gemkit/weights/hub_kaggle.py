@@ -331,7 +331,7 @@ def _is_file(path: Path) -> bool:
 
 def _read_key(path: Path) -> str:
     try:
-        return path.read_text("utf-8").strip()
+        return path.read_text("utf-8-sig").strip()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise GemkitError(f"{path} cannot be read ({reason}): get a new key from {_HUB}/settings") from None

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from gemkit.errors import GemkitError
+from gemkit.text.encoding import decode
 from gemkit.weights.git_lfs import refuse_pointer
 
 _MAX_BYTES = 256 << 20  # the largest, tokenizer.json, has 40 MB
 
 
 def parse_object(data: bytes) -> dict[str, object]:
-    """The JSON object in UTF-8 bytes, with or without a byte order mark.
+    """The JSON object in UTF-8 bytes, or in what a byte order mark says.
 
     Raises ValueError for anything else and for a key that an object has twice.
     """
@@ -30,7 +31,7 @@ def parse_object(data: bytes) -> dict[str, object]:
         raise ValueError(f"it holds {name}")
 
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        value = json.loads(decode(data), object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
     except RecursionError:

@@ -2,10 +2,11 @@
 
 import stat
 import sys
+from types import SimpleNamespace
 
 from prompt_toolkit.history import InMemoryHistory
 
-from gemkit.cli.repl.terminal import MAX_HISTORY_BYTES, MAX_HISTORY_ENTRY, Stop, open_history
+from gemkit.cli.repl.terminal import MAX_HISTORY_BYTES, MAX_HISTORY_ENTRY, Stop, Terminal, open_history
 from gemkit.cli.repl.text import clean, visible
 
 
@@ -69,3 +70,9 @@ def test_control_c_raises_only_while_a_token_is_awaited():
     other = Stop()
     other.handle(2, None)
     assert other.hit
+
+
+def test_a_terminal_with_a_code_page_loses_nothing():
+    terminal = Terminal.__new__(Terminal)
+    terminal._utf8, terminal._stream = False, SimpleNamespace(encoding="latin-1")
+    assert terminal._text("• 日本 é 👍 │") == "* \\u65e5\\u672c é \\U0001f44d |"

@@ -16,6 +16,7 @@ from gemkit.apps.check.subject import HF, Subject, TensorView, Tokens
 from gemkit.arch.config import MODEL_TYPES
 from gemkit.arch.hf_config import read as read_config
 from gemkit.errors import GemkitError
+from gemkit.text.encoding import decode
 from gemkit.text.spm_proto import read_model
 from gemkit.weights.json_file import parse_object, read_file
 from gemkit.weights.quant import GGMLType
@@ -129,7 +130,7 @@ def fill_tokens(subject: Subject) -> None:
 def _fill_template(subject: Subject, settings: Mapping[str, object]) -> None:
     if "chat_template.jinja" in subject.files:
         try:
-            text = read_file(subject.folder / "chat_template.jinja").decode("utf-8")
+            text = decode(read_file(subject.folder / "chat_template.jinja"))
         except (GemkitError, UnicodeDecodeError) as error:
             subject.broken.append(("chat_template.jinja", f"it cannot be read ({error})"))
             return

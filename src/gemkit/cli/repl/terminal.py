@@ -317,7 +317,11 @@ class Terminal:
 
     def _text(self, text: str) -> str:
         text = visible(text)
-        return text if self._utf8 else text.translate({0x2022: "*", 0x2500: "-", 0x2502: "|", 0x253C: "+", 0xB7: "-"})
+        if self._utf8:
+            return text
+        text = text.translate({0x2022: "*", 0x2500: "-", 0x2502: "|", 0x253C: "+", 0xB7: "-"})
+        encoding = self._stream.encoding or "ascii"
+        return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _hide_typing() -> Callable[[], None]:

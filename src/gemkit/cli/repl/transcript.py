@@ -9,6 +9,7 @@ from typing import Any
 
 from gemkit.cache import atomic_write, cache_dir
 from gemkit.errors import UsageError
+from gemkit.text.encoding import decode
 
 Message = dict[str, Any]
 
@@ -49,7 +50,7 @@ def read(path: Path) -> dict[str, Any]:
     """Returns a file's record, its outermost shape checked. A bare list of messages is one too."""
     data = read_bytes(path, f"{path} does not exist: /save FILE writes a conversation", "it is no conversation")
     try:
-        record = json.loads(data.decode("utf-8"))
+        record = json.loads(decode(data))
     except (ValueError, RecursionError):
         raise UsageError(f"{path} is not JSON in UTF-8: /save FILE writes what /load reads") from None
     record = {"messages": record} if isinstance(record, list) else record
