@@ -247,7 +247,7 @@ def test_the_last_conversation_is_continued(home, tmp_path):
         screen.until(ready)
         screen.send("not kept\r")
         screen.until(lambda text: re.search(SPEED, text) and ready(text))
-    assert not kept.exists()
+    assert not kept.exists() and not (home / "chat_history").exists()
     with Screen([*command, "--continue"], GEMKIT_CACHE=str(home)) as screen:
         screen.until("there is no conversation to continue")
         assert screen.code() == 2

@@ -14,6 +14,7 @@ from gemkit.cli.common import split_text
 def file(tmp_path, monkeypatch):
     """Writes the configuration file."""
     path = tmp_path / "config.toml"
+    path.write_text("", encoding="utf-8")
     monkeypatch.setenv("GEMKIT_CONFIG", str(path))
     for name in ("GEMKIT_MODEL", "GEMKIT_THREADS", "GEMKIT_TOP_K"):
         monkeypatch.delenv(name, raising=False)
@@ -72,6 +73,16 @@ def test_kinds_of_values(file):
     assert params("generate", "demo", "--stop", "z")["stop"] == ("z",)
 
 
+def test_a_flag_of_the_file_can_be_taken_back(file, monkeypatch):
+    file("[chat]\nno-history = true\n")
+    assert params("chat", "demo")["no_history"] is True
+    monkeypatch.setenv("GEMKIT_NO_HISTORY", "0")
+    assert params("chat", "demo")["no_history"] is False
+    monkeypatch.setenv("GEMKIT_NO_HISTORY", "1")
+    file("")
+    assert params("chat", "demo")["no_history"] is True
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -102,6 +113,14 @@ def test_a_wrong_variable_is_named(file, capsys, monkeypatch):
     monkeypatch.setenv("GEMKIT_TOP_K", "many")
     found = error(capsys, "generate", "demo", "-p", "x")
     assert "'many' is not a valid integer. It was set by GEMKIT_TOP_K." in found
+
+
+def test_a_file_that_is_named_must_be_there(file, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("GEMKIT_CONFIG", str(tmp_path / "nowhere.toml"))
+    assert "which GEMKIT_CONFIG names" in error(capsys, "generate", "demo", "-p", "x")
+    monkeypatch.delenv("GEMKIT_CONFIG")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "nowhere"))
+    assert params("generate", "demo")["threads"] is None
 
 
 def test_the_help_and_other_verbs_work_with_a_wrong_file(file, capsys):
@@ -173,7 +192,8 @@ def test_where_the_file_is(monkeypatch, tmp_path):
     assert config.path() == tmp_path / "gemkit" / "config.toml"
 
 
-def test_the_file_costs_nothing_where_there_is_none(file):
+def test_the_file_costs_nothing_where_there_is_none(file, monkeypatch):
+    monkeypatch.setenv("GEMKIT_CONFIG", "")
     code = "import sys, gemkit.cli.generate as g; g.command.make_context('generate', ['demo']); print(*sys.modules)"
     import subprocess
 

@@ -96,12 +96,14 @@ def defaults(verb: str, params: Sequence[click.Parameter]) -> dict[str, object]:
     Raises UsageError for a file that is not TOML, an unknown key or table, and a value of the wrong kind.
     """
     where = path()
-    if verb not in SETTABLE or where is None or not where.is_file():
+    if verb not in SETTABLE or where is None:
+        return {}
+    if not where.is_file():
+        if os.environ.get("GEMKIT_CONFIG") and not where.exists():
+            raise UsageError(f"there is no file {where}, which GEMKIT_CONFIG names: check the path")
         return {}
     table = _read(where)
     options = _options(verb, params)
-    # A key at the top is for whichever verbs have it: its name is checked against all of them.
-    known = _every_key()
     found: dict[str, object] = {}
     own = {}
     for key, value in table.items():
@@ -109,12 +111,12 @@ def defaults(verb: str, params: Sequence[click.Parameter]) -> dict[str, object]:
             if key not in SETTABLE:
                 raise _unknown(where, "table", key, list(SETTABLE))
             own = value if key == verb else own
-        elif _plain(key) not in known:
-            raise _unknown(where, "key", key, sorted(known))
         elif _plain(key) in options:
             found[options[_plain(key)].name] = _value(where, key, options[_plain(key)], value)
         elif _plain(key) == MODEL:
             found[_DEFAULT_MODEL] = _model(where, key, value)
+        elif _plain(key) not in (known := _every_key()):  # a key at the top is for whichever verbs have it
+            raise _unknown(where, "key", key, sorted(known))
     for key, value in own.items():
         if _plain(key) == MODEL:
             found[_DEFAULT_MODEL] = _model(where, f"[{verb}] {key}", value)
