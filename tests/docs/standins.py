@@ -5,6 +5,7 @@ each verb, option and file format is the real one.
 """
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def _config(family: str, pieces: int) -> ModelConfig:
     return tiny_config(family, vocab_size=pieces, head_dim=32, max_position_embeddings=32_768)
 
 
-def _checkpoint(name: str, family: str, vocabulary: Vocabulary, tuned: bool, kind: GGMLType) -> Checkpoint:
+def _checkpoint(
+    name: str, family: str, vocabulary: Vocabulary, tuned: bool, kind: GGMLType | Callable[[str], GGMLType]
+) -> Checkpoint:
     config = _config(family, len(vocabulary.pieces))
     rng = np.random.default_rng(len(name))
     params = {
@@ -62,6 +65,11 @@ def _checkpoint(name: str, family: str, vocabulary: Vocabulary, tuned: bool, kin
     return Checkpoint.from_params(
         config, params, kind, vocabulary, name=name, chat_template=template, instruction_tuned=tuned
     )
+
+
+def _qat(name: str) -> GGMLType:
+    """The types of Google's 4-bit files."""
+    return GGMLType.F16 if "embed" in name else GGMLType.Q4_0
 
 
 def demo(path: Path, pieces: int | None = _DEMO_PIECES) -> Path:
@@ -75,6 +83,9 @@ def published(served: Path) -> None:
     for name in ("gemma-3-1b-it", "gemma-2b-it", "codegemma-2b"):
         family = PRESETS[name].config.model_type
         tuned = PRESETS[name].instruction_tuned
+        if repo := PRESETS[name].qat_id:
+            (served / repo).mkdir(parents=True, exist_ok=True)
+            write_gguf(served / repo / f"{name}-q4_0.gguf", _checkpoint(name, family, _vocabulary(family), tuned, _qat))
         write_hf(served / "google" / name, _checkpoint(name, family, _vocabulary(family), tuned, GGMLType.BF16))
 
 
