@@ -382,3 +382,27 @@ def test_changed_configurations_are_refused_or_read(folder):
             assert "\n" not in str(error) and str(folder) in str(error)
             refused += 1
     assert 100 < refused < 400
+
+
+def test_adapters_of_mlx_and_what_is_no_adapter(tmp_path):
+    def refusal() -> str:
+        with pytest.raises(GemkitError) as error:
+            read_peft(tmp_path)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no adapter_config.json: give the folder" in refusal()
+    (tmp_path / "config.json").write_text("{}")
+    assert "holds a model" in refusal()
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / CONFIG).write_text("{}")
+    assert "such as checkpoint-7" in refusal()
+    pair = {"model.layers.0.self_attn.q_proj.lora_a": torch.ones(8, 2)}
+    safetensors.torch.save_file(pair, tmp_path / "adapters.safetensors")
+    assert "mlx_lm.fuse" in refusal()
+    for facts in ({"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 20.0}}, {"lora_layers": 8}, {}):
+        (tmp_path / CONFIG).write_text(json.dumps(facts))
+        assert "adapter of mlx_lm" in refusal() and "mlx_lm.fuse" in refusal()
+    (tmp_path / CONFIG).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1\n")
+    assert "Git LFS pointer" in refusal()

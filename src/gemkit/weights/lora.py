@@ -20,6 +20,7 @@ from gemkit.arch.config import ModelConfig
 from gemkit.arch.tensors import manifest
 from gemkit.errors import GemkitError
 from gemkit.weights import names
+from gemkit.weights.folder import listed
 from gemkit.weights.json_file import read_object
 from gemkit.weights.quant import dequantise
 from gemkit.weights.safetensors import TYPES, SafetensorsFile, shown
@@ -65,6 +66,8 @@ _VARIANTS = {
 # Starts from which A and B alone are enough. The others (pissa, olora, corda, loftq …) change the base weights too.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
+_MLX_WEIGHTS = "adapters.safetensors"
+_FUSE = "merge it with mlx_lm.fuse (--dequantize if the model is quantised) and load the result"
 _MERGE = "merge it into the model with peft (merge_and_unload) and load the result"
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 # Most patterns, and most steps back that matching them all against one module's name may take; a name's length
@@ -92,14 +95,17 @@ class LoraAdapter:
 def read_peft(path: str | os.PathLike[str]) -> LoraAdapter:
     """Reads an adapter: its folder or one of its two files. Raises GemkitError if it is broken or not plain LoRA."""
     folder = Path(path)
-    if folder.name in (CONFIG, WEIGHTS) and not folder.is_dir():
+    if folder.name in (CONFIG, WEIGHTS, _MLX_WEIGHTS) and not folder.is_dir():
         folder = folder.parent
     if not folder.is_dir():
         what = "is not a folder" if os.path.lexists(folder) else "does not exist"
         raise GemkitError(f"the adapter {folder} {what}: give the path of a PEFT adapter's folder")
     if not os.path.lexists(folder / CONFIG):
-        raise GemkitError(f"{folder} has no {CONFIG}: give the folder of a PEFT adapter")
-    scales = _Scales(folder / CONFIG, read_object(folder / CONFIG))
+        raise GemkitError(f"{folder} {_no_adapter(folder)}")
+    facts = read_object(folder / CONFIG)
+    if kind := _mlx_kind(folder, facts):
+        raise GemkitError(f"{folder} is an adapter of mlx_lm ({kind}), and gemkit runs PEFT's LoRA: {_FUSE}")
+    scales = _Scales(folder / CONFIG, facts)
     if not os.path.lexists(folder / WEIGHTS):
         if os.path.lexists(folder / "adapter_model.bin"):
             raise GemkitError(
@@ -116,6 +122,27 @@ def read_peft(path: str | os.PathLike[str]) -> LoraAdapter:
                 raise GemkitError(f"{file.path}: {shown(module)} has two lora_{side}: keep one adapter in the file")
             pair[side] = _values(file, name)
     return _adapter(folder, pairs, scales)
+
+
+def _mlx_kind(folder: Path, facts: Mapping[str, object]) -> str:
+    """How one sees that an adapter was trained by mlx_lm, or ""."""
+    for key in ("fine_tune_type", "lora_parameters", "lora_layers"):
+        if key in facts:
+            return f"{key} in {CONFIG}"
+    if "peft_type" not in facts and os.path.lexists(folder / _MLX_WEIGHTS) and not os.path.lexists(folder / WEIGHTS):
+        return _MLX_WEIGHTS
+    return ""
+
+
+def _no_adapter(folder: Path) -> str:
+    """What a folder without ``adapter_config.json`` is, and the remedy."""
+    if os.path.lexists(folder / _MLX_WEIGHTS):
+        return f"has no {CONFIG}, and {_MLX_WEIGHTS} is mlx_lm's: {_FUSE}"
+    if os.path.lexists(folder / "config.json"):
+        return f"holds a model (config.json), not an adapter, which has {CONFIG}: give the folder of a PEFT adapter"
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    found = f", but there are adapters in it: give one, such as {listed(inner)}" if inner else ""
+    return f"has no {CONFIG}{found or ': give the folder of a PEFT adapter'}"
 
 
 def check_fits(adapter: LoraAdapter, config: ModelConfig) -> None:
