@@ -14,6 +14,7 @@ from parity import transformers_models as hf
 from weights.files import tiny_config, tiny_params
 
 import gemkit
+from gemkit import loading
 from gemkit.cli import main
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import UsageError
@@ -190,3 +191,19 @@ def test_generation_ends_after_any_stop_id_that_the_files_name(speller, tmp_path
 def test_what_a_backend_cannot_do_is_refused(world, options, words):
     with pytest.raises(UsageError, match=words):
         gemkit.load(world / "model", **options)
+
+
+def test_a_tokenizer_is_found_again_without_opening_the_folder(world, tmp_path, monkeypatch):
+    """Until one of the files that it is read from changes."""
+    monkeypatch.setenv("GEMKIT_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    shutil.copytree(world / "model", folder)
+    assert loading._remembered_tokenizer(folder) is None
+    gemkit.load(folder, 1).close()
+    known = loading._remembered_tokenizer(folder)
+    assert known is not None and known.encode("the sea") == gemkit.load(folder, 1).tokenizer.encode("the sea")
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        (folder / name).write_text('{"x": 1}')
+        assert loading._remembered_tokenizer(folder) is None
+    (tmp_path / "gguf").mkdir()
+    assert loading._remembered_tokenizer(tmp_path / "gguf") is None

@@ -322,12 +322,31 @@ def _remembered_tokenizer(path: Path) -> Tokenizer | None:
 
 
 def _key_record(path: Path) -> Path | None:
-    """Where the checksum of a file's vocabulary is remembered, under the file's name, size and time."""
+    """The file with the checksum of a model's vocabulary, by name, size and time of the files that it comes from."""
     try:
-        status = path.stat()
-        if path.suffix != ".gguf" or not path.is_file():
-            return None  # others may have their vocabulary in another file
-        facts = f"{path.absolute()}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ino}"
-        return cache_dir() / "tokenizers" / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.key"
+        files = _vocabulary_files(path)
+        facts = [
+            f"{file.absolute()}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ino}"
+            for file in files
+            for status in (file.stat(),)
+        ]
+        name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+        return cache_dir() / "tokenizers" / f"{name}.key" if files else None
     except (OSError, GemkitError):
         return None
+
+
+def _vocabulary_files(path: Path) -> list[Path]:
+    """The files from which a model's vocabulary is read; none where only opening the model tells."""
+    if path.suffix == ".gguf" and path.is_file():
+        return [path]
+    if not path.is_dir():
+        return []
+    from gemkit.weights import folder
+
+    names = folder.top_level(path)
+    if not folder.is_hugging_face(names):
+        return [path / name for name in folder.ggufs_of(names)]
+    found = folder.tokenizer(names)
+    settings = [name for name in (folder.CONFIG, *folder.TOKENIZER_SETTINGS) if name in names]
+    return [path / name for name in (found, *settings)] if found else []

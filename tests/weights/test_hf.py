@@ -1,7 +1,6 @@
 """Hugging Face folders, made by transformers: equal tensors, equal logits, and clear refusals. Budget: 20 s."""
 
 import gc
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from gemkit.arch import reference
 from gemkit.errors import GemkitError, GemkitWarning
 from gemkit.text.spm_proto import write_model
 from gemkit.text.tokenizer import Tokenizer
+from gemkit.text.tokenizer_json import write_tokenizer_json
 from gemkit.text.vocabulary import PieceType, Vocabulary
 from gemkit.weights.files import open_checkpoint
 from gemkit.weights.hf import read_hf
@@ -461,39 +461,23 @@ def vocabulary(size: int) -> Vocabulary:
     return Vocabulary([p.encode() for p, _ in pieces], scores, np.array([kind for _, kind in pieces], np.int32))
 
 
-def tokenizer_json(source: Vocabulary) -> bytes:
-    """The same as Hugging Face writes it."""
-    words = [piece.decode() for piece in source.pieces]
-    pairs = [w for w, kind in zip(words, source.types) if kind == PieceType.NORMAL and len(w) == 2]
-    control = [i for i, kind in enumerate(source.types) if kind in (PieceType.CONTROL, PieceType.UNKNOWN)]
-    return json.dumps(
-        {
-            "added_tokens": [{"id": i, "content": words[i], "special": True} for i in control],
-            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            "model": {
-                "type": "BPE",
-                "byte_fallback": True,
-                "vocab": {word: i for i, word in enumerate(words)},
-                "merges": [[*pair] for pair in pairs],
-            },
-        }
-    ).encode()
-
-
 @pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
 def test_tokenizer(folder, kind):
-    """Read when asked for, keyed by its checksum; tokenizer.model goes first."""
+    """Read when asked for, keyed by its files; tokenizer.json goes first, as in transformers."""
     made = vocabulary(512)
-    data = write_model(made) if kind == "tokenizer.model" else tokenizer_json(made)
+    data = write_model(made) if kind == "tokenizer.model" else write_tokenizer_json(made)
     (folder / kind).write_bytes(data)
-    if kind == "tokenizer.model":
-        (folder / "tokenizer.json").write_bytes(b"never read")
+    if kind == "tokenizer.json":
+        (folder / "tokenizer.model").write_bytes(b"never read")
     with read_hf(folder) as checkpoint:
-        assert checkpoint.vocabulary_key == hashlib.sha256(data).hexdigest()
+        key = checkpoint.vocabulary_key
         assert checkpoint.vocabulary.pieces == made.pieces
         read = Tokenizer.from_vocabulary(checkpoint.vocabulary)
         expected = Tokenizer.from_vocabulary(made)
         assert read.encode("the dog bites <bos> é") == expected.encode("the dog bites <bos> é")
+    edit(folder / "tokenizer_config.json", model_max_length=7)
+    with read_hf(folder) as checkpoint:
+        assert checkpoint.vocabulary_key != key
     for broken in (b"", b"\n", b"{}", data[:-9], b"\xff" * 99):
         (folder / kind).write_bytes(broken)
         with read_hf(folder) as checkpoint:  # generating from ids needs no vocabulary
@@ -507,31 +491,6 @@ def test_no_tokenizer(saved):
         assert checkpoint.vocabulary is None and checkpoint.vocabulary_key is None
 
 
-def test_added_tokens(folder):
-    """Of a model that got more tokens, tokenizer.model has the old ones alone."""
-    made = vocabulary(500)
-    (folder / "tokenizer.model").write_bytes(write_model(made))
-    plain = hashlib.sha256(write_model(made)).hexdigest()
-
-    def add(*rows: tuple[int, str, bool]) -> None:
-        decoder = {str(number): {"content": content, "special": special} for number, content, special in rows}
-        edit(folder / "tokenizer_config.json", added_tokens_decoder=decoder)
-
-    add((2, "<bos>", True), (501, "[call]", False), (500, "<call>", True))
-    with read_hf(folder) as checkpoint:
-        assert checkpoint.vocabulary_key != plain
-        assert checkpoint.vocabulary.pieces == [*made.pieces, b"<call>", b"[call]"]
-        assert checkpoint.vocabulary.types[500:].tolist() == [PieceType.CONTROL, PieceType.USER_DEFINED]
-        tokenizer = Tokenizer.from_vocabulary(checkpoint.vocabulary)
-        assert tokenizer.encode("a[call]b")[2] == 501 and 500 not in tokenizer.encode("a<call>b")
-    add((501, "[call]", False))
-    with read_hf(folder) as checkpoint, pytest.raises(GemkitError, match=r"tokenizer_config\.json.*501"):
-        _ = checkpoint.vocabulary
-    for broken in (7, {"a": {}}, {"7": {"content": 7, "special": True}}, {"7": []}):
-        edit(folder / "tokenizer_config.json", added_tokens_decoder=broken)
-        assert "added_tokens_decoder" in refusal(folder)
-
-
 def test_pieces_without_a_row(folder):
     """<image_soft_token> is the published tokenizers' last piece and has no row in text models; other pieces must."""
     control = vocabulary(512)
@@ -541,7 +500,7 @@ def test_pieces_without_a_row(folder):
     (folder / "tokenizer.model").write_bytes(write_model(more))
     with read_hf(folder) as checkpoint:
         assert len(checkpoint.vocabulary) == 513
-    (folder / "tokenizer.model").write_bytes(write_model(vocabulary(513)))
+    (folder / "tokenizer.model").write_bytes(write_model(vocabulary(514)))
     with read_hf(folder) as checkpoint, pytest.raises(GemkitError, match="piece 512"):
         _ = checkpoint.vocabulary
     # Multimodal towers have rows without pieces

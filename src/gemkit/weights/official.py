@@ -15,6 +15,7 @@ from gemkit.arch.presets import PRESETS
 from gemkit.errors import GemkitError
 from gemkit.weights import hf
 from gemkit.weights.checkpoint import Checkpoint, Tensor
+from gemkit.weights.hf_tokenizer import TokenizerFiles
 from gemkit.weights.json_file import read_object
 from gemkit.weights.tuned import instruction_tuned
 
@@ -92,8 +93,8 @@ def make_checkpoint(
     return Checkpoint(
         config,
         tensors,
-        vocabulary=tokenizer and (lambda: hf._vocabulary(tokenizer, config)),
-        vocabulary_key=tokenizer and (lambda: hf._vocabulary_key(tokenizer)),
+        vocabulary=tokenizer and (lambda: tokenizer.vocabulary(config.vocab_size)),
+        vocabulary_key=tokenizer and (lambda: tokenizer.key(config.vocab_size)),
         chat_template=template,
         name=name,
         instruction_tuned=instruction_tuned(None, template, name),
@@ -103,10 +104,8 @@ def make_checkpoint(
     )
 
 
-def _tokenizer(folder: Path) -> hf._TokenizerFile | None:
-    from gemkit.text.spm_proto import read_model
-
+def _tokenizer(folder: Path) -> TokenizerFiles | None:
     for place in (folder, folder.absolute().parent):
         if (place / TOKENIZER).is_file():
-            return hf._TokenizerFile(place / TOKENIZER, read_model, ())
+            return TokenizerFiles(place / TOKENIZER)
     return None
