@@ -258,7 +258,8 @@ def test_the_last_conversation_is_continued(home, tmp_path):
         assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     record = json.loads(kept.read_text(encoding="utf-8"))
     assert record["argument"] == "demo" and len(record["messages"]) == 3
-    with Screen([*command, "--continue", "--max-tokens", "3"], GEMKIT_CACHE=str(home)) as screen:
+    default = {"GEMKIT_MODEL": "nowhere.gguf"}  # the conversation's own model comes before it
+    with Screen([*command, "--continue", "--max-tokens", "3"], GEMKIT_CACHE=str(home), **default) as screen:
         text = screen.until(ready)
         assert "System prompt: Be brief." in text and "> One, two," in text
         screen.send("/continue\r")

@@ -1,5 +1,6 @@
 """Defaults: the command line, then GEMKIT_…, then the file; what the file may say; a model by default. Budget: 2 s."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -28,11 +29,11 @@ def params(*args: str) -> dict[str, object]:
     return command.make_context(args[0], list(args[1:]), context).params
 
 
-def error(capsys: pytest.CaptureFixture, *args: str) -> str:
+def error(capsys: pytest.CaptureFixture, *args: str, code: int = 2) -> str:
     with pytest.raises(SystemExit) as exit_:
         main(list(args))
     output = capsys.readouterr()
-    assert (exit_.value.code, output.out, output.err.count("\n")) == (2, "", 1), output
+    assert (exit_.value.code, output.out, output.err.count("\n")) == (code, "", 1), output
     return output.err
 
 
@@ -113,6 +114,23 @@ def test_a_wrong_variable_is_named(file, capsys, monkeypatch):
     monkeypatch.setenv("GEMKIT_TOP_K", "many")
     found = error(capsys, "generate", "demo", "-p", "x")
     assert "'many' is not a valid integer. It was set by GEMKIT_TOP_K." in found
+
+
+def test_a_default_gives_way_to_the_call(file, capsys, monkeypatch):
+    file('system-prompt = "Be brief."\n')
+    args = ["generate", "demo", "One, two,", "-n", "1", "--temp", "0", "--json"]
+
+    def tokens(*more: str) -> int:
+        with pytest.raises(SystemExit) as exit_:
+            main([*args, *more])
+        output = capsys.readouterr()
+        assert not exit_.value.code, output.err
+        return json.loads(output.out)["usage"]["prompt_tokens"]
+
+    assert tokens() == tokens("--raw") == tokens("--special") == 5  # the demo is pretrained
+    file("raw = true\n")
+    assert "needs an instruction-tuned model" in error(capsys, *args, "--system-prompt", "x")
+    assert "CodeGemma" in error(capsys, *args, "--suffix", "x", code=1)
 
 
 def test_a_file_that_is_named_must_be_there(file, capsys, monkeypatch, tmp_path):

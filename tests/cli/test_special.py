@@ -55,7 +55,11 @@ def test_generate_and_score_say_so_and_read_them_when_asked(capsys):
     ],
 )
 def test_a_user_may_speak_of_them_but_a_message_that_begins_with_them_was_rendered_before(capsys, text, said):
-    model = SimpleNamespace(tokenizer=tokenizer(), checkpoint=SimpleNamespace(instruction_tuned=True))
+    model = SimpleNamespace(
+        tokenizer=tokenizer(),
+        checkpoint=SimpleNamespace(instruction_tuned=True),
+        render=lambda messages: render(tokenizer(), messages),
+    )
     ids = _prompt_ids(model, text, None, None, raw=False, special=False)
     assert ids == render(tokenizer(), [{"role": "user", "content": text}])
     assert ("--special" in capsys.readouterr().err) == said

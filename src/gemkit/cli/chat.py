@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
+from gemkit.cli import config
 from gemkit.cli.command import Verb
 from gemkit.cli.common import Text, default_model_argument, failure, load_options, missing_model, read_text
 from gemkit.cli.generate import _real, _whole
@@ -68,8 +68,9 @@ def command(
     context = click.get_current_context()
     settings = {name: options.pop(name) for name in DEFAULTS if name in options}
     settings = check_settings(settings)  # wrong values are found before the model is loaded
-    last = _last(context, model) if resume else None
-    model = model if model is not None else last and last.argument
+    last = _last(context) if resume else None
+    if last is not None and last.argument is not None and not config.is_given(context, "model"):
+        model = last.argument
     if model is None:
         raise missing_model(context)
 
@@ -79,7 +80,7 @@ def command(
             session.clear(system_prompt)
         else:
             session.load(last.path)
-            session.settings |= {name: value for name, value in settings.items() if _is_given(context, name)}
+            session.settings |= {name: value for name, value in settings.items() if config.is_given(context, name)}
         return session
 
     if sys.stdin is not None and sys.stdin.isatty():
@@ -125,21 +126,17 @@ class _Last:
     argument: str | None
 
 
-def _last(context: click.Context, model: str | None) -> _Last:
+def _last(context: click.Context) -> _Last:
     """Finds the last conversation; raises UsageError if there is none."""
     from gemkit.cli.repl import transcript
 
-    if context.get_parameter_source("system_prompt") is ParameterSource.COMMANDLINE:
+    if config.is_given(context, "system_prompt"):
         raise UsageError("--system-prompt begins a conversation and --continue goes on with one: drop one of them")
     path = transcript.last_path()
     if not path.exists():
         raise UsageError("there is no conversation to continue: one is kept after each answer, but for --no-history")
     argument = transcript.read(path).get("argument")
     return _Last(path, argument if isinstance(argument, str) else None)
-
-
-def _is_given(context: click.Context, name: str) -> bool:
-    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 class Keeper:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from gemkit.errors import UsageError
 
@@ -130,6 +131,11 @@ def defaults(verb: str, params: Sequence[click.Parameter]) -> dict[str, object]:
 def default_model(ctx: click.Context) -> str | None:
     """Returns the model for a verb that was given none: GEMKIT_MODEL, then the file's; None if there is neither."""
     return os.environ.get("GEMKIT_MODEL") or (ctx.default_map or {}).get(_DEFAULT_MODEL)
+
+
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Says whether a parameter stands on the command line; any other value gives way to one that does."""
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def _read(where: Path) -> dict[str, object]:

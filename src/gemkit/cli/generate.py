@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gemkit.cli import config
 from gemkit.cli.command import Verb
 from gemkit.cli.common import (
     Text,
@@ -118,6 +119,12 @@ def command(
     comes after MODEL, then the files, then what is piped in, with a blank line between two. With a default model
     (GEMKIT_MODEL), MODEL may be left out.
     """
+    context = click.get_current_context()
+    system_is_default = not config.is_given(context, "system_prompt")
+    if raw and not config.is_given(context, "raw"):
+        raw = suffix is None and (system_prompt is None or system_is_default)
+    if system_is_default and (raw or special or suffix is not None):
+        system_prompt = None
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json: text alone has no place for them")
     if (raw or special) and system_prompt is not None:
@@ -133,7 +140,7 @@ def command(
         check_writable(receipt)
 
     alone = prompt is None and not files and input_kind() != "data"
-    model, words = split_text(click.get_current_context(), model, words, alone)
+    model, words = split_text(context, model, words, alone)
     parts = Prompt(words, prompt, files)
 
     from gemkit.loading import Loading
@@ -149,6 +156,8 @@ def command(
         load_seconds = time.perf_counter() - started
         if not as_json:
             hint_faster(model, loaded, load)
+        if system_is_default and not loaded.checkpoint.instruction_tuned:
+            system_prompt = None
         ids = _prompt_ids(loaded, parts.text(), system_prompt, suffix, raw, special)
         settings.update(max_tokens=max_tokens, stop=stop)
         if receipt is not None:
