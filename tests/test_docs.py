@@ -14,6 +14,7 @@ import click
 import pytest
 
 from gemkit.cli import ALIASES, VERBS, cli
+from gemkit.cli.command import Verb
 
 ROOT = Path(__file__).parents[1]
 CLI_PAGE = ROOT / "docs" / "reference" / "cli.md"
@@ -43,12 +44,19 @@ def _usage(command: click.Command) -> str:
 
 def _options(command: click.Command, name: str) -> list[str]:
     context = click.Context(command, info_name=name)
-    rows = ["| option | meaning |", "|---|---|"]
-    for option in command.params:
-        if isinstance(option, click.Option) and not option.is_eager:
-            left, text = option.get_help_record(context)
-            rows.append(f"| `{left}` | {text} |".replace("[int8|float32]", "int8 or float32"))
-    return [*rows, ""]
+    sections = command.sections(context) if isinstance(command, Verb) else {"Options": command.params}
+    lines = []
+    for title, options in sections.items():
+        records = [
+            option.get_help_record(context)
+            for option in options
+            if isinstance(option, click.Option) and not option.is_eager
+        ]
+        if records:
+            bar = "\\|"  # in a table, also between backticks
+            rows = [f"| `{left.replace('|', bar)}` | {text} |" for left, text in records]
+            lines += [f"| {title if len(sections) > 1 else 'option'} | meaning |", "|---|---|", *rows, ""]
+    return lines or ["| option | meaning |", "|---|---|", ""]
 
 
 def test_the_command_reference_is_current():

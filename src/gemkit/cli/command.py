@@ -96,22 +96,23 @@ class Verb(click.Command):
         """Returns the names of the help option, in whichever context."""
         return HELP_NAMES
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the options, each section under its heading."""
+    def sections(self, ctx: click.Context) -> dict[str, list[click.Option]]:
+        """Returns the options by their headings; a short list of options has one heading."""
         options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         if len(options) <= _FEW:
-            super().format_options(ctx, formatter)
-            return
+            return {"Options": options}
         group_of = {name: group for group, names in GROUPS.items() for name in names}
-        for group in (*GROUPS, _REST):
-            records = [
-                record
-                for option in options
-                if group_of.get(option.name, _REST) == group and (record := option.get_help_record(ctx))
-            ]
-            if records:
-                with formatter.section(group):
-                    formatter.write_dl(records)
+        found = {
+            group: [option for option in options if group_of.get(option.name, _REST) == group]
+            for group in (*GROUPS, _REST)
+        }
+        return {group: some for group, some in found.items() if some}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options, each section under its heading."""
+        for group, options in self.sections(ctx).items():
+            with formatter.section(group):
+                formatter.write_dl([record for option in options if (record := option.get_help_record(ctx))])
 
 
 class Verbs(click.Group):
