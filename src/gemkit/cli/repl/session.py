@@ -158,9 +158,9 @@ class Session:
         return first["content"] if first and first["role"] == "system" else None
 
     def clear(self, system: str | None = None) -> None:
-        """Starts a new conversation, with these instructions."""
+        """Starts a new conversation, with these instructions; attached files stay for its first message."""
         self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self.last, self.dropped, self.attached = None, 0, []
+        self.last, self.dropped = None, 0
 
     def count(self, messages: list[Message] | None = None) -> int:
         """Returns the tokens of messages, by default of those that the model sees; 0 for none."""
