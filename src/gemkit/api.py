@@ -9,6 +9,7 @@ the keys "role" and "content", is a conversation and goes through the chat templ
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import warnings
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemkit.engine.engine import Engine
+from gemkit.engine.engine import Engine, check_max_tokens, check_stop
 from gemkit.engine.sampling import Sampling
 from gemkit.engine.sequence import Sequence as Request
 from gemkit.engine.sequence import Token
-from gemkit.errors import GemkitError, GemkitWarning, UsageError, listed
+from gemkit.errors import GemkitError, GemkitWarning, UsageError, brief, check_flag, listed
 from gemkit.text import chat as chat_template
 from gemkit.text import fim, window
 from gemkit.text.tokenizer import Tokenizer
@@ -38,6 +39,10 @@ TopLogprobs = tuple[tuple[int, float], ...]
 
 # Names of adapters: none at all, and the one that was loaded without a name.
 BASE, ONLY = "base", ""
+
+
+class NotCopiedError(GemkitError, TypeError):
+    """A model is asked to be copied or sent to another process."""
 
 
 class Piece(str):
@@ -190,6 +195,11 @@ class Model:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        raise NotCopiedError(
+            "a model is not copied or pickled: load it in the process that uses it, and share it between threads"
+        )
+
     def __repr__(self) -> str:
         return f"<gemkit model {getattr(self.checkpoint, 'name', 'closed')!r}, context {self.ctx_size}>"
 
@@ -229,7 +239,8 @@ class Model:
         """
         single = _kind(prompt) != "batch"
         prompts = [prompt] if single else prompt
-        requests, number = [], self._adapter(adapter)
+        requests, number, stop = [], self._adapter(adapter), check_stop(stop)
+        ignore_eos, parse_special = check_flag("ignore_eos", ignore_eos), check_flag("parse_special", parse_special)
         if not parse_special:
             self._warn_of_control([*prompts, suffix])
         for one in prompts:
@@ -241,7 +252,7 @@ class Model:
                 repetition_penalty,
                 presence_penalty,
                 frequency_penalty,
-                logit_bias or (),
+                () if logit_bias is None else logit_bias,
                 _random_seed() if seed is None else seed,
                 logprobs,
             )
@@ -291,6 +302,7 @@ class Model:
         """
         if _kind(prompt) == "batch":
             raise UsageError("stream takes one prompt: use generate for a list of them")
+        ignore_eos, parse_special = check_flag("ignore_eos", ignore_eos), check_flag("parse_special", parse_special)
         sampling = Sampling(
             temperature,
             top_k,
@@ -299,7 +311,7 @@ class Model:
             repetition_penalty,
             presence_penalty,
             frequency_penalty,
-            logit_bias or (),
+            () if logit_bias is None else logit_bias,
             _random_seed() if seed is None else seed,
             logprobs,
         )
@@ -319,6 +331,20 @@ class Model:
         default that is an error.
         """
         return Chat(self, system, options, context_shift)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises UsageError for an option of a conversation that `generate` lacks, or does not take this value for."""
+        for name in options:
+            if name not in _CHAT_OPTIONS:
+                raise UsageError(f"there is no option {brief(name)}: choose from {', '.join(_CHAT_OPTIONS)}")
+        given = {name: value for name, value in options.items() if value is not None or name not in _OPTIONAL}
+        sampling = Sampling(**{name: value for name, value in given.items() if name in _SAMPLING})
+        sampling.check_vocabulary(self.config.vocab_size)
+        if "max_tokens" in given:
+            check_max_tokens(given["max_tokens"])
+        check_stop(given.get("stop", ()))
+        check_flag("ignore_eos", given.get("ignore_eos", False))
+        self._adapter(given.get("adapter"))
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Returns the ids of a conversation in the form that the model was tuned on, after exactly one BOS.
@@ -342,9 +368,9 @@ class Model:
         if kind == "messages":
             raise UsageError("score takes text or ids: render a conversation with Model.render first")
         texts = text if kind == "batch" else [text]
-        if not parse_special:
+        if not check_flag("parse_special", parse_special):
             self._warn_of_control(texts)
-        ids = [[int(token) for token in self._ids(one, parse_special)] for one in texts]
+        ids = [self.engine.check_ids(self._ids(one, parse_special)).tolist() for one in texts]
         scores = [Score(row, values) for row, values in zip(ids, self.engine.score(ids, self._adapter(adapter)))]
         return scores if kind == "batch" else scores[0]
 
@@ -357,13 +383,16 @@ class Model:
         Raises UsageError for an empty text and for one longer than the context.
         """
         single = isinstance(texts, str)
-        texts = [texts] if single else texts
-        if not parse_special:
+        several = isinstance(texts, Sequence | Iterator) or (isinstance(texts, np.ndarray) and texts.ndim == 1)
+        if not several or isinstance(texts, bytes | bytearray):
+            raise UsageError(f"embed got {brief(texts)}: give a text or a list of texts")
+        texts = [texts] if single else list(texts)
+        if not check_flag("parse_special", parse_special):
             self._warn_of_control(texts)
         ids = []
         for number, text in enumerate(texts):
             if not isinstance(text, str):
-                raise UsageError(f"text {number} is {text!r}: embed takes a string or a list of strings")
+                raise UsageError(f"text {number} is {brief(text)}: embed takes a string or a list of strings")
             ids.append(self._ids(text, parse_special))
             if len(ids[-1]) < 2:
                 raise UsageError(f"text {number} is empty: there is nothing to embed")
@@ -373,12 +402,14 @@ class Model:
 
     def _adapter(self, name: str | None) -> int:
         """The engine's number for an adapter's name, -1 for none."""
+        if name is not None and not isinstance(name, str):
+            raise UsageError(f"adapter is {brief(name)}; give the name of one, a text")
         if name == BASE or (name is None and list(self.adapters) != [ONLY]):
             return -1
         name = ONLY if name is None else name
         if name not in self.adapters:
             known = ", ".join([*self.adapters, BASE])
-            raise UsageError(f"there is no adapter {name!r}: choose from {known}")
+            raise UsageError(f"there is no adapter {brief(name)}: choose from {known}")
         return self.adapters[name]
 
     def _fim(self, prefix: object, suffix: object, parse_special: bool) -> list[int]:
@@ -427,13 +458,17 @@ class Chat:
     """
 
     def __init__(self, model: Model, system: str | None, options: dict[str, Any], context_shift: bool = False) -> None:
+        if system is not None and not isinstance(system, str | list | tuple):
+            raise UsageError(f"system is {brief(system)}; give a text")
         self.model = model
-        self.context_shift, self.dropped = context_shift, 0
+        self.context_shift, self.dropped = check_flag("context_shift", context_shift), 0
+        model._check_options(options)
         self.options = {"temperature": 1.0, **options}
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
 
     def send(self, text: str, **options: Any) -> Completion:
         """Says something and returns the answer; both join the history, neither does after an error."""
+        self.model._check_options(options)
         turn = {"role": "user", "content": text}
         answer = self.model.generate(self._seen(turn, options), **self.options | options)
         self.messages += [turn, {"role": "assistant", "content": answer.text}]
@@ -441,6 +476,7 @@ class Chat:
 
     def stream(self, text: str, **options: Any) -> Iterator[Piece]:
         """Says something and yields the answer piece by piece; what was said until the iterator is closed is kept."""
+        self.model._check_options(options)
         turn = {"role": "user", "content": text}
         return self._stream(turn, self.model.stream(self._seen(turn, options), **self.options | options))
 
@@ -478,14 +514,22 @@ class Chat:
                 self.messages += [turn, {"role": "assistant", "content": "".join(said)}]
 
 
+# What `Chat` takes for its answers: all options of `generate` but those for texts.
+_CHAT_OPTIONS = [name for name in Model.generate.__kwdefaults__ if name not in ("suffix", "parse_special")]
+_SAMPLING = {field.name for field in dataclasses.fields(Sampling)}
+_OPTIONAL = {name for name, value in Model.generate.__kwdefaults__.items() if value is None}
+
+
 def _kind(prompt: object) -> str:
     """Says what a prompt is: "text", "messages", "ids" or "batch" (a list of prompts)."""
     if isinstance(prompt, str):
         return "text"
-    if isinstance(prompt, np.ndarray):
+    if isinstance(prompt, np.ndarray) and prompt.ndim and prompt.dtype.kind in "iu":
         return "ids" if prompt.ndim == 1 else "batch"
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-        raise UsageError(f"a prompt is {prompt!r}: give a text, a list of messages, a list of ids, or a list of these")
+        raise UsageError(
+            f"a prompt is {brief(prompt)}: give a text, a list of messages, a list of ids, or a list of these"
+        )
     if prompt and all(isinstance(item, Mapping) for item in prompt):
         return "messages"
     if prompt and all(isinstance(item, int | np.integer) for item in prompt):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemkit.cache import cache_dir, try_atomic_write
-from gemkit.errors import GemkitError, UsageError
+from gemkit.errors import GemkitError, UsageError, brief, check_flag, whole_number
 
 if TYPE_CHECKING:
     from gemkit.api import Model
@@ -102,23 +102,33 @@ class Loading:
         device: str | None = None,
         keep: bool = True,
     ) -> None:
-        if threads is None:
-            threads = default_threads()
-        elif isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
-            raise UsageError(f"threads is {threads!r}; give a whole number from 1 to 1024")
+        _check_path("a model", path_or_name)
+        offline = check_flag("offline", offline)
+        count = default_threads() if threads is None else whole_number(threads)
+        if count is None or not 1 <= count <= 1024:
+            raise UsageError(f"threads is {brief(threads)}; give a whole number from 1 to 1024")
+        size = None if ctx_size is None else whole_number(ctx_size)
+        if ctx_size is not None and (size is None or size < 2):
+            raise UsageError(f"ctx_size is {brief(ctx_size)}; give a whole number of tokens, from 2")
         if activations not in ("int8", "float32"):
-            raise UsageError(f"activations is {activations!r}; choose int8 or float32")
-        if backend not in DTYPES:
-            raise UsageError(f"backend is {backend!r}; choose from {', '.join(BACKENDS)}")
+            raise UsageError(f"activations is {brief(activations)}; choose int8 or float32")
+        if not isinstance(backend, str) or backend not in DTYPES:
+            raise UsageError(f"backend is {brief(backend)}; choose from {', '.join(BACKENDS)}")
         if dtype not in DTYPES[backend]:
-            raise UsageError(f"dtype is {dtype!r}; with the backend {backend} choose from {', '.join(DTYPES[backend])}")
+            raise UsageError(
+                f"dtype is {brief(dtype)}; with the backend {backend} choose from {', '.join(DTYPES[backend])}"
+            )
+        if device is not None and not isinstance(device, str):
+            raise UsageError(f"device is {brief(device)}; give a name, such as cpu or cuda")
         if backend == "native" and device not in (None, "cpu"):
-            raise UsageError(f"device is {device!r}; the native backend runs on the CPU: choose backend torch or jax")
+            raise UsageError(
+                f"device is {brief(device)}; the native backend runs on the CPU: choose backend torch or jax"
+            )
         if backend != "native" and (adapter is not None or activations != "int8"):
             raise UsageError(
                 "adapters and float32 activations are for the native backend: leave them or the backend out"
             )
-        self.threads, self.activations, self.ctx_size = threads, activations, ctx_size
+        self.threads, self.activations, self.ctx_size = count, activations, size
         self.dtype = dtype
         self.backend, self.device, self.keep = backend, device, keep
         # Read before the model, which may be gigabytes away
@@ -199,6 +209,7 @@ def find(
 
     download: fetch it if it is missing; False raises GemkitError instead. original: of `gemkit.weights.hub.resolve`.
     """
+    _check_path("a model", path_or_name)
     if path_or_name == "demo":
         from gemkit.weights.demo import demo_path
 
@@ -209,6 +220,12 @@ def find(
     from gemkit.weights.hub import resolve
 
     return resolve(path_or_name, offline=offline, download=download, original=original)
+
+
+def _check_path(what: str, path: object) -> None:
+    """Raises UsageError unless a path is text or a path object."""
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise UsageError(f"{what} is {brief(path)}; give a path or a name as text")
 
 
 def default_threads() -> int:
@@ -262,6 +279,7 @@ def _adapters(paths: Adapters | None) -> dict[str, LoraAdapter]:
     for name, path in paths.items() if isinstance(paths, Mapping) else [(ONLY, paths)]:
         if isinstance(paths, Mapping) and (name in (BASE, ONLY) or not isinstance(name, str)):
             raise UsageError(f"an adapter is named {name!r}: give it another name")
+        _check_path("an adapter", path)
         adapters[name] = read_peft(path)
     return adapters
 

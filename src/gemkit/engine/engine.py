@@ -5,10 +5,9 @@ One engine serves many requests at once, from one thread or several. No result d
 
 from __future__ import annotations
 
-import operator
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Ids
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from gemkit.engine.runner import Batch, Runner, StepResult, check_finite
 from gemkit.engine.sampling import Sampling
 from gemkit.engine.scheduler import Scheduler, make_batch
 from gemkit.engine.sequence import Sequence, TextStream, Token, Tokenizer
-from gemkit.errors import GemkitError, UsageError
+from gemkit.errors import GemkitError, UsageError, brief, whole_number
 
 GREEDY = Sampling()
 
@@ -53,9 +52,10 @@ class Engine:
         self.runner = runner
         self.tokenizer = tokenizer
         longest = runner.config.max_position_embeddings
-        self.context_size = longest if context_size is None else context_size
-        if not 2 <= self.context_size <= longest:
-            raise UsageError(f"ctx_size is {context_size}; this model takes 2 to {longest} tokens")
+        size = longest if context_size is None else whole_number(context_size)
+        if size is None or not 2 <= size <= longest:
+            raise UsageError(f"ctx_size is {brief(context_size)}; this model takes 2 to {longest} tokens")
+        self.context_size = size
         self.stop_ids = frozenset(runner.config.stop_token_ids) | frozenset(tokenizer.stop_ids)
         chunk = runner.max_tokens_per_step
         max_sequences = min(max_sequences, chunk)
@@ -106,10 +106,12 @@ class Engine:
         adapter: the number of one of the runner's adapters.
         Raises UsageError for a bad value or a prompt that leaves no room in the context.
         """
+        if not isinstance(sampling, Sampling):
+            raise UsageError(f"sampling is {brief(sampling)}; give a gemkit.engine.sampling.Sampling")
         sampling.check_vocabulary(self.runner.config.vocab_size)
         self._check_adapter(adapter)
-        ids = self._check_ids(prompt)
-        stop = _check_stop(stop)
+        ids = self.check_ids(prompt)
+        stop = check_stop(stop)
         if len(ids) >= self.context_size:
             raise UsageError(
                 f"the prompt has {len(ids)} tokens and the context holds {self.context_size}, the answer included: "
@@ -117,7 +119,7 @@ class Engine:
             )
         limit = self.context_size
         if max_tokens is not None:
-            limit = min(limit, len(ids) + _check_max_tokens(max_tokens))
+            limit = min(limit, len(ids) + check_max_tokens(max_tokens))
         stream = TextStream(self.tokenizer, stop)
         return Sequence(ids, limit, self._new_table(limit), sampling, stream, ignore_eos, adapter)
 
@@ -344,11 +346,13 @@ class Engine:
         return self.allocator.shortage or GemkitError("the cache is full: load with a smaller ctx_size")
 
     def _check_adapter(self, adapter: int) -> None:
-        if not -1 <= adapter < self.runner.adapter_count:
-            raise UsageError(f"there is no adapter {adapter}: the model was loaded with {self.runner.adapter_count}")
+        number = whole_number(adapter)
+        if number is None or not -1 <= number < self.runner.adapter_count:
+            count = self.runner.adapter_count
+            raise UsageError(f"there is no adapter {brief(adapter)}: the model was loaded with {count}")
 
     def _check_context(self, prompt: Ids[int]) -> np.ndarray:
-        ids = self._check_ids(prompt)
+        ids = self.check_ids(prompt)
         if len(ids) > self.context_size:
             raise UsageError(
                 f"the text has {len(ids)} tokens and the context holds {self.context_size}: "
@@ -356,7 +360,7 @@ class Engine:
             )
         return ids
 
-    def _check_ids(self, prompt: Ids[int]) -> np.ndarray:
+    def check_ids(self, prompt: Ids[int]) -> np.ndarray:
         """Returns the prompt as int32 [n]; raises UsageError unless it is at least one id of the vocabulary."""
         try:
             ids = np.asarray(prompt)
@@ -380,19 +384,25 @@ def _top(sequence: Sequence, result: StepResult, b: int) -> tuple[tuple[int, flo
     return tuple(zip(result.top_ids[b, :count].tolist(), result.top_logprobs[b, :count].tolist()))
 
 
-def _check_max_tokens(value: object) -> int:
-    try:
-        count = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise UsageError(f"max_tokens is {value!r}; give a whole number from 1, or leave it out for the whole context")
+def check_max_tokens(value: object) -> int:
+    """Returns the most tokens of an answer; raises UsageError unless it is a whole number from 1."""
+    count = whole_number(value)
+    if count is None or count < 1:
+        raise UsageError(
+            f"max_tokens is {brief(value)}; give a whole number from 1, or leave it out for the whole context"
+        )
     return count
 
 
-def _check_stop(stop: object) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+def check_stop(stop: object) -> tuple[str, ...]:
+    """Returns stop strings, of one or any iterable; raises UsageError for anything that is not text."""
+    if stop is None or isinstance(stop, str):
+        strings = () if stop is None else (stop,)
+    elif isinstance(stop, Iterable) and not isinstance(stop, bytes | bytearray | Mapping):
+        strings = tuple(stop)
+    else:
+        raise UsageError(f"stop is {brief(stop)}; give a text, or a list of texts")
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise UsageError(f"a stop string is {string!r}; give text of at least one character")
+            raise UsageError(f"a stop string is {brief(string)}; give text of at least one character")
     return strings

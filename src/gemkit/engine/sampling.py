@@ -6,14 +6,13 @@ Runners choose tokens on their own; `sample` is the definition they are tested a
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
 
-from gemkit.errors import UsageError
+from gemkit.errors import UsageError, brief, whole_number
 
 MAX_LOGPROBS = 20
 
@@ -76,25 +75,19 @@ class Sampling:
         # A NaN fails every comparison.
         if not _is_real(value) or not (low < value if above else low <= value) or not value <= high:
             bounds = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
-            raise UsageError(f"{name} is {value!r}; give a number {bounds} ({off})")
+            raise UsageError(f"{name} is {brief(value)}; give a number {bounds} ({off})")
         object.__setattr__(self, name, float(value))
 
     def _whole(self, name: str, low: int, high: int, off: str) -> None:
-        value = _whole_number(getattr(self, name))
+        value = whole_number(getattr(self, name))
         if value is None or not low <= value <= high:
-            raise UsageError(f"{name} is {getattr(self, name)!r}; give a whole number from {low} to {high} ({off})")
+            given = brief(getattr(self, name))
+            raise UsageError(f"{name} is {given}; give a whole number from {low} to {high} ({off})")
         object.__setattr__(self, name, value)
 
 
 def _is_real(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _whole_number(value: object) -> int | None:
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
 
 
 def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
@@ -104,14 +97,14 @@ def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
         items = list(bias.items()) if isinstance(bias, Mapping) else [(token, value) for token, value in bias]
     except (TypeError, ValueError):
         raise UsageError(
-            f"logit_bias is {bias!r}; give a dictionary of token ids and numbers, such as {{5: -2.0}}"
+            f"logit_bias is {brief(bias)}; give a dictionary of token ids and numbers, such as {{5: -2.0}}"
         ) from None
     for key, value in items:
-        token = _whole_number(key)
+        token = whole_number(key)
         if token is None or not 0 <= token < 2**31:
-            raise UsageError(f"logit_bias names token {key!r}; give ids, which are whole numbers from 0")
+            raise UsageError(f"logit_bias names token {brief(key)}; give ids, which are whole numbers from 0")
         if not _is_real(value) or not abs(value) <= 1e6:
-            raise UsageError(f"logit_bias adds {value!r} to token {token}; give a number from -1e6 to 1e6")
+            raise UsageError(f"logit_bias adds {brief(value)} to token {token}; give a number from -1e6 to 1e6")
         pairs.append((token, float(value)))
     if len({token for token, _ in pairs}) < len(pairs):
         raise UsageError("logit_bias names a token twice; give each id once")

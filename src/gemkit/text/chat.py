@@ -56,7 +56,7 @@ def turns(messages: Iterable[Message]) -> list[tuple[str, str]]:
     between. White space around a message is dropped, around system text kept, as the published template does.
     Raises GemkitError as `render` does.
     """
-    if isinstance(messages, (str, bytes, Mapping)):
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise GemkitError("messages is no list: give a list of {'role': …, 'content': …}")
     out: list[tuple[str, list[str]]] = []
     pending: list[str] = []  # system text that waits for a user

@@ -8,6 +8,7 @@ vocabularies, so that it can begin before they are there.
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import sentencepiece
 
 from gemkit.cache import cache_dir, try_atomic_write
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, brief
 from gemkit.text.control import SHAPE, ControlNames
 from gemkit.text.special import SPACE, find_special
 
@@ -41,6 +42,8 @@ class Tokenizer:
 
     def __init__(self, model: bytes) -> None:
         """Takes a model that `spm_proto.write_model` wrote; the classmethods are the usual way in."""
+        if not isinstance(model, bytes):
+            raise GemkitError(f"a tokenizer's model is {brief(model)}: read a file with Tokenizer.from_file")
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(model)
@@ -74,6 +77,8 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Reads a ``tokenizer.model`` or a ``tokenizer.json``. Raises GemkitError if it cannot."""
+        if not isinstance(path, str | os.PathLike):
+            raise GemkitError(f"a tokenizer's file is {brief(path)}: give its path")
         try:
             data = Path(path).read_bytes()
         except OSError as error:
@@ -135,6 +140,7 @@ class Tokenizer:
 
     def find_control(self, text: str) -> list[str]:
         """Returns the names of control tokens, in angle or square brackets, that a text holds, each once."""
+        _check_text(text)
         return [name for name in dict.fromkeys(SHAPE.findall(text)) if self._is_control_name(name)]
 
     def _is_control_name(self, name: str) -> bool:
@@ -152,7 +158,7 @@ class Tokenizer:
 
     def with_bos(self, ids: Iterable[int]) -> list[int]:
         """Returns the ids after exactly one BOS, however many they had in front."""
-        ids = [int(token) for token in ids]
+        ids = _whole(ids)
         start = next((at for at, token in enumerate(ids) if token != self.bos_id), len(ids))
         return [self.bos_id, *ids[start:]]
 
@@ -161,11 +167,14 @@ class Tokenizer:
 
         Bytes that are no UTF-8 become U+FFFD. Raises GemkitError for an id outside the vocabulary.
         """
-        return b"".join([self.token_bytes(token, skip_control) for token in ids]).decode("utf-8", "replace")
+        return b"".join([self.token_bytes(token, skip_control) for token in _whole(ids)]).decode("utf-8", "replace")
 
     def token_bytes(self, token: int, skip_control: bool = True) -> bytes:
         """Returns what one token adds to the text, in UTF-8: a part of a character for a byte token."""
-        token = int(token)
+        try:
+            token = operator.index(token)
+        except TypeError:
+            raise GemkitError(f"{brief(token)} is no token id: give a whole number") from None
         if (byte := self._bytes.get(token)) is not None:
             return byte
         piece = self.id_to_piece(token)
@@ -176,23 +185,23 @@ class Tokenizer:
     def id_to_piece(self, token: int) -> str:
         """Returns a piece as the vocabulary has it, U+2581 for a space. Raises GemkitError for an id outside it."""
         try:
-            return self._model.id_to_piece(int(token))
+            return self._model.id_to_piece(operator.index(token))
         except (IndexError, OverflowError, TypeError):
-            raise GemkitError(f"id {token} is not in the vocabulary of {self.vocab_size} pieces") from None
+            raise GemkitError(f"id {brief(token)} is not in the vocabulary of {self.vocab_size} pieces") from None
 
     def piece_to_id(self, piece: str) -> int:
         """Returns the id of a whole piece, control tokens included. Raises GemkitError if there is none."""
         found = self._find(piece)
         if found is None:
-            raise GemkitError(f"the vocabulary has no piece {piece!r}")
+            raise GemkitError(f"the vocabulary has no piece {brief(piece)}")
         return found
 
     def is_control(self, token: int) -> bool:
         """Says whether a token, <unk> among them, stands for no text. Raises GemkitError for an id outside."""
         try:
-            return self._model.is_control(int(token)) or int(token) == self.unk_id
+            return self._model.is_control(operator.index(token)) or token == self.unk_id
         except (IndexError, OverflowError, TypeError):
-            raise GemkitError(f"id {token} is not in the vocabulary of {self.vocab_size} pieces") from None
+            raise GemkitError(f"id {brief(token)} is not in the vocabulary of {self.vocab_size} pieces") from None
 
     def _find(self, piece: str) -> int | None:
         try:
@@ -201,6 +210,15 @@ class Tokenizer:
             return None
         # It answers with the id of <unk>, or −1, where there is none.
         return found if found >= 0 and self._model.id_to_piece(found) == piece else None
+
+
+def _whole(ids: object) -> list[int]:
+    try:
+        if isinstance(ids, str | bytes):
+            raise TypeError
+        return [operator.index(token) for token in ids]
+    except TypeError:
+        raise GemkitError(f"ids are {brief(ids)}: give a list of whole numbers") from None
 
 
 def _check_text(text: object) -> None:
