@@ -75,8 +75,7 @@ def test_googles_pytorch_checkpoints_are_a_source(tmp_path, name):
     for to, target in (("hf", tmp_path / "hf"), ("gguf", tmp_path / "x.gguf"), ("orbax", tmp_path / "flax")):
         written = convert(path, target, to)
         found = verify(path, written, TEXT)
-        assert found.same_ids and found.logits == 0, to
-        assert to == "gguf" or found.tensor is None, to  # it holds 1 + w of norms, which rounds a random w
+        assert found.same_ids and found.logits == 0 and found.tensor is None, to
 
 
 def test_a_folder_is_not_taken_for_another_one_that_was_loaded_before(tmp_path):

@@ -11,6 +11,7 @@ from weights.files import tiny_config, tiny_params
 from gemkit.apps.sample import TEXT
 from gemkit.cli import main
 from gemkit.cli.quantize import _Line, _remedy
+from gemkit.errors import GemkitError
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.files import open_checkpoint
 from gemkit.weights.gguf_writer import write_gguf
@@ -91,7 +92,7 @@ def test_without_measuring_nothing_is_run(tmp_path, capsys, start, monkeypatch):
 
 def test_bad_requests_are_one_line(tmp_path, capsys, start, checkpoint):
     text = tmp_path / "text.txt"
-    text.write_bytes(b"\xff\xfe")
+    text.write_bytes(b"\xc3(")
     target = tmp_path / "end.gguf"
     silent = Checkpoint(checkpoint.config, checkpoint.tensors)
     mute = write_gguf(tmp_path / "mute.gguf", silent)
@@ -111,7 +112,8 @@ def test_bad_requests_are_one_line(tmp_path, capsys, start, checkpoint):
     refused(1, "there is no file", tmp_path / "none.gguf", target, "--type", "q4_0")
     target = tmp_path / "mute-end.gguf"
     code, out, err = run(capsys, mute, target, "--type", "q4_0")
-    assert code == 1 and not out and err.count("\n") == 1 and "is written, but the damage was not measured" in err
+    assert code == 1 and not out and err.count("\n") == 1 and "has no tokenizer" in err and "--no-measure" in err
+    assert not target.exists()
 
 
 def test_an_interruption_is_130_and_leaves_nothing(tmp_path, capsys, start, monkeypatch):
@@ -120,8 +122,36 @@ def test_an_interruption_is_130_and_leaves_nothing(tmp_path, capsys, start, monk
 
     monkeypatch.setattr("gemkit.apps.quantize.search", stop)
     code, out, err = run(capsys, start, tmp_path / "end.gguf", "--type", "q4_0")
-    assert (code, out) == (130, "") and err.strip() == "gemkit: interrupted"
+    assert (code, out) == (130, "") and err == f"gemkit: interrupted; nothing is left of {tmp_path / 'end.gguf'}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["start.gguf"]
+
+
+def test_a_measurement_that_fails_leaves_no_file_unless_memory_is_short(tmp_path, capsys, start, monkeypatch):
+    target = tmp_path / "end.gguf"
+
+    def fails(error: BaseException):
+        def measure(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr("gemkit.apps.quantize.measure", measure)
+        return run(capsys, start, target, "--type", "q8_0")
+
+    code, out, err = fails(GemkitError("the logits are not finite"))
+    assert (code, out) == (1, "") and err == (
+        f"gemkit: {target} is not kept, since it could not be measured: the logits are not finite\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["start.gguf"]
+    for error in (GemkitError("not enough memory for weights (9.00 GB)"), MemoryError()):
+        code, out, err = fails(error)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert f"{target} is complete, but its damage was not measured: not enough memory" in err
+        open_checkpoint(target).close()
+        target.unlink()
+    code, out, err = fails(KeyboardInterrupt())
+    assert (code, out) == (130, "")
+    assert err == f"gemkit: interrupted; {target} is complete, but its damage was not measured\n"
+    open_checkpoint(target).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["end.gguf", "start.gguf"]
 
 
 def test_the_line_of_progress(capsys, monkeypatch):

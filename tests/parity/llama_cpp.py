@@ -73,6 +73,44 @@ def logits(path: Path, ids: np.ndarray | list[int], vocabulary: int, step: int =
     function("llama_model_free", None, pointer)(model)
 
 
+class Model:
+    """A loaded model: what its tokenizer does. rows: pieces of its vocabulary."""
+
+    def __init__(self, loaded: ctypes.CDLL, model: int) -> None:
+        self._loaded, self._model = loaded, model
+        loaded.llama_model_get_vocab.restype = ctypes.c_void_p
+        self._vocabulary = ctypes.c_void_p(loaded.llama_model_get_vocab(ctypes.c_void_p(model)))
+        self.rows: int = loaded.llama_vocab_n_tokens(self._vocabulary)
+
+    def tokenize(self, text: str) -> list[int]:
+        data, ids = text.encode(), (ctypes.c_int32 * 4096)()
+        flags = ctypes.c_bool(False), ctypes.c_bool(False)
+        count = self._loaded.llama_tokenize(self._vocabulary, data, len(data), ids, len(ids), *flags)
+        assert count >= 0
+        return list(ids[:count])
+
+    def ends(self) -> set[int]:
+        """The ids after which llama.cpp ends generation."""
+        self._loaded.llama_vocab_is_eog.restype = ctypes.c_bool
+        return {token for token in range(self.rows) if self._loaded.llama_vocab_is_eog(self._vocabulary, token)}
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Model | None]:
+    """Loads a model; None if llama.cpp refuses it."""
+    loaded, pointer = library(), ctypes.c_void_p
+    silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, pointer)(lambda *_: None)
+    loaded.llama_log_set(silent, None)
+    loaded.llama_backend_init()
+    loaded.llama_model_default_params.restype = _Parameters
+    loaded.llama_model_load_from_file.restype = pointer
+    loaded.llama_model_load_from_file.argtypes = ctypes.c_char_p, _Parameters
+    model = loaded.llama_model_load_from_file(os.fsencode(path), loaded.llama_model_default_params())
+    yield Model(loaded, model) if model else None
+    if model:
+        loaded.llama_model_free(pointer(model))
+
+
 @contextlib.contextmanager
 def templates(template: str, path: Path | None = None) -> Iterator[Callable[[list[dict]], str]]:
     """Serves a model, by default the demo, and gives a function from messages to what its chat template makes of them.

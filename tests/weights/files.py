@@ -11,6 +11,8 @@ from gemkit.text.vocabulary import Vocabulary
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.quant import GGMLType
 
+ROWS = 272  # of the tiny models' embedding
+
 CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
@@ -53,7 +55,7 @@ def tiny_config(model_type: str, **changes) -> ModelConfig:
     theta = 1_000_000.0 if model_type == "gemma3_text" else 10_000.0
     facts = {
         "model_type": model_type,
-        "vocab_size": 160,
+        "vocab_size": ROWS,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": layers,
@@ -80,14 +82,18 @@ def tiny_params(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=spec.shape).astype(np.float32) for name, spec in manifest(config).items()}
 
 
-def tiny_vocabulary(size: int = 160) -> Vocabulary:
-    pieces = [f"p{i}".encode() for i in range(size)]
-    return Vocabulary(pieces, np.arange(size, dtype=np.float32), np.ones(size, np.int32))
+def tiny_vocabulary(size: int = ROWS - 3) -> Vocabulary:
+    """Control tokens, every byte, then ordinary pieces; by default three fewer than there are rows, as published."""
+    pieces = [(b"<pad>", 3), (b"<eos>", 3), (b"<bos>", 3), (b"<unk>", 2)]
+    pieces += [(b"<0x%02X>" % byte, 6) for byte in range(256)]
+    pieces += [(b"p%d" % number, 1) for number in range(len(pieces), size)]
+    kinds = np.array([kind for _, kind in pieces[:size]], np.int32)
+    return Vocabulary([piece for piece, _ in pieces[:size]], np.arange(size, dtype=np.float32), kinds)
 
 
 def tiny_checkpoint(model_type: str = "gemma3_text", types=GGMLType.Q8_0, **changes) -> Checkpoint:
     config = tiny_config(model_type, **changes)
-    return Checkpoint.from_params(config, tiny_params(config), types, tiny_vocabulary(config.vocab_size), name="Tiny")
+    return Checkpoint.from_params(config, tiny_params(config), types, tiny_vocabulary(), name="Tiny")
 
 
 def write(path: Path, data: bytes) -> Path:

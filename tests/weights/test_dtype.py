@@ -63,7 +63,7 @@ def test_from_a_quantised_gguf(tmp_path, kind):
     """GGUF keeps norms as 1 + w: they must not be added to twice, nor lose bits."""
     changes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "query_pre_attn_scalar": 64}
     path = write_gguf(tmp_path / "x.gguf", files.tiny_checkpoint("gemma3_text", kind, **changes))
-    tokens = np.arange(40) * 3 % 160
+    tokens = np.arange(40) * 3 % files.ROWS
     with read_gguf(path) as checkpoint:
         exact = convert(checkpoint, "float32")
         for key, tensor in checkpoint.tensors.items():
@@ -116,7 +116,7 @@ def test_closing_either_closes_both():
         (checkpoint, converted)[close].close()
         with pytest.raises(GemkitError, match="closed"):
             _ = converted.tensors["model.embed_tokens.weight"].data
-        assert converted.tensors["model.embed_tokens.weight"].nbytes == 160 * 34
+        assert converted.tensors["model.embed_tokens.weight"].nbytes == files.ROWS * 34
     closed = []
     config = files.tiny_config("gemma")
     tensors = stored_tensors(config)

@@ -212,6 +212,7 @@ def test_tokenizer_template_and_notice_go_along(tmp_path):
 def test_writing_holds_one_array_and_reports_progress(tmp_path):
     config = tiny_config("gemma", num_hidden_layers=8, hidden_size=256, intermediate_size=1024)
     start = Checkpoint.from_params(config, tiny_params(config), GGMLType.BF16)
+    write_orbax(tmp_path / "imports", tiny())
     seen = []
     tracemalloc.start()
     try:

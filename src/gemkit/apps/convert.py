@@ -22,6 +22,7 @@ from gemkit.weights.files import open_checkpoint
 from gemkit.weights.gguf_writer import write_gguf
 from gemkit.weights.hf_writer import write_hf
 from gemkit.weights.orbax_writer import write_orbax
+from gemkit.weights.staged import Check
 
 FORMATS = ("hf", "gguf", "orbax")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
@@ -43,12 +44,16 @@ def convert(
     to: str,
     dtype: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    check: Check | None = None,
 ) -> Path:
     """Writes the model at `source` (a path) to `target` and returns its path.
+
+    What was written is read back before it gets its name, so that `target` is a model that loads, or is not there.
 
     to: "hf", a folder with safetensors, "gguf", a file, or "orbax", a folder as Google's Flax releases (its extra).
     dtype: of the matrices; "auto" keeps what is stored, and for "hf" and "orbax", which have no quantised types, takes
     float32 in their place, without loss. "int8" (Q8_0) is for "gguf", "float16" not for "orbax".
+    check: called with the path of the result before it gets its name; whatever it raises leaves nothing.
     Raises UsageError for a bad combination, GemkitError if the target exists or cannot be written.
     """
     check_request(to, dtype)
@@ -57,10 +62,10 @@ def convert(
     with open_checkpoint(source) as stored:
         checkpoint = in_dtype(stored, dtype)
         if to == "hf":
-            return write_hf(target, checkpoint, progress=progress)
+            return write_hf(target, checkpoint, progress=progress, check=check)
         if to == "orbax":
-            return write_orbax(target, checkpoint, progress=progress)
-        return write_gguf(target, checkpoint)
+            return write_orbax(target, checkpoint, progress=progress, check=check)
+        return write_gguf(target, checkpoint, check=check)
 
 
 def check_request(to: str, dtype: str) -> None:
@@ -167,7 +172,10 @@ class _Sums:
 
 def _first_difference(one: Checkpoint, other: Checkpoint) -> tuple[str, float] | None:
     for name in manifest(one.config):
-        a, b = one.tensors[name].to_float32(), other.tensors[name].to_float32()
+        tensors = one.tensors[name], other.tensors[name]
+        a, b = (tensor.to_float32() for tensor in tensors)
+        if any(tensor.add_one for tensor in tensors):  # GGUF holds the norms' factor 1 + w, in float32
+            a, b = a + np.float32(1), b + np.float32(1)
         if not np.array_equal(a, b):
             return name, float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1e-30))
     return None

@@ -25,6 +25,7 @@ from gemkit.weights.files import open_checkpoint
 from gemkit.weights.gguf_writer import write_gguf
 from gemkit.weights.quant import BLOCKS, GGMLType, dequantise, nbytes
 from gemkit.weights.quant_search import search
+from gemkit.weights.staged import Check
 
 Progress = Callable[[int, int], None]
 
@@ -142,13 +143,17 @@ def quantize(
     *,
     threads: int | None = None,
     progress: Progress = lambda done, total: None,
+    check: Check | None = None,
 ) -> Quantized:
     """Writes the model at `source` (a path) to the GGUF file `target`, its matrices in `type`.
+
+    The file is read back before it gets its name, so that `target` is a model that loads, or is not there.
 
     type: a name of `NAMES`, in small or capital letters. embedding: of the embedding, a name of `TYPES`; by default
     `type`, but not below 8 bits. Norms stay float32, and what has its type already stays as it is.
     threads: by default the physical cores. progress: gets the numbers that are done, and how many there are.
-    Raises UsageError for an unknown type, GemkitError if the target exists or there is no room for it. Warns
+    check: called with the path of the result before it gets its name; whatever it raises leaves no file.
+    Raises UsageError for an unknown type, GemkitError if the target exists or the disk is too small for it. Warns
     (GemkitWarning) of an embedding below 8 bits and of a source that was quantised before.
     """
     target = Path(target)
@@ -165,7 +170,7 @@ def quantize(
             for name, tensor in stored.tensors.items()
         }
         try:
-            write_gguf(target, _with(stored, tensors), type.upper())
+            write_gguf(target, _with(stored, tensors), type.upper(), check=check)
         finally:
             work.close()
         parameters = stored.config.parameter_count()
@@ -193,6 +198,18 @@ def measure(
     activations = "float32" if available is None or 12 * parameters < available else "int8"
     found = verify(source, target, text, most=MOST_TOKENS, activations=activations, progress=progress)
     return Damage((sizes[0], sizes[1]), parameters, found, activations)
+
+
+def check_measurable(source: str | os.PathLike[str]) -> None:
+    """Raises GemkitError if `measure` would fail, since the source has no tokenizer."""
+    with open_checkpoint(source) as stored:
+        if stored.vocabulary_key is None:
+            raise GemkitError(f"{source} has no tokenizer to measure the damage with: give --no-measure")
+
+
+def is_memory_shortage(error: BaseException) -> bool:
+    """Says whether an error of `measure` is about this machine's memory and not about the models."""
+    return isinstance(error, MemoryError) or "not enough memory" in str(error)  # the core's words, which are text
 
 
 def _warn(checkpoint: Checkpoint, types: dict[str, GGMLType]) -> None:
@@ -224,6 +241,7 @@ def _check_space(target: Path, checkpoint: Checkpoint, types: dict[str, GGMLType
     needed = sum(nbytes(types[name], tensor.shape) + 128 for name, tensor in checkpoint.tensors.items()) + (1 << 16)
     if vocabulary is not None:
         needed += sum(map(len, vocabulary.pieces)) + 16 * len(vocabulary.pieces)
+        needed += 32 * max(0, checkpoint.config.vocab_size - len(vocabulary.pieces))  # rows without a piece
     folder = target.absolute().parent
     try:
         free = shutil.disk_usage(folder).free

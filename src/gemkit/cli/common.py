@@ -9,13 +9,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from gemkit.cli import config
 from gemkit.cli.streams import is_utf8
-from gemkit.errors import GemkitError, UsageError, listed
+from gemkit.errors import GemkitError, GemkitWarning, UsageError, listed
 
 if TYPE_CHECKING:
     from gemkit.text.tokenizer import Tokenizer
@@ -40,6 +40,20 @@ def failure(error: Exception) -> click.ClickException:
     result = click.ClickException(str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)")
     result.exit_code = 2 if isinstance(error, UsageError) else 1
     return result
+
+
+def show_warning(others: Callable, message: Warning | str, category: type[Warning], *where: object) -> None:
+    """Print a warning of gemkit's as one line, in the place of `warnings.showwarning`; hand any other to `others`."""
+    if issubclass(category, GemkitWarning):
+        click.echo(f"gemkit: {message}", err=True)
+    else:
+        others(message, category, *where)
+
+
+def interrupted(left: str) -> NoReturn:
+    """Say what an interrupted command leaves, and end with the exit code of interrupted programs."""
+    click.echo(f"gemkit: interrupted; {left}", err=True)
+    sys.exit(130)
 
 
 def model_argument(command: Callable) -> Callable:

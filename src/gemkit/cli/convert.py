@@ -3,13 +3,17 @@
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from gemkit.cli.command import Verb
-from gemkit.cli.common import json_option, model_argument, print_json, read_text, table
+from gemkit.cli.common import interrupted, json_option, model_argument, print_json, read_text, table
 from gemkit.cli.paths import check_new
-from gemkit.errors import UsageError
+from gemkit.errors import GemkitError, UsageError
+
+if TYPE_CHECKING:
+    from gemkit.apps.convert import Comparison
 
 
 @click.command(cls=Verb, short_help="Write a model in another format.")
@@ -41,9 +45,10 @@ def command(
 
     MODEL may also be one of Google's own checkpoints: a Flax/Orbax folder or a PyTorch .ckpt file.
 
-    Tensors, tokenizer, chat template and stop ids go along; nothing half-written is left behind. Quantised weights
-    become float32 in a Hugging Face or Flax folder, which is exact. With --verify the result is loaded and compared:
-    exit code 1 if ids differ, or if nothing was to be rounded and something was.
+    Tensors, tokenizer, chat template and stop ids go along; nothing half-written is left behind, and nothing that
+    cannot be read back. Quantised weights become float32 in a Hugging Face or Flax folder, which is exact. With
+    --verify the result is loaded and compared: if ids differ, or if nothing was to be rounded and something was,
+    nothing is kept and the exit code is 1.
     """
     if text_file is not None and not check:
         raise UsageError("--text-file is the text for --verify: give that too")
@@ -55,26 +60,62 @@ def command(
     source = find(model, offline, original=True)
 
     bar = _Bar(not as_json and sys.stderr.isatty())
-    path = convert.convert(source, target, to, dtype, bar.show)
-    bar.end()
-    record: dict[str, object] = {"path": str(path), "format": to}
-    failed = False
-    if check:
-        text = read_text(str(text_file)) if text_file else convert.SAMPLE
-        found = convert.verify(source, path, text)
-        record["verify"] = dataclasses.asdict(found)
-        failed = not found.same_ids or (dtype == "auto" and found.tensor is not None)
+    text = read_text(str(text_file)) if text_file else convert.SAMPLE
+    proof = _Proof(source, target, text, dtype == "auto", bar) if check else None
+    try:
+        convert.convert(source, target, to, dtype, bar.show, proof)
+    except KeyboardInterrupt:
+        bar.end()
+        interrupted(f"nothing is left of {target}")
+    except _DifferentError as error:
+        if as_json:
+            print_json({"path": None, "format": to, "verify": dataclasses.asdict(error.found)})
+        else:
+            click.echo(_report(error.found))
+        raise
+    finally:
+        bar.end()
     if as_json:
-        print_json(record)
+        record: dict[str, object] = {"path": str(target), "format": to}
+        print_json(record | ({"verify": dataclasses.asdict(proof.found)} if proof else {}))
     else:
-        click.echo(str(path))
-        if check:
-            click.echo(_report(found))
-    if failed:
-        sys.exit(1)
+        click.echo(str(target))
+        if proof:
+            click.echo(_report(proof.found))
 
 
-def _report(found) -> str:
+class _DifferentError(GemkitError):
+    """The result is another model than the source."""
+
+    def __init__(self, message: str, found: "Comparison") -> None:
+        super().__init__(message)
+        self.found = found
+
+
+class _Proof:
+    """Compares the result with the source before it gets its name; found: the comparison."""
+
+    found: "Comparison"
+
+    def __init__(self, source: Path, target: Path, text: str, exact: bool, bar: "_Bar") -> None:
+        self._source, self._target, self._text, self._exact, self._bar = source, target, text, exact, bar
+
+    def __call__(self, result: Path) -> None:
+        from gemkit.apps.convert import verify
+
+        self._bar.end()
+        try:
+            self.found = verify(self._source, result, self._text)
+        except (GemkitError, MemoryError) as error:
+            cause = str(error).replace(str(result), "the result") or "not enough memory"
+            raise GemkitError(f"{self._target} is not kept, since it could not be compared: {cause}") from None
+        if not self.found.same_ids:
+            raise _DifferentError(f"{self._target} is not kept: its tokenizer gives other ids", self.found)
+        if self._exact and self.found.tensor is not None:
+            raise _DifferentError(f"{self._target} is not kept: {self.found.tensor[0]} differs", self.found)
+
+
+def _report(found: "Comparison") -> str:
     where = "none, all are equal" if found.tensor is None else f"{found.tensor[0]}, by {found.tensor[1]:.1e}"
     rows = [
         ("tokens compared", f"{found.tokens}"),
@@ -103,3 +144,4 @@ class _Bar:
     def end(self) -> None:
         if self.shown and self.percent >= 0:
             click.echo(err=True)
+        self.percent = -1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemkit.cli.command import Verb
-from gemkit.cli.common import json_option, megabytes, model_argument, print_json, read_text, table
+from gemkit.cli.common import interrupted, json_option, megabytes, model_argument, print_json, read_text, table
 from gemkit.cli.paths import check_new
 from gemkit.errors import GemkitError, GemkitWarning, UsageError
 
@@ -64,6 +64,9 @@ def command(
     MODEL is anything that gemkit reads; start from the original weights, not from a quantised file. Norms stay float32.
     Then both are run on a text, to tell what the smaller file costs: the perplexity before and after, how far the
     predictions moved, and which tensors lost most. The text should have 1,000 tokens or more; 4,096 are used.
+
+    TARGET gets its name when it was read back and measured. It is kept without a measurement if memory is too short for
+    one or if you interrupt it, which the last line says.
     """
     if text_file is not None and no_measure:
         raise UsageError("--text-file is the text to measure on: leave it or --no-measure out")
@@ -77,17 +80,20 @@ def command(
     from gemkit.apps import quantize, sample
 
     shown = not as_json and sys.stderr.isatty()
-    with warnings.catch_warnings(), _Line("quantizing", "M numbers", 1e6, shown) as line:
-        warnings.simplefilter("always", GemkitWarning)
-        warnings.showwarning = lambda message, *_: click.echo(f"gemkit: {message}", err=True)
-        done = quantize.quantize(source, target, kind, embedding, progress=line.show)
-    damage = None
     if not no_measure:
-        try:
-            with _Line("measuring", "tokens", 1, shown) as line:
-                damage = quantize.measure(source, target, sample.TEXT if text is None else text, line.show)
-        except GemkitError as error:
-            raise GemkitError(f"{target} is written, but the damage was not measured: {error}") from None
+        quantize.check_measurable(source)
+    measure = None if no_measure else _Measure(source, target, sample.TEXT if text is None else text, shown)
+    try:
+        with warnings.catch_warnings(), _Line("quantizing", "M numbers", 1e6, shown) as line:
+            warnings.simplefilter("always", GemkitWarning)
+            done = quantize.quantize(source, target, kind, embedding, progress=line.show, check=measure)
+    except KeyboardInterrupt:
+        interrupted(f"nothing is left of {target}")
+    if measure and measure.interrupted:
+        interrupted(f"{target} is complete, but its damage was not measured")
+    if measure and measure.shortage:
+        raise GemkitError(f"{target} is complete, but its damage was not measured: {measure.shortage}")
+    damage = measure and measure.damage
     if as_json:
         print_json(_record(kind, done, damage))
         return
@@ -99,6 +105,33 @@ def command(
     if damage is not None:
         for note in _notes(kind, embedding, damage):
             click.echo("\n" + note)
+
+
+class _Measure:
+    """Measures the damage before the file gets its name. A fault of the file is raised; others are kept for later.
+
+    damage: what was found, or None. shortage: why memory was too short. interrupted: by the user.
+    """
+
+    def __init__(self, source: Path, target: Path, text: str, shown: bool) -> None:
+        self._source, self._target, self._text, self._shown = source, target, text, shown
+        self.damage: Damage | None = None
+        self.shortage = ""
+        self.interrupted = False
+
+    def __call__(self, result: Path) -> None:
+        from gemkit.apps.quantize import is_memory_shortage, measure
+
+        try:
+            with _Line("measuring", "tokens", 1, self._shown) as line:
+                self.damage = measure(self._source, result, self._text, line.show)
+        except KeyboardInterrupt:
+            self.interrupted = True
+        except (GemkitError, MemoryError) as error:
+            cause = str(error).replace(str(result), "the result") or "not enough memory"
+            if not is_memory_shortage(error):
+                raise GemkitError(f"{self._target} is not kept, since it could not be measured: {cause}") from None
+            self.shortage = cause
 
 
 def _record(kind: str, done: "Quantized", damage: "Damage | None") -> dict[str, object]:

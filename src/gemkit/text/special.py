@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from gemkit.errors import GemkitError
 
 SPACE = "▁"  # U+2581 stands for the space in every piece
+COPY = "\ufdd0\U0010fffe"  # noncharacters behind a piece that repeats an earlier one; no part of the text
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
 

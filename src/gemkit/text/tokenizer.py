@@ -20,7 +20,7 @@ import sentencepiece
 from gemkit.cache import cache_dir, try_atomic_write
 from gemkit.errors import GemkitError, brief
 from gemkit.text.control import SHAPE, ControlNames
-from gemkit.text.special import SPACE, find_special
+from gemkit.text.special import COPY, SPACE, find_special
 
 if TYPE_CHECKING:
     from gemkit.text.vocabulary import Vocabulary
@@ -177,7 +177,7 @@ class Tokenizer:
             raise GemkitError(f"{brief(token)} is no token id: give a whole number") from None
         if (byte := self._bytes.get(token)) is not None:
             return byte
-        piece = self.id_to_piece(token)
+        piece = self.id_to_piece(token).replace(COPY, "")
         if self.is_control(token):
             return b"" if skip_control else piece.encode()
         return piece.replace(SPACE, " ").encode()

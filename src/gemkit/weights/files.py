@@ -60,14 +60,14 @@ def _open_folder(path: Path) -> Checkpoint:
 
 
 def one_gguf(path: Path, ggufs: list[str]) -> str:
-    """The name of the only model among the GGUF files of a folder. Raises GemkitError that lists them."""
-    if len(ggufs) == 1 and folder.unsplit(ggufs[0]) == ggufs[0]:
+    """The name of the only model among the GGUF files of a folder, of its first part if it is split.
+
+    Raises GemkitError that lists the models.
+    """
+    if len(ggufs) == 1:
         return ggufs[0]
     if folder.are_parts(ggufs):
-        raise GemkitError(
-            f"{path} has a GGUF model that is split into several files ({folder.listed(ggufs, 2)}), which gemkit does "
-            "not read: get a whole file, or merge them with llama.cpp's llama-gguf-split --merge"
-        )
+        return ggufs[0]  # the reader finds the others
     raise GemkitError(f"{path} holds {len(ggufs)} GGUF models: give the path of one of {folder.listed(ggufs, 8)}")
 
 

@@ -1,25 +1,27 @@
-"""GGUF files of Gemma models: `read_gguf`. The container itself is in `gguf_file`.
+"""GGUF files of Gemma models: `read_gguf`. The container itself is in `gguf_file`, the tokenizer in `gguf_vocabulary`.
 
-Where a file leaves a fact out, the value is the one that llama.cpp assumes (``src/llama-model.cpp``).
+Where a file leaves a fact out, the value is the one that llama.cpp assumes (``src/llama-model.cpp``). Ollama's own
+files of Gemma 3 have some keys under other names and leave others out: those are the published models'.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
 
-from gemkit.arch.config import STOP_TOKEN_IDS, LayerSpec, ModelConfig, layer_pattern
-from gemkit.errors import GemkitError
-from gemkit.text.vocabulary import Vocabulary
-from gemkit.weights import names
+from gemkit.arch.config import GOOGLE_VOCABULARY, STOP_TOKEN_IDS, LayerSpec, ModelConfig, layer_pattern
+from gemkit.arch.presets import PRESETS
+from gemkit.errors import GemkitError, GemkitWarning
+from gemkit.weights import names, tuned
 from gemkit.weights.checkpoint import Checkpoint, Tensor, check
-from gemkit.weights.gguf_file import STRING, GGUFArray, GGUFFile, GGUFTensor, shown
+from gemkit.weights.gguf_file import GGUFArray, GGUFFile, GGUFTensor, shown
+from gemkit.weights.gguf_parts import GGUFParts, open_parts
+from gemkit.weights.gguf_vocabulary import check_vocabulary, read_vocabulary, vocabulary_key
 from gemkit.weights.quant import GGMLType
-from gemkit.weights.tuned import instruction_tuned
 
 __all__ = ["ARCHITECTURES", "GGMLType", "GGUFFile", "GGUFTensor", "config_from_metadata", "read_gguf"]
 
@@ -28,6 +30,17 @@ ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 # llama.cpp knows the two 27B models by their number of layers; they alone scale queries by hidden size / heads.
 _27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 _BOS = 2
+_GEMMA3 = PRESETS["gemma-3-1b-it"].config
+# A key of gemkit's own: llama.cpp's hold three stop ids at most
+STOP_IDS = "gemkit.stop_token_ids"
+_STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_STOP_LISTS = ("tokenizer.ggml.eos_token_ids",)  # Ollama's
+# general.type of files that belong to a model and are none
+_COMPANIONS = {
+    "mmproj": "the image part (mmproj) of a model: give the language model's file, which stands beside it",
+    "adapter": "a LoRA adapter: gemkit reads adapters as PEFT folders (--adapter-path)",
+    "imatrix": "an importance matrix for quantising: give the model's file",
+}
 
 _REQUIRED = object()
 
@@ -37,9 +50,11 @@ T = TypeVar("T", int, float, str)
 def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a Gemma 1, 2 or 3 model. Tensors are views of the mapped file; the vocabulary is read when asked for.
 
+    path: of the file, or of any part of a split model. metadata: the file's key-values, and in "ignored" which parts
+    for images were not read. Warns (GemkitWarning) of special ids outside the vocabulary, which are passed over.
     Raises GemkitError if the file is broken, is no Gemma model, or does not hold exactly the model's tensors.
     """
-    file = GGUFFile.open(path)
+    file = open_parts(path)
     try:
         return _checkpoint(file)
     except GemkitError as error:
@@ -53,14 +68,22 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
         raise
 
 
-def _checkpoint(file: GGUFFile) -> Checkpoint:
+def _checkpoint(file: GGUFParts) -> Checkpoint:
     facts = file.metadata
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    config = config_from_metadata(facts, shapes)
+
+    def warn(text: str) -> None:
+        warnings.warn(f"{file.path}: {text}", GemkitWarning, stacklevel=4)
+
+    config = config_from_metadata(facts, shapes, warn)
     tensors: dict[str, Tensor] = {}
     labels: dict[str, str] = {}
+    images: dict[str, int] = {}
     for name, tensor in file.tensors.items():
         if name in names.IGNORED:
+            continue
+        if part := names.gguf_image_part(name):
+            images[part] = images.get(part, 0) + 1
             continue
         row = names.from_gguf(name, config.post_norms)
         key = row.canonical if row else name
@@ -74,29 +97,43 @@ def _checkpoint(file: GGUFFile) -> Checkpoint:
     check(config, {key: tensor.shape for key, tensor in tensors.items()}, label=lambda key: _plain(label(key)))
     tokens = facts.get("tokenizer.ggml.tokens")
     if tokens is not None:
-        _check_vocabulary(facts, config)
+        check_vocabulary(facts, config.vocab_size, warn)
+    metadata = {key: value for key, value in facts.items() if not isinstance(value, GGUFArray)}
+    if images:
+        counts = ", ".join(f"{count} tensors of {part}" for part, count in images.items())
+        metadata["ignored"] = f"{counts}: images are not read"
     template = _get(facts, "tokenizer.chat_template", str, None)
     said = [_get(facts, f"general.{key}", str, "") for key in ("name", "finetune")]
     return Checkpoint(
         config,
         tensors,
-        vocabulary=None if tokens is None else lambda: _vocabulary(file),
-        vocabulary_key=None if tokens is None else lambda: _vocabulary_key(file),
+        vocabulary=None if tokens is None else lambda: read_vocabulary(file.first, config.vocab_size, warn),
+        vocabulary_key=None if tokens is None else lambda: vocabulary_key(file.first),
         chat_template=template,
         name=_get(facts, "general.name", str, "") or file.path.stem,
-        instruction_tuned=instruction_tuned(None, template, *said),
+        instruction_tuned=tuned.instruction_tuned(tuned.mark(facts, tuned.GGUF_KEY, template), template, *said),
         source=file.path,
-        metadata={key: value for key, value in facts.items() if not isinstance(value, GGUFArray)},
+        metadata=metadata,
         close=file.close,
     )
 
 
-def config_from_metadata(facts: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+def config_from_metadata(
+    facts: Mapping[str, object],
+    shapes: Mapping[str, tuple[int, ...]],
+    warn: Callable[[str], None] = lambda text: None,
+) -> ModelConfig:
     """The configuration that a GGUF file's key-values state.
 
-    shapes: of the tensors by GGUF name; the rows of token_embd.weight are the vocabulary. Raises GemkitError.
+    shapes: of the tensors by GGUF name; the rows of token_embd.weight are the vocabulary.
+    warn: called with a sentence on each value that is passed over. Raises GemkitError.
     """
+    kind = facts.get("general.type")
+    if companion := _COMPANIONS.get(kind if isinstance(kind, str) else ""):
+        raise GemkitError(f"it is {companion}")
     architecture = _get(facts, "general.architecture", str)
+    if architecture == "clip":
+        raise GemkitError(f"it is {_COMPANIONS['mmproj']}")
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise GemkitError(f"its architecture is {shown(architecture)}; gemkit reads {known}: get a Gemma model")
@@ -124,9 +161,11 @@ def config_from_metadata(facts: Mapping[str, object], shapes: Mapping[str, tuple
         )
     gemma2, gemma3 = architecture == "gemma2", architecture == "gemma3"
     big = layers == _27B_LAYERS.get(architecture)
+    rows = embedding[0]
+    bos = _token(facts, "tokenizer.ggml.bos_token_id", rows, warn)
     return ModelConfig(
         model_type=ARCHITECTURES[architecture],
-        vocab_size=embedding[0],
+        vocab_size=rows,
         hidden_size=hidden,
         intermediate_size=integer("feed_forward_length"),
         num_hidden_layers=layers,
@@ -134,16 +173,16 @@ def config_from_metadata(facts: Mapping[str, object], shapes: Mapping[str, tuple
         num_key_value_heads=integer("attention.head_count_kv", heads),
         head_dim=head_dim,
         max_position_embeddings=integer("context_length"),
-        rms_norm_eps=number("attention.layer_norm_rms_epsilon"),
+        rms_norm_eps=number("attention.layer_norm_rms_epsilon", _GEMMA3.rms_norm_eps if gemma3 else _REQUIRED),
         query_pre_attn_scalar=hidden // heads if big else head_dim,
         attn_logit_softcapping=(number("attn_logit_softcapping", 50.0) or None) if gemma2 else None,
         final_logit_softcapping=number("final_logit_softcapping", 30.0 if gemma2 else 0.0) or None,
         qk_norm=gemma3,
         post_norms=gemma2 or gemma3,
         tie_word_embeddings="output.weight" not in shapes,
-        bos_token_id=_get(facts, "tokenizer.ggml.bos_token_id", int, _BOS),
-        stop_token_ids=_stop_ids(facts, ARCHITECTURES[architecture], embedding[0]),
-        layers=_layers(facts, architecture, layers, integer, number),
+        bos_token_id=_BOS if bos is None else bos,
+        stop_token_ids=stop_ids(facts, ARCHITECTURES[architecture], rows, warn),
+        layers=_layers(facts, architecture, layers, hidden, integer, number),
     )
 
 
@@ -151,16 +190,25 @@ def _layers(
     facts: Mapping[str, object],
     architecture: str,
     count: int,
+    hidden: int,
     integer: Callable[..., int],
     number: Callable[..., float],
 ) -> tuple[LayerSpec, ...]:
     """One record per layer; every sixth (Gemma 3) or second (Gemma 2) layer is full unless the file says otherwise."""
-    theta = number("rope.freq_base", 10_000.0)
     factor = _rope_factor(facts, architecture)
+    if architecture == "gemma3":
+        base, scaled = _gemma3_rope(facts, count, hidden)
+        theta = number("rope.freq_base", number("rope.global.freq_base", base))
+        factor = scaled if factor is None else factor
+    else:
+        theta = number("rope.freq_base", 10_000.0)
+    factor = factor or 1.0
     if architecture == "gemma":
         return layer_pattern(count, rope_theta=theta, rope_factor=factor)
     # Gemma 3's local layers have a base of their own and are never scaled
-    local = number("rope.freq_base_swa", 10_000.0) if architecture == "gemma3" else None
+    local = None
+    if architecture == "gemma3":
+        local = number("rope.freq_base_swa", number("rope.local.freq_base", _GEMMA3.layers[0].rope_theta))
     key = f"{architecture}.attention.sliding_window"
     if architecture == "gemma3" and facts.get(key, 0) == 0:
         return layer_pattern(count, rope_theta=theta, rope_factor=factor)
@@ -180,25 +228,72 @@ def _layers(
     return tuple(slider if slide else full for slide in slides)
 
 
-def _rope_factor(facts: Mapping[str, object], architecture: str) -> float:
+def _gemma3_rope(facts: Mapping[str, object], layers: int, hidden: int) -> tuple[float, float | None]:
+    """Base and factor of the full layers where the file states none: those of the published model of these sizes.
+
+    A file with the base under llama.cpp's key states the factor too: without one, it is 1.
+    """
+    full = _GEMMA3.layers[5]
+    if "gemma3.rope.freq_base" in facts:
+        return full.rope_theta, None
+    for preset in PRESETS.values():
+        config = preset.config
+        if (config.model_type, config.num_hidden_layers, config.hidden_size) == ("gemma3_text", layers, hidden):
+            full = config.layers[5]
+    return full.rope_theta, full.rope_factor
+
+
+def _rope_factor(facts: Mapping[str, object], architecture: str) -> float | None:
+    """The factor that the file states, or None."""
     kind = _get(facts, f"{architecture}.rope.scaling.type", str, "linear")
     if kind not in ("linear", "none"):
         raise GemkitError(f"its positions are scaled by {shown(kind)}; gemkit knows linear: get another conversion")
-    old = _get(facts, f"{architecture}.rope.scale_linear", float, 0.0)
+    old = _get(facts, f"{architecture}.rope.scale_linear", float, None)
     factor = _get(facts, f"{architecture}.rope.scaling.factor", float, old)
-    return (factor or 1.0) if kind == "linear" else 1.0
+    if kind == "none":
+        return 1.0
+    return 1.0 if factor == 0 else factor
 
 
-def _stop_ids(facts: Mapping[str, object], model_type: str, rows: int) -> tuple[int, ...]:
-    """Gemma's two, and those that the file names besides."""
-    ids = [token for token in STOP_TOKEN_IDS[model_type] if token < rows]
-    for key in ("eos_token_id", "eot_token_id"):
-        token = _get(facts, f"tokenizer.ggml.{key}", int, None)
-        if token is not None and token not in ids:
-            ids.append(token)
-    if not ids:
+def stop_ids(
+    facts: Mapping[str, object], model_type: str, rows: int, warn: Callable[[str], None] = lambda text: None
+) -> tuple[int, ...]:
+    """Those of gemkit's own key; without it those that the file names, with Gemma's two in Google's vocabularies."""
+    if own := _tokens(facts, STOP_IDS, rows, warn):
+        return tuple(dict.fromkeys(own))
+    usual = [token for token in STOP_TOKEN_IDS[model_type] if token < rows]
+    ids: list[int | None] = [*usual] if rows >= GOOGLE_VOCABULARY else []
+    ids += [_token(facts, f"tokenizer.ggml.{key}", rows, warn) for key in _STOP_KEYS]
+    for key in _STOP_LISTS:
+        ids += _tokens(facts, key, rows, warn)
+    found = tuple(dict.fromkeys(token for token in ids if token is not None)) or tuple(usual)
+    if not found:
         raise GemkitError(f"its vocabulary of {rows} has no stop token; get another conversion")
-    return tuple(ids)
+    return found
+
+
+def _token(facts: Mapping[str, object], key: str, rows: int, warn: Callable[[str], None]) -> int | None:
+    """A special token's id, or None; one outside the vocabulary, such as 2^32 - 1 for "none", is passed over."""
+    return _inside(_get(facts, key, int, None), key, rows, warn)
+
+
+def _tokens(facts: Mapping[str, object], key: str, rows: int, warn: Callable[[str], None]) -> list[int]:
+    """The ids of a list, without those outside the vocabulary; none where the key is missing."""
+    value = facts.get(key)
+    if isinstance(value, GGUFArray):
+        value = value.numbers().tolist()
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise GemkitError(f"the key {key} is {shown(value)}, not a list of ids; get another conversion")
+    return [token for token in value if _inside(token, key, rows, warn) is not None]
+
+
+def _inside(token: int | None, key: str, rows: int, warn: Callable[[str], None]) -> int | None:
+    if token is not None and not 0 <= token < rows:
+        warn(f"{key} is {token}, which is no id of a vocabulary of {rows}: it is passed over")
+        return None
+    return token
 
 
 def _get(facts: Mapping[str, object], key: str, kind: type[T], default: object = _REQUIRED) -> T:
@@ -219,36 +314,3 @@ def _get(facts: Mapping[str, object], key: str, kind: type[T], default: object =
 
 def _plain(name: str) -> str:
     return name if name.isascii() and name.isprintable() and len(name) <= 200 else shown(name)
-
-
-# --- vocabulary ------------------------------------------------------------------------------------------------------
-
-_VOCABULARY_KEYS = re.compile(r"tokenizer\.ggml\.(model|tokens|scores|token_type|\w+_token_id)")
-
-
-def _check_vocabulary(facts: Mapping[str, object], config: ModelConfig) -> None:
-    """The arrays are there, of the right kinds, one entry for each row of the embedding."""
-    model = _get(facts, "tokenizer.ggml.model", str, "llama")
-    if model != "llama":
-        raise GemkitError(f"its tokenizer is {shown(model)}, not sentencepiece (llama); get another conversion")
-    for key in ("tokens", "scores", "token_type"):
-        array = facts.get(f"tokenizer.ggml.{key}")
-        if not isinstance(array, GGUFArray) or (array.type == STRING) != (key == "tokens"):
-            raise GemkitError(
-                f"tokenizer.ggml.{key} is missing or not a list of the right type; get another conversion"
-            )
-        if len(array) != config.vocab_size:
-            raise GemkitError(
-                f"tokenizer.ggml.{key} has {len(array)} entries and token_embd.weight {config.vocab_size} rows; "
-                "get another conversion"
-            )
-
-
-def _vocabulary(file: GGUFFile) -> Vocabulary:
-    tokens, scores, types = (file.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
-    with np.errstate(all="ignore"):
-        return Vocabulary(tokens.strings(), scores.numbers().astype(np.float32), types.numbers().astype(np.int32))
-
-
-def _vocabulary_key(file: GGUFFile) -> str:
-    return file.digest(sorted(key for key in file.metadata if _VOCABULARY_KEYS.fullmatch(key)))

@@ -23,6 +23,7 @@ from typing import NoReturn
 import numpy as np
 
 from gemkit.errors import GemkitError
+from gemkit.weights.git_lfs import refuse_pointer
 from gemkit.weights.quant import BLOCKS, OTHER_TYPES, GGMLType
 
 MAGIC = b"GGUF"
@@ -31,6 +32,9 @@ ALIGNMENT = 32  # of tensors, unless general.alignment says otherwise
 # Value types: number, struct code; NumPy takes the same codes
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY, BOOL, UINT32 = 8, 9, 7, 4
+
+_HEAD = 64  # bytes by which other files are told
+_OLD_MAGICS = (b"lmgg", b"fmgg", b"tjgg")  # ggml, ggmf, ggjt as little-endian numbers
 
 _MAX_NAME = 1 << 16
 _MAX_DIMENSIONS = 4
@@ -89,10 +93,12 @@ class GGUFFile:
 
     metadata: the key-values; an array is a `GGUFArray`, anything else a str, int, float or bool.
     tensors: by name, in the file's order; their data ends with `close`.
+    part: accept one of the files of a split model, too; see `gguf_parts`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], part: bool = False) -> None:
         self.path = Path(path)
+        self._part = part
         self.metadata: dict[str, object] = {}
         self.tensors: dict[str, GGUFTensor] = {}
         self._spans: dict[str, tuple[int, int]] = {}
@@ -100,6 +106,10 @@ class GGUFFile:
         try:
             with open(self.path, "rb") as file:
                 self._size = os.fstat(file.fileno()).st_size
+                head = file.read(_HEAD)
+                if head[:4] != MAGIC:
+                    refuse_pointer(self.path, head)
+                    self._fail(*_stranger(head))
                 if self._size < 24:
                     self._fail("it is too short to be a GGUF file")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -115,9 +125,9 @@ class GGUFFile:
             raise
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> GGUFFile:
+    def open(cls, path: str | os.PathLike[str], part: bool = False) -> GGUFFile:
         """Maps the file and reads its header; tensor data and arrays stay where they are."""
-        return cls(path)
+        return cls(path, part)
 
     def close(self) -> None:
         """Lets go of the file. Views of its tensors that are still held keep the mapping alive, not the names here."""
@@ -187,19 +197,19 @@ class GGUFFile:
         return count
 
     def _parse(self) -> None:
-        if self._map[:4] != MAGIC:
-            self._fail("it is not a GGUF file", "give the path of one, or convert the model to GGUF")
         self._at = 4
         version = self._u32("the version")
         if version not in (2, 3):
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-            kind = "big-endian GGUF" if swapped in (2, 3) else f"GGUF version {version}"
-            self._fail(f"it is {kind}", "gemkit reads little-endian versions 2 and 3: get a newer conversion")
+            kind, remedy = f"GGUF version {version}", "get a newer conversion"
+            if swapped in (2, 3):
+                kind, remedy = "big-endian GGUF", "get the little-endian file, or run gguf-convert-endian FILE little"
+            self._fail(f"it is {kind}", f"gemkit reads little-endian versions 2 and 3: {remedy}")
         tensor_count = self._u64("the number of tensors")
         key_values = self._count("key-values", _MIN_KEY_VALUE)
         for _ in range(key_values):
             self._key_value()
-        if (splits := self.metadata.get("split.count", 0)) not in (0, 1):
+        if (splits := self.metadata.get("split.count", 0)) not in (0, 1) and not self._part:
             self._fail(f"it is one of {splits} parts of a split model", "join them with llama-gguf-split --merge")
         if tensor_count > (self._size - self._at) // _MIN_TENSOR:
             self._fail(f"it announces {tensor_count} tensors, more than its {self._size} bytes can hold")
@@ -299,7 +309,11 @@ class GGUFFile:
                 self._fail(f"the tensors {shown(before)} and {shown(name)} overlap")
             end, before = offset + size, name
         if rows and base + end > self._size:
-            self._fail(f"the tensor {shown(before)} reaches past the end of the file, which has {self._size} bytes")
+            self._fail(
+                f"the tensor {shown(before)} reaches past the end of the file, of which {self._size:,} of at least "
+                f"{base + end:,} bytes are present",
+                "it was not copied or downloaded whole: get it again",
+            )
         for offset, size, name, kind, shape in rows:
             data = np.frombuffer(self._map, np.uint8, size, base + offset)
             self.tensors[name] = GGUFTensor(name, kind, shape, data)
@@ -325,11 +339,29 @@ class GGUFFile:
         if shape[-1] % block.elements:
             self._fail(f"the rows of {shown(name)}, {shape[-1]} long, are not whole {kind.name} blocks")
         size = math.prod(shape) // block.elements * block.bytes
-        if size > self._size or offset > self._size - size:
-            self._fail(f"the tensor {shown(name)} of shape {shape} reaches past the end of the file")
         if offset % alignment:
             self._fail(f"the tensor {shown(name)} is not aligned to {alignment} bytes")
         return offset, size, name, kind, shape
+
+
+def _stranger(head: bytes) -> tuple[str, str]:
+    """What a file that begins with these bytes is instead of GGUF, and the remedy."""
+    if not head:
+        return "it is empty", "the download or copy did not finish: get the file again"
+    if not head.strip(b"\0"):
+        return "it begins with zeros, not as a GGUF file does", "the download did not finish: get the file again"
+    if head.lstrip()[:1] == b"<":
+        return (
+            "it is a web page, not a model",
+            "open its address in a browser to see what is asked for, and get the file",
+        )
+    if head[:4] in _OLD_MAGICS:
+        return "it is in a format older than GGUF", "get a newer conversion"
+    if head[:4] == b"PK\3\4":
+        return "it is a zip archive, not a GGUF file", "unpack it, or give it its own file name extension"
+    if head[8:9] == b"{":
+        return "it is a safetensors file, not GGUF", "name it .safetensors and put it beside its config.json"
+    return "it is not a GGUF file", "give the path of one, or convert the model to GGUF"
 
 
 def shown(value: object) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import struct
 from collections.abc import Iterable
 from dataclasses import fields
@@ -15,11 +13,13 @@ import numpy as np
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.tensors import manifest
 from gemkit.errors import GemkitError
-from gemkit.weights import names
+from gemkit.weights import names, tuned
 from gemkit.weights.checkpoint import Checkpoint, Tensor
-from gemkit.weights.gguf import ARCHITECTURES, config_from_metadata
+from gemkit.weights.gguf import ARCHITECTURES, STOP_IDS, config_from_metadata, read_gguf, stop_ids
 from gemkit.weights.gguf_file import ALIGNMENT, ARRAY, BOOL, MAGIC, SCALARS, STRING, UINT32
+from gemkit.weights.gguf_vocabulary import fit_to_rows
 from gemkit.weights.quant import GGMLType
+from gemkit.weights.staged import Check, check_readable, staged
 
 _FLOAT32, _INT32 = 6, 5
 # general.file_type of files whose matrices are mostly of one type; llama.cpp only displays it
@@ -28,31 +28,27 @@ _FILE_TYPES |= {"Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "BF16": 32, "Q4_K_M": 15, "Q
 _GUESSED = 1024
 
 
-def write_gguf(path: str | os.PathLike[str], checkpoint: Checkpoint, file_type: str | None = None) -> Path:
-    """Writes the file under a temporary name and renames it: there is a whole file, the old one, or none.
+def write_gguf(
+    path: str | os.PathLike[str], checkpoint: Checkpoint, file_type: str | None = None, *, check: Check | None = None
+) -> Path:
+    """Writes the file under a temporary name, reads it back and renames it: there is a good file, the old one, or none.
 
     file_type: what the file calls itself, "Q4_0", "Q4_K_M", …; by default the type with the most bytes.
+    check: called with the temporary path before the file gets its name; whatever it raises leaves no file.
 
-    Raises GemkitError if GGUF cannot state the configuration or the file cannot be written.
+    Raises GemkitError if GGUF cannot state the configuration or the file cannot be written or read.
     """
     path = Path(path)
     config = checkpoint.config
     tensors = [_stored(name, checkpoint.tensors[name], config.post_norms) for name in manifest(config)]
     header = _header(checkpoint, tensors, file_type)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
+    with staged(path) as temporary:
         with open(temporary, "xb") as file:
             file.write(header)
             for _, tensor in tensors:
                 file.write(tensor.data.data)
                 file.write(bytes(-tensor.nbytes % ALIGNMENT))
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise GemkitError(f"{path} cannot be written ({error.strerror or error}): check folder and space") from None
-        raise
+        check_readable(temporary, path, read_gguf, checkpoint, check)
     return path
 
 
@@ -73,18 +69,22 @@ def _header(checkpoint: Checkpoint, tensors: list[tuple[str, Tensor]], file_type
     sizes: dict[str, int] = {}
     for _, tensor in tensors:
         sizes[tensor.type.name] = sizes.get(tensor.type.name, 0) + tensor.nbytes
+    name = checkpoint.name or checkpoint.config.model_type
     pairs |= {
         "general.type": (STRING, "model"),
-        "general.name": (STRING, checkpoint.name or checkpoint.config.model_type),
+        "general.name": (STRING, name),
         "general.license": (STRING, "gemma"),
         "general.quantization_version": (UINT32, 2),
         "general.file_type": (UINT32, _FILE_TYPES.get(file_type or max(sizes, key=sizes.__getitem__), _GUESSED)),
     }
-    if checkpoint.chat_template:
-        pairs["tokenizer.chat_template"] = STRING, checkpoint.chat_template
+    if template := tuned.template_to_write(checkpoint):
+        pairs["tokenizer.chat_template"] = STRING, template
+    if tuned.needs_mark(checkpoint, name):
+        pairs[tuned.GGUF_KEY] = BOOL, False
     parts = [_pair(key, *pair) for key, pair in pairs.items()]
     vocabulary = checkpoint.vocabulary
     if vocabulary is not None:
+        vocabulary = fit_to_rows(vocabulary, checkpoint.config.vocab_size)
         parts += [
             _array("tokenizer.ggml.tokens", STRING, len(vocabulary), map(_string, vocabulary.pieces)),
             _array("tokenizer.ggml.scores", _FLOAT32, len(vocabulary), [vocabulary.scores.astype("<f4").tobytes()]),
@@ -145,8 +145,11 @@ def _model_pairs(config: ModelConfig) -> dict[str, tuple[int, object]]:
     for key, token in (("padding", 0), ("unknown", 3)):
         if token < config.vocab_size:
             pairs[f"tokenizer.ggml.{key}_token_id"] = UINT32, token
-    if len(config.stop_token_ids) > 1:
-        pairs["tokenizer.ggml.eot_token_id"] = UINT32, config.stop_token_ids[1]
+    for key, token in zip(("eot", "eom"), config.stop_token_ids[1:]):
+        pairs[f"tokenizer.ggml.{key}_token_id"] = UINT32, token
+    facts_back = {key: value for key, (_, value) in pairs.items()}
+    if stop_ids(facts_back, config.model_type, config.vocab_size) != config.stop_token_ids:
+        pairs[STOP_IDS] = ARRAY, list(config.stop_token_ids)
     return pairs
 
 
@@ -156,12 +159,7 @@ def _check_expressible(
     """Raises GemkitError unless reading the key-values gives the same configuration."""
     shapes = {name: tensor.shape for name, tensor in tensors}
     back = config_from_metadata({key: value for key, (_, value) in pairs.items()}, shapes)
-    wrong = [
-        field.name
-        for field in fields(ModelConfig)
-        if getattr(back, field.name) != getattr(config, field.name)
-        and not (field.name == "stop_token_ids" and set(back.stop_token_ids) == set(config.stop_token_ids))
-    ]
+    wrong = [field.name for field in fields(ModelConfig) if getattr(back, field.name) != getattr(config, field.name)]
     if wrong:
         raise GemkitError(
             f"a GGUF file of a {config.model_type} model cannot state this {', '.join(wrong)}: use another format"
@@ -173,6 +171,8 @@ def _string(text: bytes) -> bytes:
 
 
 def _pair(key: str, kind: int, value: object) -> bytes:
+    if kind == ARRAY:
+        return _array(key, UINT32, len(value), [struct.pack(f"<{len(value)}I", *value)])
     head = _string(key.encode()) + struct.pack("<I", kind)
     return head + (_string(str(value).encode()) if kind == STRING else struct.pack(SCALARS[kind], value))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from gemkit.arch.config import ModelConfig
 from gemkit.errors import GemkitError
 from gemkit.text.encoding import decode
+from gemkit.weights import tuned
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.folder import top_level
 from gemkit.weights.hf_stop import stop_ids
@@ -21,7 +22,6 @@ from gemkit.weights.hf_tensors import read_tensors, refuse_quantised
 from gemkit.weights.hf_tokenizer import find_tokenizer
 from gemkit.weights.json_file import read_file, read_object
 from gemkit.weights.safetensors import open_weights, shown
-from gemkit.weights.tuned import instruction_tuned
 
 
 def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
@@ -52,7 +52,7 @@ def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
             vocabulary_key=tokenizer and (lambda: tokenizer.key(config.vocab_size)),
             chat_template=template,
             name=name,
-            instruction_tuned=instruction_tuned(None, template, name),
+            instruction_tuned=tuned.instruction_tuned(tuned.mark(facts, tuned.CONFIG_KEY, template), template, name),
             source=folder,
             metadata=metadata,
             close=files.close,

@@ -7,10 +7,8 @@ terms ask of whoever passes the weights on. The tokenizer's files of a folder ar
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -20,9 +18,12 @@ import numpy as np
 
 from gemkit.arch.tensors import manifest
 from gemkit.errors import GemkitError
+from gemkit.weights import tuned
 from gemkit.weights.checkpoint import Checkpoint, Tensor
+from gemkit.weights.hf import _chat_template, read_hf
 from gemkit.weights.quant import GGMLType, quantise
 from gemkit.weights.safetensors import INDEX, SINGLE
+from gemkit.weights.staged import Check, check_readable, staged
 
 NOTICE = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
@@ -48,33 +49,25 @@ def write_hf(
     *,
     shard_bytes: int = 5 * 10**9,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    check: Check | None = None,
 ) -> Path:
-    """Writes the folder under a temporary name and renames it: there is a whole folder or none.
+    """Writes the folder under a temporary name, reads it back and renames it: there is a good folder or none.
 
     Tensors keep their float types; quantised ones become float32, without loss. Norms are written as w in the type that
     most of the matrices have, if that loses nothing, else in float32.
     progress: called with the bytes written so far and in all.
-    Raises GemkitError if the folder exists or cannot be written, or if Hugging Face's classes cannot state the model.
+    check: called with the temporary path before the folder gets its name; whatever it raises leaves no folder.
+    Raises GemkitError if the folder exists or cannot be written or read, or if Hugging Face's classes cannot state the
+    model.
     """
     folder = Path(folder)
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise GemkitError(f"{folder} exists: give another name, or delete it first")
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
-    try:
+    with staged(folder) as temporary:
         temporary.mkdir(parents=True)
         _write_weights(temporary, checkpoint, shard_bytes, progress)
         _write_texts(temporary, checkpoint)
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(temporary, folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(temporary)
-        if isinstance(error, OSError):
-            raise GemkitError(
-                f"{folder} cannot be written ({error.strerror or error}): check folder and space"
-            ) from None
-        raise
+        check_readable(temporary, folder, read_hf, checkpoint, check)
     return folder
 
 
@@ -160,6 +153,8 @@ def _header(entries: Mapping[str, tuple[GGMLType, tuple[int, ...], int]]) -> byt
 def _write_texts(folder: Path, checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     facts = config.to_hf()
+    if tuned.needs_mark(checkpoint):
+        facts[tuned.CONFIG_KEY] = False
     facts["dtype"] = _NAMES[_DTYPES[_main_type(checkpoint.tensors)]]
     _json(folder / "config.json", facts)
     _json(
@@ -178,8 +173,12 @@ def _write_texts(folder: Path, checkpoint: Checkpoint) -> None:
     copied = [name for name in _COPIED if source is not None and (source / name).is_file()]
     for name in copied:
         shutil.copyfile(source / name, folder / name)
-    if not {"tokenizer.model", "tokenizer.json"} & set(copied) and checkpoint.vocabulary is not None:
+    has_tokenizer = not {"tokenizer.model", "tokenizer.json"}.isdisjoint(copied)
+    if not has_tokenizer and checkpoint.vocabulary is not None:
         _write_tokenizer(folder, checkpoint)
+    template = tuned.template_to_write(checkpoint)
+    if template and not (has_tokenizer and _chat_template(folder)):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
 
 
 def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
@@ -190,7 +189,8 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
     (folder / "tokenizer.model").write_bytes(write_model(vocabulary))
     (folder / "tokenizer.json").write_bytes(write_tokenizer_json(vocabulary, config.bos_token_id))
     pieces = vocabulary.pieces
-    stop = config.stop_token_ids[-1] if checkpoint.instruction_tuned else config.stop_token_ids[0]
+    stops = [token for token in config.stop_token_ids if token < len(pieces)] or [1]
+    stop = stops[-1] if checkpoint.instruction_tuned else stops[0]
     facts: dict[str, object] = {
         "tokenizer_class": "GemmaTokenizerFast",
         "add_bos_token": True,
@@ -203,9 +203,8 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
         "model_max_length": config.max_position_embeddings,
         "padding_side": "left",
     }
-    if checkpoint.chat_template:
-        facts["chat_template"] = checkpoint.chat_template
-        (folder / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8", newline="\n")
+    if template := tuned.template_to_write(checkpoint):
+        facts["chat_template"] = template
     _json(folder / "tokenizer_config.json", facts)
 
 

@@ -20,6 +20,8 @@ _MULTIMODAL = (
     ("model.language_model.", "model."),
     ("model.lm_head.", "lm_head."),
 )
+# Ollama keeps the image tower and the projector in the file of the language model, under llama.cpp's mmproj names.
+_GGUF_IMAGE = ("v.", "mm.")
 _IMAGE = re.compile(r"(?:model\.)?(vision_tower|multi_modal_projector)\.")
 
 
@@ -72,6 +74,11 @@ def from_gguf(name: str, post_norms: bool) -> Name | None:
     Example: ``from_gguf("blk.3.attn_q.weight", True).canonical`` is "model.layers.3.self_attn.q_proj.weight".
     """
     return _find(name, _BY_GGUF[post_norms])
+
+
+def gguf_image_part(name: str) -> str | None:
+    """ "v" or "mm" if a tensor of a GGUF file belongs to the image tower or its projector."""
+    return name.partition(".")[0] if name.startswith(_GGUF_IMAGE) else None
 
 
 def from_canonical(name: str, post_norms: bool) -> Name | None:

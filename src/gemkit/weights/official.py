@@ -13,11 +13,10 @@ from pathlib import Path
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.presets import PRESETS
 from gemkit.errors import GemkitError
-from gemkit.weights import hf
+from gemkit.weights import hf, tuned
 from gemkit.weights.checkpoint import Checkpoint, Tensor
 from gemkit.weights.hf_tokenizer import TokenizerFiles
 from gemkit.weights.json_file import read_object
-from gemkit.weights.tuned import instruction_tuned
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 
@@ -90,6 +89,7 @@ def make_checkpoint(
     tokenizer = _tokenizer(folder)
     name = path.stem if path.is_file() else hf._name(path)
     template = hf._chat_template(folder)
+    facts = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     return Checkpoint(
         config,
         tensors,
@@ -97,7 +97,7 @@ def make_checkpoint(
         vocabulary_key=tokenizer and (lambda: tokenizer.key(config.vocab_size)),
         chat_template=template,
         name=name,
-        instruction_tuned=instruction_tuned(None, template, name),
+        instruction_tuned=tuned.instruction_tuned(tuned.mark(facts, tuned.CONFIG_KEY, template), template, name),
         source=source,
         metadata=metadata,
         close=close,

@@ -25,6 +25,7 @@ from gemkit.errors import GemkitError
 from gemkit.weights import flax_names
 from gemkit.weights.checkpoint import Checkpoint, Tensor
 from gemkit.weights.flax_names import Row
+from gemkit.weights.folder import listed
 from gemkit.weights.json_file import read_object
 from gemkit.weights.official import Sizes, find_config, make_checkpoint
 from gemkit.weights.quant import GGMLType
@@ -286,24 +287,23 @@ def _table(config: ModelConfig, store: _Store) -> tuple[dict[str, Row], int]:
 def _check(
     config: ModelConfig, table: Mapping[str, Row], rows: int, shapes: Mapping[str, tuple[int, ...]], store: _Store
 ) -> None:
-    """Raises GemkitError that names each array that is missing, too many, misshapen or of another type."""
+    """Raises GemkitError that names the first arrays that are missing, too many, misshapen or of another type."""
     sizes = flax_names.sizes(config) | {"V": rows}
     wanted = {name: row.shape(sizes) for name, row in table.items()}
     faults = []
     if missing := [name for name in wanted if name not in shapes]:
-        faults.append(f"missing {', '.join(missing)}")
+        faults.append(f"missing {listed(missing)}")
     if extra := [shown(name) for name in shapes if name not in wanted]:
-        faults.append(f"unknown {', '.join(extra[:20])}")
-    faults += [
+        faults.append(f"unknown {listed(extra)}")
+    if wrong := [
         f"{name} is {list(shapes[name])} but must be {list(shape)}"
         for name, shape in wanted.items()
         if shapes.get(name, shape) != shape
-    ]
-    faults += [
-        f"{name} is {shown(store.types[name])} and gemkit reads {', '.join(TYPES)}"
-        for name in wanted
-        if name in shapes and store.types[name] not in TYPES
-    ]
+    ]:
+        faults.append(listed(wrong))
+    types = {name: store.types[name] for name in wanted if name in shapes}
+    if other := [f"{name} is {shown(kind)}" for name, kind in types.items() if kind not in TYPES]:
+        faults.append(f"{listed(other)}; gemkit reads {', '.join(TYPES)}")
     if faults:
         raise GemkitError(
             f"{store.folder}: the arrays do not fit the configuration: {'; '.join(faults)}; get a whole checkpoint"

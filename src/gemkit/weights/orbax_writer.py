@@ -6,11 +6,9 @@ tokenizer as ``tokenizer.model``, the chat template and the NOTICE that Gemma's 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
-import shutil
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,14 @@ import numpy as np
 
 from gemkit.arch.config import ModelConfig
 from gemkit.errors import GemkitError
-from gemkit.weights import flax_names
+from gemkit.weights import flax_names, tuned
 from gemkit.weights.checkpoint import Checkpoint, Tensor
 from gemkit.weights.flax_names import Row
 from gemkit.weights.hf_writer import NOTICE, _bytes, _main_type, _type_of
 from gemkit.weights.official import CONFIG, TOKENIZER
-from gemkit.weights.orbax import orbax_library, quiet
+from gemkit.weights.orbax import orbax_library, quiet, read_orbax
 from gemkit.weights.quant import GGMLType
+from gemkit.weights.staged import Check, check_readable, staged
 
 _OFFICIAL_EPS = 1e-6
 
@@ -35,36 +34,26 @@ def write_orbax(
     checkpoint: Checkpoint,
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    check: Check | None = None,
 ) -> Path:
-    """Writes the folder under a temporary name and renames it: there is a whole folder or none.
+    """Writes the folder under a temporary name, reads it back and renames it: there is a good folder or none.
 
     Arrays are float32, or bfloat16 where all of their tensors are; float16 and quantised ones become float32, without
     loss. Norms become bfloat16 beside bfloat16 matrices, if that loses nothing. Memory holds one array at a time.
     progress: called with the bytes written so far and in all.
-    Raises GemkitError if the folder exists or cannot be written, or if the layout cannot state the model.
+    check: called with the temporary path before the folder gets its name; whatever it raises leaves no folder.
+    Raises GemkitError if the folder exists or cannot be written or read, or if the layout cannot state the model.
     """
     folder = Path(folder)
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise GemkitError(f"{folder} exists: give another name, or delete it first")
     _refuse(checkpoint.config)
     orbax_library()
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
-    try:
+    with staged(folder) as temporary:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         _write_arrays(temporary.absolute(), checkpoint, progress)
         _write_texts(temporary, checkpoint)
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(temporary, folder)
-    except BaseException as error:
-        for left in (temporary, *folder.parent.glob(f"{temporary.name}.orbax-checkpoint-tmp*")):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(left)
-        if isinstance(error, OSError):
-            raise GemkitError(
-                f"{folder} cannot be written ({error.strerror or error}): check folder and space"
-            ) from None
-        raise
+        check_readable(temporary, folder, read_orbax, checkpoint, check)
     return folder
 
 
@@ -114,7 +103,18 @@ def _write_arrays(folder: Path, checkpoint: Checkpoint, progress: Callable[[int,
     with quiet():
         handler = orbax.PyTreeCheckpointHandler(type_handler_registry=registry)
         with orbax.Checkpointer(handler) as writer:
-            writer.save(folder, args=orbax.args.PyTreeSave(tree))
+            try:
+                writer.save(folder, args=orbax.args.PyTreeSave(tree))
+            except (GemkitError, OSError):
+                raise
+            except Exception as error:  # the library's own, in which the system's error is text
+                raise OSError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """The system's words for an error of the library, or the library's own on one short line."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _handler(orbax: Any, total: int, progress: Callable[[int, int], None]) -> Any:
@@ -138,12 +138,15 @@ def _handler(orbax: Any, total: int, progress: Callable[[int, int], None]) -> An
 
 
 def _write_texts(folder: Path, checkpoint: Checkpoint) -> None:
-    facts = json.dumps(checkpoint.config.to_hf(), indent=2, ensure_ascii=False) + "\n"
-    (folder / CONFIG).write_text(facts, encoding="utf-8", newline="\n")
+    facts = checkpoint.config.to_hf()
+    if tuned.needs_mark(checkpoint):
+        facts[tuned.CONFIG_KEY] = False
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8", newline="\n")
     (folder / "NOTICE").write_text(NOTICE, encoding="utf-8", newline="\n")
     if checkpoint.vocabulary is not None:
         from gemkit.text.spm_proto import write_model
 
         (folder / TOKENIZER).write_bytes(write_model(checkpoint.vocabulary))
-    if checkpoint.chat_template:
-        (folder / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8", newline="\n")
+    if template := tuned.template_to_write(checkpoint):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")

@@ -1,8 +1,19 @@
-"""A model that expects chat turns, and one that does not, told apart by what its files say."""
+"""A model that expects chat turns, and one that does not, told apart by what its files say.
+
+gemkit writes a chat template into tuned models that came without one, and a mark into pretrained ones: names change.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gemkit.weights.checkpoint import Checkpoint
+
+GGUF_KEY = "gemkit.instruction_tuned"
+CONFIG_KEY = "gemkit_instruction_tuned"  # in config.json, where transformers leaves it as it is
 
 _UNTUNED = {"base", "pt", "pretrained"}
 _TUNED = {"it", "instruct", "chat"}
@@ -30,3 +41,24 @@ def by_name(*names: str) -> bool | None:
     if words & _UNTUNED:
         return False
     return True if words & _TUNED else None
+
+
+def mark(facts: Mapping[str, object], key: str, template: str | None) -> object:
+    """Returns the mark among a file's facts; none beside a template, which came later, with a fine-tuning."""
+    return None if template else facts.get(key)
+
+
+def template_to_write(checkpoint: Checkpoint) -> str | None:
+    """Returns the model's chat template; for a tuned model without one, the template of Gemma's turns."""
+    if checkpoint.chat_template or not checkpoint.instruction_tuned:
+        return checkpoint.chat_template
+    from gemkit.text.template import DEFAULT_TEMPLATE
+
+    return DEFAULT_TEMPLATE
+
+
+def needs_mark(checkpoint: Checkpoint, *names: str) -> bool:
+    """Says whether a pretrained model has to be marked as such: its names say otherwise, or none are given to last."""
+    if checkpoint.instruction_tuned is not False or checkpoint.chat_template:
+        return False
+    return not names or by_name(*names) is True

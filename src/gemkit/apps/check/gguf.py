@@ -139,6 +139,9 @@ def _fill_tensors(subject: Subject, file: _Lenient) -> None:
 
 
 def _fill_config(subject: Subject, facts: dict[str, object], shapes: dict[str, tuple[int, ...]]) -> None:
+    if not any(key.endswith((".rope.freq_base", ".rope.global.freq_base")) for key in facts):
+        # gemkit takes the published base, llama.cpp this one
+        facts = facts | {f"{facts.get('general.architecture')}.rope.freq_base": 10_000.0}
     try:
         subject.config = config_from_metadata(facts, shapes)
     except (GemkitError, OverflowError, ValueError) as error:

@@ -70,7 +70,11 @@ class PackedStore:
         """The store of a model read from `source`, a file or a folder; None without one or where it is switched off."""
         if source is None or os.environ.get("GEMKIT_PACKED", "1") in ("0", "off", "no", "false"):
             return None
-        files = (source,) if source.is_file() else tuple(sorted(source.glob("*.safetensors")))
+        if source.is_file():
+            from gemkit.weights.gguf_parts import part_paths
+
+            return cls(source, part_paths(source), weights, writes)
+        files = tuple(sorted(source.glob("*.safetensors")))
         return cls(source, files, weights, writes)
 
     def find(self) -> tuple[np.ndarray, np.ndarray | None] | None:
