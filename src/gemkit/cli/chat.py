@@ -75,7 +75,9 @@ def command(
         raise missing_model(context)
 
     def begin(loaded: "Model") -> Session:
-        session = Session(loaded, settings, shift=context_shift)
+        session = Session(
+            loaded, settings, shift=context_shift, at_terminal=sys.stdin is not None and sys.stdin.isatty()
+        )
         if last is None:
             session.clear(system_prompt)
         else:

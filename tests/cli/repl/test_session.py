@@ -58,6 +58,11 @@ def test_a_full_context_is_said_and_loses_nothing():
     with pytest.raises(UsageError, match=r"Shorten the message.*--ctx-size"):
         s.ask("c" * 300)
     assert s.messages == before and len(s.model.asked) == 1
+    s.at_terminal = False
+    for text in ("c" * 90, "c" * 300):
+        with pytest.raises(UsageError, match=r"tokens\. (Shorten the message, or s|S)tart with a larger") as error:
+            s.ask(text)
+        assert not any(words in str(error.value) for words in ("/clear", "arrow up"))
 
 
 def test_with_context_shift_the_oldest_messages_are_left_out_and_kept():

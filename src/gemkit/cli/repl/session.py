@@ -137,7 +137,7 @@ class Session:
 
     last: how the last answer went. An answer that the user stopped has the key "stopped".
     shift: leave out the oldest messages when the context is full; dropped: how many the model does not see now, the
-    system's not counted. attached: files for the next message.
+    system's not counted. attached: files for the next message. at_terminal: there is someone to give commands.
     """
 
     model: Model
@@ -147,6 +147,7 @@ class Session:
     shift: bool = False
     dropped: int = 0
     attached: list[Attachment] = field(default_factory=list)
+    at_terminal: bool = True
 
     @property
     def name(self) -> str:
@@ -207,15 +208,22 @@ class Session:
         ids = rendered(window.visible(before, dropped))
         if len(ids) >= room:
             alone = self.shift or self.count(before[-1:]) >= room
-            raise UsageError(
-                f"the context is full: with this message the conversation takes {len(ids):,} of {room:,} tokens. "
-                + ("Shorten the message" if alone else "/clear or /undo makes room (/save first to keep it)")
-                + ", or start with a larger --ctx-size"
-                + ("" if alone else " or with --context-shift")
-                + ". Nothing is lost: arrow up brings the message back."
-            )
+            raise UsageError(self._full(len(ids), alone, continued=bool(begun)))
         defaults = {name: value for name, value in DEFAULTS.items() if value is not None}
         return Answer(self.model, before, ids, defaults | self.settings, dropped, begun)
+
+    def _full(self, tokens: int, alone: bool, continued: bool) -> str:
+        """What is said of a context that is full; alone: the message does not fit by itself."""
+        what = "the conversation" if continued else "with this message the conversation"
+        remedy = "Shorten the message, or start" if alone and not continued else "Start"
+        if not alone and self.at_terminal:
+            remedy = "/clear or /undo makes room (/save first to keep it), or start"
+        kept = " Nothing is lost: arrow up brings the message back." if self.at_terminal and not continued else ""
+        shift = "" if self.shift else " or with --context-shift" if not alone else ""
+        return (
+            f"the context is full: {what} takes {tokens:,} of {self.model.ctx_size:,} tokens. {remedy} with a larger "
+            f"--ctx-size{shift}.{kept}"
+        )
 
     def keep(self, answer: Answer) -> Turn | None:
         """Ends an answer and puts it into the conversation, unless nothing was said; returns how it went."""
