@@ -141,8 +141,10 @@ def is_given(ctx: click.Context, name: str) -> bool:
 def _read(where: Path) -> dict[str, object]:
     import tomllib
 
+    from gemkit.text.encoding import decode
+
     try:
-        return tomllib.loads(where.read_bytes().decode("utf-8-sig"))
+        return tomllib.loads(decode(where.read_bytes()))
     except OSError as error:
         raise UsageError(f"{where} cannot be read ({error.strerror or error}): mend it or set GEMKIT_CONFIG") from None
     except ValueError as error:

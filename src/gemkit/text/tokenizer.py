@@ -7,6 +7,7 @@ vocabularies, so that it can begin before they are there.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import operator
 import os
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # To be changed whenever the model written from the same vocabulary changes.
 _CACHE_FORMAT = b"gemkit tokenizer 1\n"
+# Byte order marks, with which JSON may start.
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Tokenizer:
@@ -87,8 +90,8 @@ class Tokenizer:
         from gemkit.text.tokenizer_json import read_tokenizer_json
 
         # A model starts with the key of its first piece, 0x0A, which JSON may have as white space.
-        start = data[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
-        read = read_tokenizer_json if start[:1] == b"{" else read_model
+        is_json = data.startswith(_MARKS) or data[:64].lstrip()[:1] == b"{"
+        read = read_tokenizer_json if is_json else read_model
         try:
             return cls.from_cached(f"file {hashlib.sha256(data).hexdigest()}", lambda: read(data))
         except GemkitError as error:
