@@ -17,7 +17,7 @@ ORDER = ["errors", "cache", "extras", "arch", "text", "weights", "models", "engi
 PROTOCOLS = ("gemkit.engine.runner", "gemkit.engine.sampling")
 # Where a framework may be imported: in the folder of its name below models/, and never on the laptop path.
 FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "keras", "tensorflow", "transformers", "orbax"}
-LAPTOP = {"click", "httpx2", "huggingface_hub", "numpy", "prompt_toolkit", "sentencepiece"}
+LAPTOP = {"click", "httpx2", "huggingface_hub", "jinja2", "numpy", "prompt_toolkit", "sentencepiece"}
 OWN = {"torch": {"torch"}, "jax": {"jax", "ml_dtypes"}, "keras": {"keras", "jax", "torch", "tensorflow"}}
 MAX_LINES = 800
 SKIPPED_FOLDERS = {".git", "build", "dist", "__pycache__", ".hypothesis", ".pytest_cache", ".ruff_cache"}

@@ -24,8 +24,8 @@ from gemkit.engine.sampling import Sampling
 from gemkit.engine.sequence import Sequence as Request
 from gemkit.engine.sequence import Token
 from gemkit.errors import GemkitError, GemkitWarning, UsageError, brief, check_flag, listed
-from gemkit.text import chat as chat_template
 from gemkit.text import fim, window
+from gemkit.text.chat_template import ChatTemplate
 from gemkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ class Model:
         self.config: ModelConfig = runner.config
         self._engine: Engine | None = Engine(runner, tokenizer, context_size=ctx_size)
         self.ctx_size = self._engine.context_size
+        self._template = tokenizer.template = ChatTemplate.of(checkpoint, tokenizer)
 
     @property
     def engine(self) -> Engine:
@@ -172,6 +173,20 @@ class Model:
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end an answer: those that the model's files name and those of its vocabulary."""
         return self.engine.stop_ids
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of `render`: the file's own, or the one that was set; None for Google's turns."""
+        return self._template.source
+
+    @chat_template.setter
+    def chat_template(self, source: str | None) -> None:
+        self._template = self.tokenizer.template = self._template.replaced(source)
+
+    @property
+    def has_own_template(self) -> bool:
+        """The template renders other turns than Google's; the first look at an unknown one runs it on samples."""
+        return self._template.is_own
 
     def settle(self) -> None:
         """Waits until what a first load prepares for later ones, and what makes this one fast, is done; by itself it is
@@ -346,15 +361,21 @@ class Model:
         check_flag("ignore_eos", given.get("ignore_eos", False))
         self._adapter(given.get("adapter"))
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Returns the ids of a conversation in the form that the model was tuned on, after exactly one BOS.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """Returns the ids of a conversation by the model's chat template, after exactly one BOS.
 
         messages: dictionaries with "role" (user, assistant or system) and "content". Control tokens named in them stay
         plain text. add_generation_prompt: open the assistant's next turn; where the last message is the assistant's, it
-        is left open instead, and generation continues it. Without it, every turn is closed.
-        Raises GemkitError for messages that the form has no place for.
+        is left open instead, and generation continues it. Without it, every turn is closed. tools: JSON schemas of
+        functions, for a template that lists them.
+        Raises GemkitError for messages that the template refuses, and for a template that cannot be run.
         """
-        return chat_template.render(self.tokenizer, messages, add_generation_prompt)
+        return self._template.render(messages, add_generation_prompt, tools)
 
     def score(
         self, text: str | Sequence[int] | Sequence[str], adapter: str | None = None, parse_special: bool = False

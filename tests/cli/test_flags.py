@@ -31,6 +31,7 @@ FLAGS = {
         "--system-prompt",
         "--suffix",
         "--raw",
+        "--chat-template",
         "--special",
         "-n/--max-tokens",
         "--temp/--temperature",
@@ -52,6 +53,7 @@ FLAGS = {
     "chat": [
         "[MODEL]",
         "--system-prompt",
+        "--chat-template",
         "-n/--max-tokens",
         "--temp/--temperature",
         "--top-k",

@@ -59,6 +59,7 @@ def test_a_user_may_speak_of_them_but_a_message_that_begins_with_them_was_render
         tokenizer=tokenizer(),
         checkpoint=SimpleNamespace(instruction_tuned=True),
         render=lambda messages: render(tokenizer(), messages),
+        has_own_template=False,
     )
     ids = _prompt_ids(model, text, None, None, raw=False, special=False)
     assert ids == render(tokenizer(), [{"role": "user", "content": text}])

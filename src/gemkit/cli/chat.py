@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from gemkit.cli.command import Verb
 from gemkit.cli.common import Text, default_model_argument, failure, load_options, missing_model, read_text
 from gemkit.cli.generate import _real, _whole
 from gemkit.cli.hints import hint_faster
+from gemkit.cli.template import set_template, template_option
 from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ PRETRAINED = (
 @click.command("chat", cls=Verb, short_help="Chat in the terminal.")
 @default_model_argument
 @click.option("--system-prompt", type=Text(), help="Instructions put before the conversation.")
+@template_option
 @_whole("-n", "--max-tokens", help="Stop an answer after so many tokens (default: up to the context).")
 @_real("--temp", "--temperature", "temperature", default=1.0, help="0 takes the likeliest token.")
 @_whole("--top-k", default=64, help="Draw from the N likeliest tokens; 0 is off.")
@@ -51,6 +53,7 @@ PRETRAINED = (
 def command(
     model: str | None,
     system_prompt: str | None,
+    template: str | None,
     resume: bool,
     context_shift: bool,
     no_history: bool,
@@ -74,7 +77,9 @@ def command(
     if model is None:
         raise missing_model(context)
 
-    def begin(loaded: "Model") -> Session:
+    def begin(loaded: "Model", say: Callable[[str], None]) -> Session:
+        if note := set_template(loaded, template):
+            say(note)
         session = Session(
             loaded, settings, shift=context_shift, at_terminal=sys.stdin is not None and sys.stdin.isatty()
         )
@@ -91,7 +96,7 @@ def command(
             raise UsageError("chat needs a terminal to show its prompt on: gemkit generate writes into a file")
         styled = not plain and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         with _loaded(model, load, styled, not no_history) as (loaded, terminal):
-            session = begin(loaded)
+            session = begin(loaded, lambda note: None if quiet else terminal.note(note, "dim"))
             keeper = Keeper(None if no_history else model)
             if not quiet:
                 hint_faster(model, loaded, load)
@@ -110,7 +115,7 @@ def command(
     import gemkit
 
     with gemkit.load(model, **load) as loaded:
-        session = begin(loaded)
+        session = begin(loaded, lambda note: click.echo(f"gemkit: {note}", err=True))
         if not quiet:
             hint_faster(model, loaded, load)
         if _is_pretrained(session):

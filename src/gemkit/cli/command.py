@@ -15,7 +15,7 @@ from gemkit.errors import UsageError
 
 # The help's sections and the parameters in them; those of no section stand in the last one.
 GROUPS = {
-    "Prompt": ("prompt", "files", "system_prompt", "suffix", "raw", "special"),
+    "Prompt": ("prompt", "files", "system_prompt", "suffix", "raw", "template", "special"),
     "Conversation": ("resume", "context_shift", "no_history"),
     "Sampling": (
         "max_tokens",

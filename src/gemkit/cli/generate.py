@@ -30,6 +30,7 @@ from gemkit.cli.common import (
 from gemkit.cli.hints import hint_faster
 from gemkit.cli.paths import check_writable
 from gemkit.cli.prompt import Prompt, input_kind
+from gemkit.cli.template import set_template, template_option
 from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def _whole(*names: str, default: int | None = None, help: str) -> Callable:
 @click.option("--system-prompt", type=Text(), help="Instructions put before the prompt (instruction-tuned models).")
 @click.option("--suffix", type=Text(), help="Fill the gap between the prompt and this text (CodeGemma).")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
+@template_option
 @special_option("The prompt is rendered: read control tokens such as <start_of_turn> in it. Implies --raw.")
 @_whole("-n", "--max-tokens", default=256, help="Stop after so many tokens.")
 @_real("--temp", "--temperature", "temperature", default=1.0, help="0 takes the likeliest token.")
@@ -103,6 +105,7 @@ def command(
     system_prompt: str | None,
     suffix: str | None,
     raw: bool,
+    template: str | None,
     special: bool,
     max_tokens: int,
     stop: tuple[str, ...],
@@ -132,6 +135,8 @@ def command(
         raise UsageError(f"--system-prompt is part of the chat template, which {left_out} out: drop one of them")
     if suffix is not None and (raw or system_prompt is not None):
         raise UsageError("--suffix fills a gap in a text, which has no chat template: drop --raw and --system-prompt")
+    if template is not None and (raw or special or suffix is not None):
+        raise UsageError("--chat-template is for conversations, which --raw, --special and --suffix leave out: drop it")
     if max_tokens < 1:
         raise UsageError(f"--max-tokens is {max_tokens}; give a whole number from 1")
     if receipt is not None and load.get("backend", "native") != "native":
@@ -158,7 +163,7 @@ def command(
             hint_faster(model, loaded, load)
         if system_is_default and not loaded.checkpoint.instruction_tuned:
             system_prompt = None
-        ids = _prompt_ids(loaded, parts.text(), system_prompt, suffix, raw, special)
+        ids = _prompt_ids(loaded, parts.text(), system_prompt, suffix, raw, special, template)
         settings.update(max_tokens=max_tokens, stop=stop)
         if receipt is not None:
             settings.setdefault("seed", int.from_bytes(os.urandom(4), "little"))
@@ -196,11 +201,18 @@ def _print_stream(pieces: "Iterator[Piece]", prompt_tokens: int) -> "tuple[Usage
 
 
 def _prompt_ids(
-    model: "Model", text: str, system_prompt: str | None, suffix: str | None, raw: bool, special: bool
+    model: "Model",
+    text: str,
+    system_prompt: str | None,
+    suffix: str | None,
+    raw: bool,
+    special: bool,
+    template: str | None = None,
 ) -> list[int]:
     """The prompt's ids, as a user's turn if the model was trained for turns."""
     tokenizer = model.tokenizer
-    turn = suffix is None and not (raw or special) and model.checkpoint.instruction_tuned
+    turn = suffix is None and not (raw or special)
+    turn = turn and (model.checkpoint.instruction_tuned or template is not None)
     if not special and not turn:
         warn_of_control(tokenizer, f"{text} {suffix or ''}")
     if suffix is not None:
@@ -216,8 +228,12 @@ def _prompt_ids(
     if start.startswith(tuple(tokenizer.find_control(start))):
         warn_of_control(tokenizer, text)
 
+    note = set_template(model, template)
     system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-    return model.render([*system, {"role": "user", "content": text}])
+    ids = model.render([*system, {"role": "user", "content": text}])
+    if note:
+        click.echo(f"gemkit: {note}", err=True)
+    return ids
 
 
 def _record(completion: "Completion", tokenizer: "Tokenizer", with_logprobs: bool) -> dict:

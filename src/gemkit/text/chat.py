@@ -26,7 +26,18 @@ _BETWEEN = "\n\n"
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-    """Returns the ids of a conversation, after one BOS.
+    """Returns the ids of a conversation, after one BOS: by the chat template of the tokenizer's model, if it has one.
+
+    Without one, or where it renders Google's turns, they are as in `gemma_turns`.
+    """
+    template = tokenizer.template
+    if template is not None and template.is_own:
+        return template.render(messages, add_generation_prompt)
+    return gemma_turns(tokenizer, messages, add_generation_prompt)
+
+
+def gemma_turns(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    """Returns the ids of a conversation in Google's turns, after one BOS.
 
     messages: {"role": …, "content": …}; the role is user, model (or assistant), system (or developer); the content is a
     string or a list of {"type": "text", "text": …}. add_generation_prompt: open the model's next turn; where the last
@@ -54,7 +65,7 @@ def turns(messages: Iterable[Message]) -> list[tuple[str, str]]:
 
     System text goes in front of the next user's, messages of one role in a row become one turn, both with a blank line
     between. White space around a message is dropped, around system text kept, as the published template does.
-    Raises GemkitError as `render` does.
+    Raises GemkitError as `gemma_turns` does.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise GemkitError("messages is no list: give a list of {'role': …, 'content': …}")

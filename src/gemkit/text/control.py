@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 # How published vocabularies write their control tokens: a quick look at a text needs no list of them.
 SHAPE = re.compile(r"[<\[][^<>\[\]\s]{3,64}[>\]]")
@@ -28,7 +28,15 @@ class ControlNames:
     def split(self, text: str) -> list[str | int]:
         """Returns the text's parts in order: an id for each control token, the text between them, none of it empty."""
         parts: list[str | int] = []
-        end = at = 0
+        end = 0
+        for start, stop, token in self.find(text):
+            parts += [text[end:start], token]
+            end = stop
+        return [part for part in [*parts, text[end:]] if part != ""]
+
+    def find(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """Yields start, end and id of each control token."""
+        at = 0
         while found := self._search(text, at):
             at = found.start()
             names = (text[at : at + length] for length in self._lengths[found[0]])
@@ -36,6 +44,5 @@ class ControlNames:
             if name is None:
                 at += 1
                 continue
-            parts += [text[end:at], self._ids[name]]
-            end = at = at + len(name)
-        return [part for part in [*parts, text[end:]] if part != ""]
+            yield at, at + len(name), self._ids[name]
+            at += len(name)

@@ -24,6 +24,7 @@ from gemkit.text.control import SHAPE, ControlNames
 from gemkit.text.special import COPY, SPACE, find_special
 
 if TYPE_CHECKING:
+    from gemkit.text.chat_template import ChatTemplate
     from gemkit.text.vocabulary import Vocabulary
 
 # To be changed whenever the model written from the same vocabulary changes.
@@ -36,6 +37,7 @@ class Tokenizer:
     """Splits text into the pieces of one vocabulary.
 
     special: ids of the control tokens. stop_ids: those that end an answer. vocab_size: number of pieces, V.
+    template: the chat template of the model that it belongs to, which sets it.
     Its methods may be called from several threads.
 
     >>> tokenizer = Tokenizer.from_file("tokenizer.model")  # doctest: +SKIP
@@ -53,8 +55,9 @@ class Tokenizer:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise GemkitError(f"sentencepiece refuses the vocabulary, get the file again: {reason}") from None
+        self.template: ChatTemplate | None = None
         self.vocab_size: int = self._model.get_piece_size()
-        self.special = find_special(self._find)
+        self.special = find_special(self.find)
         self.stop_ids = self.special.stop_ids
         self.pad_id, self.eos_id = self.special.pad, self.special.eos
         self.bos_id, self.unk_id = self.special.bos, self.special.unk
@@ -147,17 +150,20 @@ class Tokenizer:
         return [name for name in dict.fromkeys(SHAPE.findall(text)) if self._is_control_name(name)]
 
     def _is_control_name(self, name: str) -> bool:
-        token = self._find(name)
+        token = self.find(name)
         return token is not None and self.is_control(token)
 
     @cached_property
-    def _control(self) -> ControlNames:
+    def control_names(self) -> dict[str, int]:
+        """The ids of the control tokens by name, as text has them."""
         ids = range(self.vocab_size)
         control = [token for token, found in zip(ids, self._model.is_control(list(ids))) if found]
         control.append(self.unk_id)
-        return ControlNames(
-            {piece.replace(SPACE, " "): token for piece, token in zip(self._model.id_to_piece(control), control)}
-        )
+        return {piece.replace(SPACE, " "): token for piece, token in zip(self._model.id_to_piece(control), control)}
+
+    @cached_property
+    def _control(self) -> ControlNames:
+        return ControlNames(self.control_names)
 
     def with_bos(self, ids: Iterable[int]) -> list[int]:
         """Returns the ids after exactly one BOS, however many they had in front."""
@@ -194,7 +200,7 @@ class Tokenizer:
 
     def piece_to_id(self, piece: str) -> int:
         """Returns the id of a whole piece, control tokens included. Raises GemkitError if there is none."""
-        found = self._find(piece)
+        found = self.find(piece)
         if found is None:
             raise GemkitError(f"the vocabulary has no piece {brief(piece)}")
         return found
@@ -206,7 +212,8 @@ class Tokenizer:
         except (IndexError, OverflowError, TypeError):
             raise GemkitError(f"id {brief(token)} is not in the vocabulary of {self.vocab_size} pieces") from None
 
-    def _find(self, piece: str) -> int | None:
+    def find(self, piece: str) -> int | None:
+        """Returns the id of a whole piece, control tokens included, or None."""
         try:
             found = self._model.piece_to_id(piece)
         except (RuntimeError, TypeError):  # not Unicode

@@ -60,7 +60,8 @@ class Checkpoint:
     """A model. `Checkpoint` is a context manager; `close` lets the file go once the tensors were copied elsewhere.
 
     config; tensors: by canonical name, exactly those of `manifest(config)`.
-    name: for people. chat_template: the file's own, or None.
+    name: for people. chat_template: the file's own, or None. special_tokens: the control tokens that the file names for
+    it, such as {"eos_token": "<end_of_turn>"}.
     instruction_tuned: it expects chat turns; None if the file does not tell.
     source: the file, or None. metadata: what else the file says (strings, numbers, truth values).
 
@@ -79,11 +80,12 @@ class Checkpoint:
         instruction_tuned: bool | None = None,
         source: Path | None = None,
         metadata: Mapping[str, object] = MappingProxyType({}),
+        special_tokens: Mapping[str, str] = MappingProxyType({}),
         close: Callable[[], None] | None = None,
     ) -> None:
         self.config, self.tensors = config, dict(tensors)
         self.chat_template, self.name, self.instruction_tuned = chat_template, name, instruction_tuned
-        self.source, self.metadata = source, metadata
+        self.source, self.metadata, self.special_tokens = source, metadata, special_tokens
         self._vocabulary, self._vocabulary_key, self._close = vocabulary, vocabulary_key, close
         check(config, {key: tensor.shape for key, tensor in self.tensors.items()}, source)
 

@@ -96,6 +96,7 @@ def _with(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Checkpoint:
         vocabulary=lambda: checkpoint.vocabulary,
         vocabulary_key=lambda: checkpoint.vocabulary_key,
         chat_template=checkpoint.chat_template,
+        special_tokens=checkpoint.special_tokens,
         name=checkpoint.name,
         instruction_tuned=checkpoint.instruction_tuned,
         source=checkpoint.source,

@@ -17,7 +17,7 @@ from gemkit.text.encoding import decode
 from gemkit.weights import tuned
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.folder import top_level
-from gemkit.weights.hf_stop import stop_ids
+from gemkit.weights.hf_stop import special_tokens, stop_ids
 from gemkit.weights.hf_tensors import read_tensors, refuse_quantised
 from gemkit.weights.hf_tokenizer import find_tokenizer
 from gemkit.weights.json_file import read_file, read_object
@@ -51,6 +51,7 @@ def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
             vocabulary=tokenizer and (lambda: tokenizer.vocabulary(config.vocab_size)),
             vocabulary_key=tokenizer and (lambda: tokenizer.key(config.vocab_size)),
             chat_template=template,
+            special_tokens=special_tokens(folder),
             name=name,
             instruction_tuned=tuned.instruction_tuned(tuned.mark(facts, tuned.CONFIG_KEY, template), template, name),
             source=folder,

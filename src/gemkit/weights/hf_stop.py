@@ -1,4 +1,4 @@
-"""The tokens after which generation ends, as the files of a Hugging Face folder name them.
+"""The tokens after which generation ends, and other control tokens, as the files of a Hugging Face folder name them.
 
 transformers obeys ``eos_token_id`` of generation_config.json, or of config.json where there is no such file; vLLM and
 llama.cpp's converter also ``eos_token`` of tokenizer_config.json. gemkit ends after any of them.
@@ -26,6 +26,24 @@ def stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
     )
 
 
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Returns what tokenizer_config.json calls bos_token, eos_token and so on, which chat templates write."""
+    path = folder / "tokenizer_config.json"
+    if not os.path.lexists(path):
+        return {}
+    settings = read_object(path)
+    more = [settings.get(key) for key in ("extra_special_tokens", "model_specific_special_tokens")]
+    rows = {key: value for key, value in settings.items() if key.endswith("_token")}
+    for found in more:
+        rows |= found if isinstance(found, dict) else {}
+    return {key: text for key, value in rows.items() if (text := _content(value))}
+
+
+def _content(token: object) -> str | None:
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) and token else None
+
+
 def _generation(path: Path, vocab_size: int) -> list[int]:
     if not os.path.lexists(path):
         return []
@@ -42,9 +60,8 @@ def _token(folder: Path, vocab_size: int) -> list[int]:
     if not os.path.lexists(path):
         return []
     settings = read_object(path)
-    eos = settings.get("eos_token")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    if not isinstance(eos, str) or not eos:
+    eos = _content(settings.get("eos_token"))
+    if eos is None:
         return []
     found = _added(settings.get("added_tokens_decoder"), eos)
     if found is None:

@@ -15,6 +15,7 @@ class Piece(str):
 
 class Tokenizer:
     bos_id, start_of_turn_id, end_of_turn_id = 2, 105, STOP
+    template = None
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         return [1000 + ord(character) for character in text]

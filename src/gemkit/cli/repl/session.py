@@ -166,7 +166,10 @@ class Session:
     def count(self, messages: list[Message] | None = None) -> int:
         """Returns the tokens of messages, by default of those that the model sees; 0 for none."""
         messages = window.visible(self.messages, self.dropped) if messages is None else messages
-        return len(self.model.render(messages, add_generation_prompt=False)) if messages else 0
+        try:
+            return len(self.model.render(messages, add_generation_prompt=False)) if messages else 0
+        except GemkitError:  # a template may refuse a part of a conversation
+            return sum(len(self.model.tokenizer.encode(message["content"], bos=False)) for message in messages)
 
     def last_question(self) -> int | None:
         """Where the last message of the user stands."""

@@ -1,0 +1,136 @@
+"""Text that must not become control tokens, marked before a chat template mixes it with text that may.
+
+In every string of the messages, the first character of a control token's name is replaced by a character of Unicode's
+private use that occurs nowhere else. What a template makes of such strings has no such name any more, whether it
+trims, splits or searches them; then the characters are put back, and the text between control tokens is plain text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from gemkit.errors import GemkitError
+from gemkit.text.control import ControlNames
+from gemkit.text.special import is_control_piece
+from gemkit.text.tokenizer import Tokenizer
+
+# What is a control token wherever a template writes it, and what may be one.
+_CERTAIN = re.compile(r"<\|[^<>|\s]{1,64}\|>")
+_POSSIBLE = re.compile(r"[<\[][^<>\[\]\s]{1,64}[>\]]")
+_BRACKETS = frozenset("<>[]|&;")  # without them no name can be put together, HTML's escapes included
+_PRIVATE = range(0xE000, 0xF900)
+_MISSING = -1
+
+
+class Marks:
+    """Characters that stand for others, none of which occurs in the texts."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        used = set().union(*texts)
+        self._free = (chr(code) for code in _PRIVATE if chr(code) not in used)
+        self._by_character: dict[str, str] = {}
+        self.characters: dict[int, str] = {}
+
+    def of(self, character: str) -> str:
+        mark = self._by_character.get(character)
+        if mark is None:
+            mark = self._by_character[character] = self.new()
+            self.characters[ord(mark)] = character
+        return mark
+
+    def new(self) -> str:
+        """A character that stands for nothing and occurs nowhere."""
+        try:
+            return next(self._free)
+        except StopIteration:
+            raise GemkitError("the messages use every character of private use: remove some of them") from None
+
+
+class ControlTokens:
+    """The control tokens that a template's own text may name, and how text between them is encoded.
+
+    They are the vocabulary's, and whole pieces in brackets that the template names though they are words there.
+    texts: the strings of the template and of its variables.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
+        self._tokenizer = tokenizer
+        written = {name for text in texts for shape in (_POSSIBLE, _CERTAIN) for name in shape.findall(text)}
+        found = {name: tokenizer.find(name) for name in written}
+        ids = {name: token for name, token in found.items() if token is not None}
+        absent = {name for name, token in found.items() if token is None}
+        ids |= {name: _MISSING for name in absent if _CERTAIN.fullmatch(name) or is_control_piece(name.encode())}
+        self._names = ControlNames(tokenizer.control_names | ids)
+
+    def marked(self, value: Any, marks: Marks, brackets: bool = False) -> Any:
+        """Returns a copy of plain data, its strings marked where they name control tokens.
+
+        brackets: mark every bracket instead, so that no change of the text can make a name either.
+        """
+        if isinstance(value, dict):
+            return {self._mark(key, marks, False): self.marked(item, marks, brackets) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.marked(item, marks, brackets) for item in value]
+        return self._mark(value, marks, brackets) if isinstance(value, str) else value
+
+    def _mark(self, text: str, marks: Marks, brackets: bool) -> str:
+        if brackets:
+            return "".join(marks.of(character) if character in _BRACKETS else character for character in text)
+        while starts := [start for start, _, _ in self._names.find(text)]:
+            text = _marked_at(text, starts, marks)
+        return _marked_at(text, [found.start() for found in _CERTAIN.finditer(text)], marks)
+
+    def tokens(self, text: str) -> list[int]:
+        """The control tokens of a rendered text, in order."""
+        return [token for _, _, token in self._names.find(text)]
+
+    def encode(self, text: str, marks: Marks) -> list[int]:
+        """Returns the ids of a rendered text, with the marked characters put back.
+
+        Raises GemkitError if the template names a control token that the vocabulary lacks.
+        """
+        ids: list[int] = []
+        end = 0
+        for start, stop, token in self._names.find(text):
+            if token == _MISSING:
+                raise GemkitError(f"it writes {text[start:stop]}, a control token that the vocabulary lacks")
+            ids += [*self._encode(text[end:start], marks), token]
+            end = stop
+        return ids + self._encode(text[end:], marks)
+
+    def _encode(self, text: str, marks: Marks) -> list[int]:
+        """The ids of text without names that were known beforehand; a template may build others of parts."""
+        ids: list[int] = []
+        end = 0
+        for found in _CERTAIN.finditer(text):
+            token = self._tokenizer.find(found[0])
+            if token is None:
+                raise GemkitError(f"it writes {found[0]}, a control token that the vocabulary lacks")
+            ids += [*self._encode_plain(text[end : found.start()], marks), token]
+            end = found.end()
+        return ids + self._encode_plain(text[end:], marks)
+
+    def _encode_plain(self, text: str, marks: Marks) -> list[int]:
+        # Plain text makes a word that is in brackets: where a message names one, it is cut after its first character
+        plain = text.translate(marks.characters)
+        cuts = [0]
+        for at, character in enumerate(text):
+            if ord(character) in marks.characters and self._is_word(plain, at):
+                cuts.append(at + 1)
+        parts = [plain[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(plain)])]
+        return [token for part in parts for token in self._tokenizer.encode(part, bos=False)]
+
+    def _is_word(self, text: str, at: int) -> bool:
+        named = _POSSIBLE.match(text, at)
+        token = self._tokenizer.find(named[0]) if named else None
+        return token is not None and not self._tokenizer.is_control(token)
+
+
+def _marked_at(text: str, starts: list[int], marks: Marks) -> str:
+    parts, end = [], 0
+    for start in starts:
+        parts += [text[end:start], marks.of(text[start])]
+        end = start + 1
+    return "".join([*parts, text[end:]])
