@@ -319,7 +319,12 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         raise GemkitError(
             f"{checkpoint.source} has no vocabulary: get the file again, or another conversion of the model"
         )
-    tokenizer = Tokenizer.from_cached(key, lambda: checkpoint.vocabulary)
+    try:
+        tokenizer = Tokenizer.from_cached(key, lambda: checkpoint.vocabulary)
+    except GemkitError as error:
+        if checkpoint.source is None or str(checkpoint.source) in str(error):
+            raise
+        raise GemkitError(f"{checkpoint.source}: {error}") from None
     if checkpoint.source is not None and (record := _key_record(checkpoint.source)) is not None:
         try_atomic_write(record, key.encode())
     return tokenizer

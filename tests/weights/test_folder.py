@@ -89,10 +89,11 @@ def test_several_ggufs_are_listed(models, tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_split_ggufs(tmp_path, count):
+def test_split_ggufs_are_one_model(tmp_path, count):
+    """Which the first part stands for."""
     for number in range(1, count + 1):
         (tmp_path / f"a-{number:05}-of-00003.gguf").touch()
-    assert "split into several files" in refusal(tmp_path)
+    assert f"{tmp_path / 'a-00001-of-00003.gguf'}: it is empty" in refusal(tmp_path)
 
 
 def test_folders_that_hold_no_model(tmp_path):

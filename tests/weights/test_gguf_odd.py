@@ -263,3 +263,12 @@ def test_long_lists_are_cut(tmp_path):
 def test_a_model_of_duplicates_generates(tmp_path):
     with gemkit.load(rewrite(tmp_path, tokens=[(39, b"t")]), threads=1) as loaded:
         assert len(loaded.generate("the", max_tokens=3, temperature=0).ids) > 0
+
+
+@pytest.mark.parametrize(
+    ("piece", "fault"), [(b"\xff\xfe", "not UTF-8"), (b"a\0b", "a zero byte")], ids=["not UTF-8", "zero byte"]
+)
+def test_a_broken_piece_names_the_file(tmp_path, piece, fault):
+    path = rewrite(tmp_path, tokens=[(39, piece)])
+    with pytest.raises(GemkitError, match=f"odd.gguf: .*{fault}"):
+        gemkit.load(path, threads=1)

@@ -14,7 +14,6 @@ from typing import TypeVar
 import numpy as np
 
 from gemkit.arch.config import GOOGLE_VOCABULARY, STOP_TOKEN_IDS, LayerSpec, ModelConfig, layer_pattern
-from gemkit.arch.presets import PRESETS
 from gemkit.errors import GemkitError, GemkitWarning
 from gemkit.weights import names, tuned
 from gemkit.weights.checkpoint import Checkpoint, Tensor, check
@@ -30,7 +29,7 @@ ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 # llama.cpp knows the two 27B models by their number of layers; they alone scale queries by hidden size / heads.
 _27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 _BOS = 2
-_GEMMA3 = PRESETS["gemma-3-1b-it"].config
+_GEMMA3_EPS = 1e-6
 # A key of gemkit's own: llama.cpp's hold three stop ids at most
 STOP_IDS = "gemkit.stop_token_ids"
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -173,7 +172,7 @@ def config_from_metadata(
         num_key_value_heads=integer("attention.head_count_kv", heads),
         head_dim=head_dim,
         max_position_embeddings=integer("context_length"),
-        rms_norm_eps=number("attention.layer_norm_rms_epsilon", _GEMMA3.rms_norm_eps if gemma3 else _REQUIRED),
+        rms_norm_eps=number("attention.layer_norm_rms_epsilon", _GEMMA3_EPS if gemma3 else _REQUIRED),
         query_pre_attn_scalar=hidden // heads if big else head_dim,
         attn_logit_softcapping=(number("attn_logit_softcapping", 50.0) or None) if gemma2 else None,
         final_logit_softcapping=number("final_logit_softcapping", 30.0 if gemma2 else 0.0) or None,
@@ -208,7 +207,7 @@ def _layers(
     # Gemma 3's local layers have a base of their own and are never scaled
     local = None
     if architecture == "gemma3":
-        local = number("rope.freq_base_swa", number("rope.local.freq_base", _GEMMA3.layers[0].rope_theta))
+        local = number("rope.freq_base_swa", number("rope.local.freq_base", 10_000.0))
     key = f"{architecture}.attention.sliding_window"
     if architecture == "gemma3" and facts.get(key, 0) == 0:
         return layer_pattern(count, rope_theta=theta, rope_factor=factor)
@@ -231,11 +230,13 @@ def _layers(
 def _gemma3_rope(facts: Mapping[str, object], layers: int, hidden: int) -> tuple[float, float | None]:
     """Base and factor of the full layers where the file states none: those of the published model of these sizes.
 
-    A file with the base under llama.cpp's key states the factor too: without one, it is 1.
+    A file with the base under llama.cpp's key, where neither is asked for, states the factor too: without one, it is 1.
     """
-    full = _GEMMA3.layers[5]
     if "gemma3.rope.freq_base" in facts:
-        return full.rope_theta, None
+        return 0.0, None
+    from gemkit.arch.presets import PRESETS
+
+    full = PRESETS["gemma-3-1b-it"].config.layers[5]
     for preset in PRESETS.values():
         config = preset.config
         if (config.model_type, config.num_hidden_layers, config.hidden_size) == ("gemma3_text", layers, hidden):

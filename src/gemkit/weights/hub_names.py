@@ -214,7 +214,10 @@ def _one(ggufs: list[str], selector: str | None, label: str) -> str:
         listed = f"it has {_listed(ggufs)}" if ggufs else "it has no GGUF file"
         raise UsageError(f"{base} has no GGUF file {selector!r}: {listed}")
     if are_parts(found):
-        raise GemkitError(f"{label} is split into several files, which gemkit does not read: choose a whole GGUF file")
+        raise GemkitError(
+            f"{label} is split into several files: choose a whole GGUF file, or fetch the parts with 'hf download' and "
+            "give their folder"
+        )
     if len(found) > 1:
         raise UsageError(f"{label} means {len(found)} GGUF files; add :file or :quantisation: {_listed(found)}")
     return found[0]
