@@ -367,6 +367,22 @@ def test_a_folder_that_may_not_be_written_is_one_line(world: World, monkeypatch)
     fails("cannot be written", NAME)
 
 
+@pytest.mark.parametrize(("name", "variable"), [(NAME, "HF_HOME"), ("kaggle:google/gemma/flax/2b", "KAGGLEHUB_CACHE")])
+def test_a_folder_that_may_not_be_read_is_one_line(world: World, monkeypatch, name: str, variable: str):
+    """Such as a cache that another user made, in a container as root."""
+    real = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if world.caches in path.parents and "gemma" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    for folder in (world.hf / "models--google--gemma-2b/snapshots/x", world.kaggle / "models/google/gemma/flax/2b/1"):
+        write(folder, {"config.json": b"{}"})
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert variable in fails("cannot be read (Permission denied)", name)
+
+
 def test_progress_counts_what_comes(world: World):
     world.fault(SHARDS[0], "slow", rate=300_000)
     seen: list[Progress] = []

@@ -126,7 +126,15 @@ def _local(name: str | os.PathLike[str]) -> Path | None:
 
 
 def _find(name: Name) -> Path | None:
-    return hub_hf_cache.find(name) if isinstance(name, HfName) else hub_kaggle.find(name)
+    try:
+        return hub_hf_cache.find(name) if isinstance(name, HfName) else hub_kaggle.find(name)
+    except OSError as error:
+        folder = error.filename or "the hub's cache"
+        variable = "HF_HOME" if isinstance(name, HfName) else "KAGGLEHUB_CACHE"
+        raise GemkitError(
+            f"{folder} cannot be read ({error.strerror or error}): make it yours again (chown), or set {variable} to "
+            "another folder"
+        ) from None
 
 
 def _download(name: Name, text: str, progress: Callable[[Progress], None] | None, attempts: int | None) -> Path:

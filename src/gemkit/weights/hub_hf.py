@@ -66,12 +66,12 @@ def download(name: HfName, progress: Callable[[Progress], None], *, attempts: in
     folder = repo_folder(name.repo)
     snapshot = folder / "snapshots" / commit
     headers = build_hf_headers(library_name="gemkit")
-    items = [
-        _item(name, file, commit, folder, headers)
-        for file in wanted
-        if not _is_there(snapshot / file.name, file, folder)
-    ]
     try:
+        items = [
+            _item(name, file, commit, folder, headers)
+            for file in wanted
+            if not _is_there(snapshot / file.name, file, folder)
+        ]
         if items:
             fetch_all(items, client, partial(_refused, name), progress)
         for file in wanted:

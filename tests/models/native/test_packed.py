@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -255,22 +256,43 @@ def test_an_interrupt_while_closing_leaves_nothing_behind(cache, model, monkeypa
     with read_gguf(model) as checkpoint:
         store = PackedStore.of(checkpoint.source, checkpoint.tensors)
         NativeRunner(checkpoint.config, checkpoint.tensors, store=store, threads=1)
-    thread = store._thread
     inside.wait(10)
+    done = store._done
 
     class Interrupted:
         calls = 0
 
-        def join(self, timeout=None):
+        def wait(self, timeout=None):
             self.calls += 1
             if self.calls == 1:
                 raise KeyboardInterrupt
-            thread.join(timeout)
+            return done.wait(timeout)
 
-    store._thread = Interrupted()
+    store._done = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         store.finish()
-    assert not thread.is_alive() and not list(cache.iterdir())
+    assert done.is_set() and not list(cache.iterdir())
+
+
+def test_a_real_interrupt_leaves_nothing_behind(cache, model):
+    """The signal arrives while the main thread waits for the copy at the end."""
+    code = (
+        "import sys, time, gemkit\nfrom gemkit.models.native import packed\n"
+        "packed._write_all = lambda file, data: (time.sleep(0.2), file.write(data[:10]))\n"
+        "with gemkit.load(sys.argv[1], threads=1):\n    print('waits', flush=True)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, str(model)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout.readline() == "waits\n"
+        until = time.monotonic() + 20
+        while not list(cache.glob(".packed-*")) and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "KeyboardInterrupt" in err and "leaked" not in err
+    assert not list(cache.iterdir())
 
 
 PROGRAM = """

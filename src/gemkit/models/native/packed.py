@@ -108,14 +108,14 @@ class PackedStore:
         atexit.unregister(self._finish_at_exit)
         self._hurry.set()
         try:
-            thread.join(_PATIENCE)
-            if thread.is_alive():
+            if not self._done.wait(_PATIENCE):
                 with _said(self.size):
-                    thread.join()
+                    self._done.wait()
         except BaseException:
             self._cancelled.set()
-            thread.join()
+            self._done.wait()
             raise
+        thread.join()
 
     def finish(self) -> None:
         """The same before an end: what only this process would have gained from is not begun any more."""
@@ -127,7 +127,16 @@ class PackedStore:
             self.finish()
 
     def _begin(self, work: Callable[[_native.Model], None], model: _native.Model) -> None:
-        self._thread = threading.Thread(target=work, args=(model,), name="gemkit-packed", daemon=True)
+        # An event, since Thread.join takes a thread for ended once it was interrupted (Python 3.11)
+        done = self._done = threading.Event()
+
+        def run() -> None:
+            try:
+                work(model)
+            finally:
+                done.set()
+
+        self._thread = threading.Thread(target=run, name="gemkit-packed", daemon=True)
         self._thread.start()
         atexit.register(self._finish_at_exit)
 
