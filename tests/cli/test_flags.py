@@ -75,6 +75,7 @@ FLAGS = {
         "words",
         "-f/--file",
         "--special",
+        "--chat",
         "--no-bos",
         "--ids",
         "--count",

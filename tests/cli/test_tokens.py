@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from gemkit.cli import main
 from gemkit.cli.tokens import shown_piece, token_record
 from gemkit.loading import load_tokenizer
 from gemkit.text.tokenizer import Tokenizer
+from gemkit.weights.files import open_checkpoint
 
 TEXT = "Hello, wörld! 🦖 ก็\n\t<start_of_turn>"
 
@@ -52,6 +54,28 @@ def test_tokenize_prints_ids_and_pieces(capsys, model):
 def test_tokenize_reads_control_tokens_when_asked(capsys, model):
     out, err = run(capsys, "tokenize", "demo", TEXT, "--special", "--ids")
     assert json.loads(out)[-1] == model.tokenizer.start_of_turn_id and err == ""
+
+
+def test_tokenize_renders_a_message_as_the_model_does(capsys, monkeypatch, tmp_path, model):
+    expected = model.render([{"role": "user", "content": TEXT}])
+    out, err = run(capsys, "tokenize", "demo", TEXT, "--chat", "--ids")
+    assert json.loads(out) == expected and err == ""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.tokenizer._model.serialized_model_proto())
+    assert json.loads(run(capsys, "tokenize", str(path), TEXT, "--chat", "--ids")[0]) == expected
+    template = "{{ bos_token }}{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    real = open_checkpoint
+
+    @contextmanager
+    def with_template(path):
+        with real(path) as checkpoint:
+            checkpoint.chat_template = template
+            yield checkpoint
+
+    monkeypatch.setattr("gemkit.weights.files.open_checkpoint", with_template)
+    ids = json.loads(run(capsys, "tokenize", "demo", "hi", "--chat", "--ids")[0])
+    assert model.tokenizer.decode(ids) == "[hi]"
+    assert "leave out" in run(capsys, "tokenize", "demo", TEXT, "--chat", "--special", code=2)[1]
 
 
 def test_tokenize_reads_files_and_pipes_and_refuses_two_forms(capsys, monkeypatch, tmp_path, model):

@@ -1,5 +1,7 @@
 """`gemkit tokenize MODEL TEXT`: the ids and pieces of a text."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from gemkit.cli.command import Verb
@@ -15,6 +17,9 @@ from gemkit.cli.common import (
 from gemkit.cli.prompt import Prompt, input_kind
 from gemkit.errors import UsageError
 
+if TYPE_CHECKING:
+    from gemkit.text.tokenizer import Tokenizer
+
 
 @click.command("tokenize", cls=Verb, short_help="Print the tokens of a text.")
 @default_model_argument
@@ -28,6 +33,7 @@ from gemkit.errors import UsageError
     help="A UTF-8 file with the text; may be repeated.",
 )
 @special_option("Read control tokens such as <start_of_turn> in the text.")
+@click.option("--chat", is_flag=True, help="Take the text as a user's message, in MODEL's chat template.")
 @click.option("--no-bos", is_flag=True, help="Leave out the BOS token, which a prompt begins with.")
 @click.option("--ids", is_flag=True, help="Print the ids alone, as a list.")
 @click.option("--count", is_flag=True, help="Print the number of tokens alone.")
@@ -38,6 +44,7 @@ def command(
     words: tuple[str, ...],
     files: tuple[str, ...],
     special: bool,
+    chat: bool,
     no_bos: bool,
     ids: bool,
     count: bool,
@@ -51,6 +58,8 @@ def command(
     """
     if ids + count + as_json > 1:
         raise UsageError("--ids, --count and --json are three forms of the output: choose one")
+    if chat and (special or no_bos):
+        raise UsageError("--chat renders the text, BOS included: leave out --special and --no-bos")
     model, words = split_text(click.get_current_context(), model, words, not files and input_kind() != "data")
     parts = Prompt(words, None, files)
 
@@ -58,9 +67,12 @@ def command(
 
     tokenizer = load_tokenizer(model, offline=offline)
     text = parts.text()
-    if not special:
-        warn_of_control(tokenizer, text)
-    found = tokenizer.encode(text, bos=not no_bos, parse_special=special)
+    if chat:
+        found = _rendered(model, tokenizer, text, offline)
+    else:
+        if not special:
+            warn_of_control(tokenizer, text)
+        found = tokenizer.encode(text, bos=not no_bos, parse_special=special)
     if count:
         click.echo(len(found))
     elif ids:
@@ -73,7 +85,23 @@ def command(
         _print(tokenizer, found)
 
 
-def _print(tokenizer: object, tokens: list[int]) -> None:
+def _rendered(model: str, tokenizer: "Tokenizer", text: str, offline: bool) -> list[int]:
+    """The ids of a user's message in the model's chat template, as `generate` gives them to a tuned model."""
+    from gemkit.loading import find
+    from gemkit.text.chat_template import ChatTemplate
+
+    path = find(model, offline)
+    if path.is_file() and path.suffix != ".gguf":  # a vocabulary alone
+        template = ChatTemplate(None, tokenizer)
+    else:
+        from gemkit.weights.files import open_checkpoint
+
+        with open_checkpoint(path) as checkpoint:
+            template = ChatTemplate.of(checkpoint, tokenizer)
+    return template.render([{"role": "user", "content": text}])
+
+
+def _print(tokenizer: "Tokenizer", tokens: list[int]) -> None:
     from gemkit.cli.tokens import shown_piece
 
     width = max((len(str(token)) for token in tokens), default=0)
