@@ -98,6 +98,25 @@ def test_tokens_are_found_in_the_environment_and_a_broken_key_file_is_a_problem(
     assert "secret" not in str(problems) and len(problems) == 1
 
 
+def test_what_keeps_downloads_from_working_is_a_problem(monkeypatch, tmp_path):
+    monkeypatch.setenv("GEMKIT_CACHE", str(tmp_path))
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
+    monkeypatch.setenv("HF_TOKEN", "hf_ä")
+    monkeypatch.setenv("GEMKIT_CACHE_SIZE", "much")
+    report = doctor.examine()
+    found = [problem["what"] for problem in report["problems"]]
+    for words in ("HF_ENDPOINT is 'mirror.example'", "(ALL_PROXY)", "HF_TOKEN holds", "GEMKIT_CACHE_SIZE is 'much'"):
+        assert len([text for text in found if words in text]) == 1, (words, found)
+    assert report["cache"] is None
+    monkeypatch.setenv("GEMKIT_CACHE_SIZE", "5GB")
+    (tmp_path / "tokenizers").mkdir()
+    (tmp_path / "tokenizers" / "a.bin").write_bytes(bytes(100))
+    assert doctor.examine()["cache"] == {"bytes": 100, "limit": 5 * 10**9}
+
+
 @pytest.mark.parametrize(
     ("path", "forced", "why", "problem"),
     [

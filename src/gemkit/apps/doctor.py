@@ -56,6 +56,7 @@ def examine(model: str | None = None, measure: Callable[[int], float] | None = N
     """
     problems: list[Problem] = []
     processor = _processor()
+    _settings(problems)
     report: dict[str, Any] = {
         "gemkit": __version__,
         "python": platform.python_version(),
@@ -65,6 +66,7 @@ def examine(model: str | None = None, measure: Callable[[int], float] | None = N
         "memory": _memory(problems),
         "folders": _folders(problems),
         "tokens": tokens(problems),
+        "cache": _cache(problems),
         "variables": variables(os.environ),
         "frameworks": [{"name": name, "version": _version(name)} for name in FRAMEWORKS],
         "extras": extras(),
@@ -290,14 +292,46 @@ def tokens(problems: list[Problem]) -> dict[str, bool]:
     """Of which hubs there is a token or key, in the environment or in the files that their own programs write."""
     from huggingface_hub import get_token
 
-    from gemkit.weights import hub_kaggle
+    from gemkit.weights import hub_hf, hub_kaggle
 
-    found = {"Hugging Face": bool(get_token()), "Kaggle": False}
+    found = {"Hugging Face": False, "Kaggle": False}
+    try:
+        found["Hugging Face"] = bool(get_token())
+        hub_hf.check_own_token()
+    except (GemkitError, OSError, ValueError) as error:
+        problems.append(Problem(str(error), _NO_DOWNLOADS))
     try:
         found["Kaggle"] = bool(hub_kaggle.credentials())
     except (GemkitError, OSError, ValueError) as error:
         problems.append(Problem(f"the key of Kaggle cannot be read: {error}", "write it anew, or set KAGGLE_API_TOKEN"))
     return found
+
+
+_NO_DOWNLOADS = "until then nothing can be downloaded; what is here works"
+
+
+def _settings(problems: list[Problem]) -> None:
+    """Proxies, certificates and addresses with which no download can work."""
+    from gemkit.weights import hub_errors, hub_hf, hub_kaggle
+
+    said = set()
+    for endpoint, variable in ((hub_hf.endpoint(), "HF_ENDPOINT"), (hub_kaggle.endpoint(), "KAGGLE_API_ENDPOINT")):
+        try:
+            hub_errors.check_settings(endpoint, variable)
+        except GemkitError as error:
+            said.add(str(error))
+    problems += [Problem(text, _NO_DOWNLOADS) for text in sorted(said)]
+
+
+def _cache(problems: list[Problem]) -> dict[str, int] | None:
+    """Bytes of the copies that gemkit keeps, and the most that it keeps; None where that is unknown."""
+    from gemkit.weights import kept
+
+    try:
+        return {"bytes": sum(copy.size for copy in kept.copies()), "limit": kept.size_limit()[0]}
+    except GemkitError as error:
+        problems.append(Problem(str(error), "set GEMKIT_CACHE_SIZE, or unset it"))
+        return None
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:

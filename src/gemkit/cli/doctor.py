@@ -43,6 +43,9 @@ def _print(report: dict[str, Any]) -> None:
         (row["name"], row["path"], _size(row["free"]), "yes" if row["writable"] else "no") for row in report["folders"]
     ]
     click.echo(table(rows, ("cache", "folder", "free", "writable")) + "\n")
+    if report["cache"] is not None:
+        kept, limit = _size(report["cache"]["bytes"]), _size(report["cache"]["limit"])
+        click.echo(f"packed weights and tokenizers: {kept} of at most {limit} (gemkit cache)\n")
     if report["variables"]:
         click.echo(table(list(report["variables"].items()), ("variable", "value")) + "\n")
     rows = [(row["name"], row["version"] or f"pip install {row['name']}") for row in report["frameworks"]]

@@ -53,7 +53,7 @@ def download(name: HfName, progress: Callable[[Progress], None], *, attempts: in
     The snapshot is made when all of its files are there. Raises GemkitError; `Unreachable` if the hub is not there.
     """
     client = session(endpoint(), "HF_ENDPOINT")
-    _check_token()
+    check_own_token()
     from huggingface_hub.utils import build_hf_headers
 
     commit, files = _listing(name, attempts)
@@ -177,7 +177,7 @@ def _ask_for(name: HfName, file: str, commit: str) -> _File:
     raise GemkitError(f"{endpoint()} tells no checksum of {name.repo}/{file}: check HF_ENDPOINT")
 
 
-def _check_token() -> None:
+def check_own_token() -> None:
     """Raises GemkitError for a token that cannot be read or sent."""
     from huggingface_hub import constants, get_token
 
