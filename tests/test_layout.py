@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "gemkit"
 # Reading order: a package imports only packages above it in this list.
-ORDER = ["errors", "cache", "extras", "arch", "text", "weights", "models", "engine", "api", "loading", "apps", "cli"]
+ORDER = "errors cache forks extras arch text weights models engine api loading apps cli".split()
 # A Protocol's file may also be imported by those who implement it, and so may the definition of how to choose a token.
 PROTOCOLS = ("gemkit.engine.runner", "gemkit.engine.sampling")
 # Where a framework may be imported: in the folder of its name below models/, and never on the laptop path.

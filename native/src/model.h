@@ -121,6 +121,14 @@ class Model {
   // Panels computed for each screened row since the last call, -1 where the whole head had to be.
   std::vector<int32_t> take_screen_counts();
 
+  // A fork copies memory as it is and no thread but the caller's: hold() before it, which waits for the step under way,
+  // then release() in the parent and in the child, by the same thread.
+  void hold() { step_mutex_.lock(); }
+  void release(bool in_child) {
+    if (in_child) team_.forked();
+    step_mutex_.unlock();
+  }
+
   // Each runs one forward step and returns an error or nothing.
   std::string step(const StepInput& input, const std::vector<SampleRequest>& wanted, std::vector<SampleOutput>& out);
   std::string logits(const StepInput& input, float* out);  // [tokens][vocab]

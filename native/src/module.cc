@@ -307,8 +307,19 @@ NB_MODULE(_native, m) {
           },
           "The packed matrices without adapters: what create takes as `image`.")
       .def(
-          "reserve", [](Model& model, int64_t group, int64_t pages) { raise_if(model.reserve(group, pages)); },
+          "reserve",
+          [](Model& model, int64_t group, int64_t pages) {
+            std::string error;
+            {
+              nb::gil_scoped_release release;  // as wherever a step is waited for: who forks holds steps up
+              error = model.reserve(group, pages);
+            }
+            raise_if(error);
+          },
           "group"_a, "pages"_a)
+      .def("hold", &Model::hold, nb::call_guard<nb::gil_scoped_release>(),
+           "Before a fork: waits for the step under way.")
+      .def("release", &Model::release, "in_child"_a, "After a fork, by the thread that called hold, in both processes.")
       .def("page_bytes",
            [](Model& model, int64_t group) {
              require(group >= 0 && group < static_cast<int64_t>(model.plan().group_windows.size()),
@@ -344,8 +355,8 @@ NB_MODULE(_native, m) {
           "screen"_a.noconvert(), nb::keep_alive<1, 2>())
       .def("take_in", &Model::take_in, "mapped"_a, nb::call_guard<nb::gil_scoped_release>(),
            "Moves what every token reads of a given image and screen into huge pages; the bytes moved.")
-      .def("use_screen", &Model::use_screen, "use"_a)
-      .def("take_screen_counts", &Model::take_screen_counts)
+      .def("use_screen", &Model::use_screen, "use"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("take_screen_counts", &Model::take_screen_counts, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("weight_bytes", &Model::weight_bytes)
       .def_prop_ro("scratch_bytes", &Model::scratch_bytes)
       .def_prop_ro("path", [](Model& model) { return model.path(); })

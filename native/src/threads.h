@@ -18,10 +18,9 @@ class Team {
  public:
   using Body = void (*)(void* context, int rank, int size);
 
-  explicit Team(int size) : size_(size < 1 ? 1 : size), spins_(size_ > usable_cores() ? 16 : 128) {
-    for (int rank = 1; rank < size_; rank++) workers_.emplace_back([this, rank] { work(rank); });
-  }
+  explicit Team(int size) : size_(size < 1 ? 1 : size), spins_(size_ > usable_cores() ? 16 : 128) { start(); }
   ~Team() {
+    if (forked_) abandon();
     stop_.store(true, std::memory_order_relaxed);
     epoch_.fetch_add(1, std::memory_order_release);
     wake_all(epoch_);
@@ -32,8 +31,13 @@ class Team {
 
   int size() const { return size_; }
 
+  // In the child of a fork, which has none of the threads: the next run starts new ones. No run may have been under
+  // way.
+  void forked() { forked_ = true; }
+
   // Runs body on every member, the caller being rank 0; returns when all have finished.
   void run(Body body, void* context) {
+    if (forked_) restart();
     body_ = body, context_ = context;
     epoch_.fetch_add(1, std::memory_order_release);
     wake_all(epoch_);
@@ -65,6 +69,21 @@ class Team {
  private:
   static constexpr int kYields = 20000;
 
+  void start() {
+    for (int rank = 1; rank < size_; rank++) workers_.emplace_back([this, rank] { work(rank); });
+  }
+  // Handles of threads that this process does not have can be neither joined nor detached: they are leaked.
+  void abandon() {
+    new std::vector<std::thread>(std::move(workers_));
+    workers_.clear();
+  }
+  void restart() {
+    abandon();
+    epoch_ = 0, generation_ = 0, arrived_ = 0;
+    start();
+    forked_ = false;
+  }
+
   void wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
     for (int i = 0; i < spins_; i++) {
       if (value.load(std::memory_order_acquire) != old) return;
@@ -94,6 +113,7 @@ class Team {
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<int> arrived_{0};
   std::atomic<bool> stop_{false};
+  bool forked_ = false;
   Body body_ = nullptr;
   void* context_ = nullptr;
   std::vector<std::thread> workers_;

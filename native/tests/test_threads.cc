@@ -1,9 +1,13 @@
 // The team of threads: every member runs every phase and none begins one before all have ended the last, with more
 // threads than cores too.
 #include <chrono>
+#include <memory>
 
 #include "check.h"
 #include "threads.h"
+#if !defined(_WIN32)
+#include <sys/wait.h>
+#endif
 
 using namespace gemkit;
 
@@ -32,6 +36,35 @@ void test_phases(int size) {
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   std::printf("%d threads on %d cores: %.1f us a phase\n", size, usable_cores(), seconds / (kRuns * kPhases * 2) * 1e6);
 }
+
+#if !defined(_WIN32) && !defined(__SANITIZE_THREAD__)  // which refuses threads after a fork
+// In the child of a fork a team works with new threads, and one that is not used ends without the threads it had.
+void test_forks(int size) {
+  Team team(size);
+  auto idle = std::make_unique<Team>(size);
+  std::vector<int> done(static_cast<size_t>(size));
+  auto body = [&](int rank, int) {
+    done[static_cast<size_t>(rank)]++;
+    team.barrier();
+  };
+  team.run(body);
+  const pid_t child = fork();
+  CHECK(child >= 0, "fork");
+  if (child == 0) {
+    idle->forked(), idle.reset();
+    team.forked();
+    for (int i = 0; i < 50; i++) team.run(body);
+    for (int n : done) CHECK(n == 51, "%d threads: %d runs after a fork", size, n);
+    _exit(0);
+  }
+  int status = 1;
+  CHECK(waitpid(child, &status, 0) == child && status == 0, "%d threads: the child of a fork failed", size);
+  for (int i = 0; i < 50; i++) team.run(body);
+  for (int n : done) CHECK(n == 51, "%d threads: %d runs beside a fork", size, n);
+}
+#else
+void test_forks(int) {}
+#endif
 
 // Denormal results are zero on every member while a body runs, and the caller's mode comes back.
 void test_denormals(int size) {
@@ -85,5 +118,6 @@ int main() {
     }  // goes as it came, without a run
     test_phases(size);
     test_denormals(size);
+    test_forks(size);
   }
 }

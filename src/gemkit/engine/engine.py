@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gemkit import forks
 from gemkit.engine.pages import PageAllocator, PageTable, limits_for
 from gemkit.engine.runner import Batch, Runner, StepResult, check_finite
 from gemkit.engine.sampling import Sampling
@@ -68,6 +69,17 @@ class Engine:
         self._lock = threading.RLock()
         self._busy = False
         self._cancelled: list[Sequence] = []
+        self._forked = False
+        forks.track(self)
+
+    def hold(self) -> None:
+        """Nothing has to be waited for before a fork: `step` mends what another thread left half done."""
+
+    def release(self, in_child: bool) -> None:
+        """After a fork: the child's lock is free, and where the runner cannot go on there, the engine is of no use."""
+        if in_child:
+            self._lock, self._busy = threading.RLock(), True
+            self._forked = not getattr(self.runner, "survives_fork", False)
 
     def add(
         self,
@@ -126,6 +138,7 @@ class Engine:
     def submit(self, sequence: Sequence) -> None:
         """Queues a request that `prepare` returned."""
         with self._lock:
+            self._check_fork()
             sequence.start_time = time.perf_counter()
             self.scheduler.add(sequence)
 
@@ -135,6 +148,7 @@ class Engine:
         After an exception, an interrupt included, every unfinished request is intact and starts over in the next step.
         """
         with self._lock:
+            self._check_fork()
             if self._busy:
                 self._recover()
             self._busy = True
@@ -235,6 +249,7 @@ class Engine:
         """
         self._check_adapter(adapter)
         with self._lock:
+            self._check_fork()
             if self._busy:
                 self._recover()
             self._busy = True
@@ -344,6 +359,13 @@ class Engine:
 
     def _shortage(self) -> GemkitError:
         return self.allocator.shortage or GemkitError("the cache is full: load with a smaller ctx_size")
+
+    def _check_fork(self) -> None:
+        if self._forked:
+            raise GemkitError(
+                "the model was loaded before this process was forked, and its framework does not work in the child: "
+                "load it in the child, or start processes with multiprocessing's method spawn"
+            )
 
     def _check_adapter(self, adapter: int) -> None:
         number = whole_number(adapter)

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemkit import _native
+from gemkit import _native, forks
 from gemkit.cache import cache_dir, try_atomic_write
 from gemkit.models.native.plan import Weight
 from gemkit.models.native.room import free_memory
@@ -64,6 +64,7 @@ class PackedStore:
         self.record = self.folder / f"{key[:32]}.json"
         self._thread: threading.Thread | None = None
         self._cancelled, self._hurry, self._over = threading.Event(), threading.Event(), threading.Event()
+        forks.track(self)
 
     @classmethod
     def of(cls, source: Path | None, weights: Mapping[str, Weight], writes: bool = True) -> PackedStore | None:
@@ -125,6 +126,15 @@ class PackedStore:
     def _finish_at_exit(self) -> None:
         with contextlib.suppress(KeyboardInterrupt):  # nothing is left to interrupt
             self.finish()
+
+    def hold(self) -> None:
+        """Nothing has to be waited for before a fork."""
+
+    def release(self, in_child: bool) -> None:
+        """After a fork: the work is the parent's, and the child has no thread that does it."""
+        if in_child and self._thread is not None:
+            self._thread = None
+            self._cancelled, self._hurry, self._over = threading.Event(), threading.Event(), threading.Event()
 
     def _begin(self, work: Callable[[_native.Model], None], model: _native.Model) -> None:
         # An event, since Thread.join takes a thread for ended once it was interrupted (Python 3.11)

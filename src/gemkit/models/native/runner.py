@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gemkit import _native
+from gemkit import _native, forks
 from gemkit.arch.config import ModelConfig
 from gemkit.engine.runner import NOT_NUMBERS, Batch, StepResult, page_groups
 from gemkit.engine.sampling import Sampling
@@ -59,6 +59,7 @@ class NativeRunner:
     """
 
     page_size: int = _native.page_positions
+    survives_fork = True
 
     def __init__(
         self,
@@ -96,8 +97,17 @@ class NativeRunner:
         self._model = self._call(
             _native.Model.create, plan, self.threads, activations == "float32", max_tokens_per_step, image, screen
         )
+        forks.track(self)
         if store is not None:
             (store.keep if image is None else store.take_in)(self._model)
+
+    def hold(self) -> None:
+        """Waits for the step under way, before a fork."""
+        self._model.hold()
+
+    def release(self, in_child: bool) -> None:
+        """Goes on after a fork; the child starts threads of its own at its first step."""
+        self._model.release(in_child)
 
     @staticmethod
     def _call(function, *arguments):
