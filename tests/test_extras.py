@@ -42,7 +42,7 @@ def test_a_checkout_is_named_by_its_folder(monkeypatch, tmp_path):
     "record",
     [
         None,
-        {"url": "file:///tmp/gemkit-0.1.0-py3-none-any.whl", "archive_info": {}},
+        {"url": "file:///wheels/gemkit-0.1.0-py3-none-any.whl", "archive_info": {}},
         {"url": "https://example.org/gemkit", "vcs_info": {"vcs": "git"}},
         {"url": "file:///nowhere/at/all", "dir_info": {"editable": True}},
         "{",
