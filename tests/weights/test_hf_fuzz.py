@@ -135,7 +135,7 @@ def _same_ids(export: exports.Export, checkpoint, theirs) -> None:
     ours = Tokenizer.from_vocabulary(checkpoint.vocabulary)
     added = {str(token): number for number, token in theirs.added_tokens_decoder.items()}
     control = [str(token) for token in theirs.added_tokens_decoder.values() if token.special]
-    control += [ours.id_to_piece(i) for i in range(ours.vocab_size) if ours.is_control(i)]
+    control += [ours.id_to_piece(i).replace("▁", " ") for i in range(ours.vocab_size) if ours.is_control(i)]
     for content, number in added.items():
         if number < ours.vocab_size:
             piece = ours.id_to_piece(number)

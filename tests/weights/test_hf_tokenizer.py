@@ -146,6 +146,9 @@ def test_a_normalised_token_around_another_is_never_found(tmp_path):
     write(tmp_path, data=with_tokens((V, token("<think>")), (V + 1, token("a <think>b", normalized=True))))
     assert read(tmp_path).types[V + 1] == PieceType.UNUSED
     assert same(tmp_path).encode("a <think>b", bos=False).count(V) == 1
+    # "\n\n" is a token of the model's own
+    write(tmp_path, data=None, model=MODEL, added={"\n\n\n": V})
+    assert V not in same(tmp_path).encode("the\n\n\ncat")
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])

@@ -77,7 +77,7 @@ def with_added(vocabulary: Vocabulary, tokens: Iterable[AddedToken], rows: int |
         types[number] = int(PieceType.CONTROL if control else PieceType.USER_DEFINED)
         if not control:
             _check(token, ids)
-    for number in _hidden(found, types):
+    for number in _hidden(found, types, pieces):
         types[number] = int(PieceType.UNUSED)
     scores = np.zeros(len(pieces), np.float32)
     scores[:count] = vocabulary.scores
@@ -98,15 +98,16 @@ def _check(token: AddedToken, ids: Mapping[bytes, int]) -> None:
         )
 
 
-def _hidden(found: Mapping[int, AddedToken], types: list[int]) -> list[int]:
+def _hidden(found: Mapping[int, AddedToken], types: list[int], pieces: list[bytes]) -> list[int]:
     """Tokens that text never gives: normalised ones in which another is found, which is looked for first."""
-    text = {number: t.content for number, t in found.items() if types[number] == PieceType.USER_DEFINED}
-    first = {text[number] for number in text if not found[number].normalized}
-    if len(first) == len(text):
+    defined = {number for number, kind in enumerate(types) if kind == PieceType.USER_DEFINED}
+    late = [number for number in defined & found.keys() if found[number].normalized]
+    if not late:
         return []
+    first = {pieces[number] for number in defined.difference(late)}
     return [
         number
-        for number, content in text.items()
-        if found[number].normalized
-        and any(content[a:b] in first for a in range(len(content)) for b in range(a + 1, len(content) + 1))
+        for number in late
+        for piece in (pieces[number],)
+        if any(piece[a:b] in first for a in range(len(piece)) for b in range(a + 1, len(piece) + 1))
     ]
