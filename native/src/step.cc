@@ -197,9 +197,8 @@ void Model::log_normaliser(int64_t count, int rank, int size) {
     }
   team_.barrier();
   for (int64_t i = mine.begin; i < mine.end; i++)
-    chunk_sums_[i] = all_finite(piece(i), width(i))
-                         ? kernels_.sum_exp(piece(i), width(i), row_largest_[i / chunks].max)
-                         : std::numeric_limits<double>::quiet_NaN();
+    chunk_sums_[i] = all_finite(piece(i), width(i)) ? kernels_.sum_exp(piece(i), width(i), row_largest_[i / chunks].max)
+                                                    : std::numeric_limits<double>::quiet_NaN();
   team_.barrier();
   if (rank == 0)
     for (int64_t r = 0; r < count; r++) {
