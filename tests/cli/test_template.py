@@ -108,6 +108,21 @@ def test_another_one_is_given(model, capsys, tmp_path):
         assert ids.count(106) == 2
 
 
+def test_what_it_calls_eos_token_survives_conversion(model, capsys, tmp_path):
+    source = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    folder, messages = model(source), [{"role": "user", "content": "hi"}]
+    settings = {"eos_token": "<end_of_turn>", "bos_token": "<bos>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    gguf, again = tmp_path / "m.gguf", tmp_path / "again"
+    assert run(capsys, "convert", folder, gguf, "--to", "gguf")[0] == 0
+    assert run(capsys, "convert", gguf, again, "--to", "hf")[0] == 0
+    assert run(capsys, "convert", again, tmp_path / "same.gguf", "--to", "gguf", "--dtype", "bfloat16")[0] == 0
+    for path in (folder, gguf, again, tmp_path / "same.gguf"):
+        with gemkit.load(path, 1, dtype="int8") as loaded:
+            ids = loaded.render(messages)
+            assert loaded.tokenizer.decode(ids, skip_control=False) == "<bos>hi<end_of_turn>", path
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

@@ -1,15 +1,19 @@
 """A model's own chat template: the ids that transformers gives for it, and control tokens that none can forge."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 from parity import llama_cpp
-from text.templates import CHATML, DEVELOPER, FUNCTIONS, NAMES, TEMPLATES, TOOLS, oracle, renamed
+from text.templates import CHATML, DEVELOPER, FUNCTIONS, NAMES, TEMPLATES, TOOLS, _vocabulary, oracle, renamed
 
 from gemkit.errors import GemkitError
 from gemkit.text import chat, chat_template
 from gemkit.text.chat_template import ChatTemplate, renders_gemma_turns
 from gemkit.text.template import DEFAULT_TEMPLATE
+from gemkit.text.tokenizer import Tokenizer
+from gemkit.text.vocabulary import PieceType
 
 TEXTS = [
     "a",
@@ -182,6 +186,14 @@ def test_published_templates_are_known_without_running_them(comparisons):
     assert chat_template._compare(published_gemma3())  # and the comparison would say the same
 
 
+def test_googles_templates_need_no_jinja():
+    code = "import sys; from gemkit.text.chat_template import renders_gemma_turns as f; import gemkit.api\n"
+    code += "assert f(sys.stdin.read()); print([m for m in ('jinja2', 'gemkit.text.marks') if m in sys.modules])"
+    source = published_gemma3()
+    run = subprocess.run([sys.executable, "-c", code], input=source, capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
 def test_others_that_render_the_same_are_compared_once(comparisons):
     for source in (GEMMA1, "{{ bos_token }}" + GEMMA1, DEFAULT_TEMPLATE, published_gemma3() + "{# a note #}"):
         assert renders_gemma_turns(source) and renders_gemma_turns(source)
@@ -316,6 +328,15 @@ def test_a_text_that_names_a_missing_token_is_a_text():
 def test_messages_are_checked(messages, words):
     with pytest.raises(GemkitError, match=words):
         ChatTemplate(CHATML, renamed()).render(messages)
+
+
+def test_words_that_a_vocabulary_calls_control_are_words_to_the_template():
+    """Such as the eos_token of a file that names a plain word: keys and roles are still found by their names."""
+    base = _vocabulary()
+    base.types[[base.pieces.index(letter) for letter in (b"e", b"u", b"t")]] = PieceType.CONTROL
+    tokenizer = Tokenizer.from_vocabulary(base)
+    ids = ChatTemplate(FUNCTIONS, tokenizer).render([{"role": "user", "content": "true"}], tools=TOOLS)
+    assert tokenizer.decode(ids, skip_control=False).count("\ntrue<end_of_turn>") == 1
 
 
 def test_nothing_of_the_messages_is_changed():

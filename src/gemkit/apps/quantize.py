@@ -260,6 +260,7 @@ def _with(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Checkpoint:
         tensors,
         vocabulary=lambda: checkpoint.vocabulary,
         chat_template=checkpoint.chat_template,
+        special_tokens=checkpoint.special_tokens,
         name=checkpoint.name,
         instruction_tuned=checkpoint.instruction_tuned,
         source=checkpoint.source,

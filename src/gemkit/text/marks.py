@@ -70,10 +70,19 @@ class ControlTokens:
         brackets: mark every bracket instead, so that no change of the text can make a name either.
         """
         if isinstance(value, dict):
-            return {self._mark(key, marks, False): self.marked(item, marks, brackets) for key, item in value.items()}
+            return {self._key(key, marks): self._value(key, item, marks, brackets) for key, item in value.items()}
         if isinstance(value, list):
             return [self.marked(item, marks, brackets) for item in value]
         return self._mark(value, marks, brackets) if isinstance(value, str) else value
+
+    def _key(self, key: str, marks: Marks) -> str:
+        # Templates look values up by their keys, and compare roles: a word stays, whatever a vocabulary calls control
+        return key if _BRACKETS.isdisjoint(key) else self._mark(key, marks, False)
+
+    def _value(self, key: str, item: Any, marks: Marks, brackets: bool) -> Any:
+        if key == "role" and isinstance(item, str) and _BRACKETS.isdisjoint(item):
+            return item
+        return self.marked(item, marks, brackets)
 
     def _mark(self, text: str, marks: Marks, brackets: bool) -> str:
         if brackets:

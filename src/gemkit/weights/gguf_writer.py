@@ -64,7 +64,7 @@ def _stored(name: str, tensor: Tensor, post_norms: bool) -> tuple[str, Tensor]:
 
 def _header(checkpoint: Checkpoint, tensors: list[tuple[str, Tensor]], file_type: str | None) -> bytes:
     """Everything before the tensors' data, padded."""
-    pairs = _model_pairs(checkpoint.config)
+    pairs = _model_pairs(checkpoint.config, tuned.end_in_template(checkpoint))
     _check_expressible(checkpoint.config, pairs, tensors)
     sizes: dict[str, int] = {}
     for _, tensor in tensors:
@@ -100,8 +100,8 @@ def _header(checkpoint: Checkpoint, tensors: list[tuple[str, Tensor]], file_type
     return header + bytes(-len(header) % ALIGNMENT)
 
 
-def _model_pairs(config: ModelConfig) -> dict[str, tuple[int, object]]:
-    """The configuration as key: (value type, value)."""
+def _model_pairs(config: ModelConfig, end: int | None = None) -> dict[str, tuple[int, object]]:
+    """The configuration as key: (value type, value). end: the stop id to state first."""
     architecture = {model_type: name for name, model_type in ARCHITECTURES.items()}[config.model_type]
     full = next((layer for layer in config.layers if layer.sliding_window is None), config.layers[-1])
     slider = next((layer for layer in config.layers if layer.sliding_window is not None), None)
@@ -131,13 +131,14 @@ def _model_pairs(config: ModelConfig) -> dict[str, tuple[int, object]]:
         period = kinds.index(False) + 1 if False in kinds else len(kinds) + 1
         if period != (6 if architecture == "gemma3" else 2):
             facts["attention.sliding_window_pattern"] = UINT32, period
+    stops = list(config.stop_token_ids if end is None else dict.fromkeys([end, *config.stop_token_ids]))
     pairs: dict[str, tuple[int, object]] = {"general.architecture": (STRING, architecture)}
     pairs |= {f"{architecture}.{key}": pair for key, pair in facts.items()}
     pairs |= {
         "tokenizer.ggml.model": (STRING, "llama"),
         "tokenizer.ggml.pre": (STRING, "default"),
         "tokenizer.ggml.bos_token_id": (UINT32, config.bos_token_id),
-        "tokenizer.ggml.eos_token_id": (UINT32, config.stop_token_ids[0]),
+        "tokenizer.ggml.eos_token_id": (UINT32, stops[0]),
         "tokenizer.ggml.add_bos_token": (BOOL, True),
         "tokenizer.ggml.add_eos_token": (BOOL, False),
         "tokenizer.ggml.add_space_prefix": (BOOL, False),
@@ -145,7 +146,7 @@ def _model_pairs(config: ModelConfig) -> dict[str, tuple[int, object]]:
     for key, token in (("padding", 0), ("unknown", 3)):
         if token < config.vocab_size:
             pairs[f"tokenizer.ggml.{key}_token_id"] = UINT32, token
-    for key, token in zip(("eot", "eom"), config.stop_token_ids[1:]):
+    for key, token in zip(("eot", "eom"), stops[1:]):
         pairs[f"tokenizer.ggml.{key}_token_id"] = UINT32, token
     facts_back = {key: value for key, (_, value) in pairs.items()}
     if stop_ids(facts_back, config.model_type, config.vocab_size) != config.stop_token_ids:

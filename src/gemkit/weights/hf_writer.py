@@ -190,7 +190,9 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
     (folder / "tokenizer.json").write_bytes(write_tokenizer_json(vocabulary, config.bos_token_id))
     pieces = vocabulary.pieces
     stops = [token for token in config.stop_token_ids if token < len(pieces)] or [1]
-    stop = stops[-1] if checkpoint.instruction_tuned else stops[0]
+    stop = tuned.end_in_template(checkpoint)
+    if stop is None:
+        stop = stops[-1] if checkpoint.instruction_tuned else stops[0]
     facts: dict[str, object] = {
         "tokenizer_class": "GemmaTokenizerFast",
         "add_bos_token": True,

@@ -62,3 +62,18 @@ def needs_mark(checkpoint: Checkpoint, *names: str) -> bool:
     if checkpoint.instruction_tuned is not False or checkpoint.chat_template:
         return False
     return not names or by_name(*names) is True
+
+
+def end_in_template(checkpoint: Checkpoint) -> int | None:
+    """Returns the id of the token that the chat template calls eos_token; None if it calls none so.
+
+    It is one of the stop ids, and the one that a converted model must state as its eos_token.
+    """
+    if "eos_token" not in (checkpoint.chat_template or ""):
+        return None
+    found = checkpoint.metadata.get("tokenizer.ggml.eos_token_id")
+    name = checkpoint.special_tokens.get("eos_token")
+    if name is not None and checkpoint.vocabulary is not None:
+        pieces = checkpoint.vocabulary.pieces
+        found = pieces.index(name.encode()) if name.encode() in pieces else None
+    return found if found in checkpoint.config.stop_token_ids else None
