@@ -202,6 +202,15 @@ def test_a_full_disk_leaves_nothing_behind(cache, model, monkeypatch):
     assert len(writes) == 2 and not list(cache.iterdir())
 
 
+def test_copies_of_models_that_are_gone_go_while_another_is_used(cache, model, tmp_path):
+    start(model)
+    other = write_model(tmp_path / "other.gguf", "gemma2")
+    start(other)
+    other.unlink()
+    gemkit.load(model, threads=1).settle()
+    assert len(images(cache)) == 1 and len(list(cache.iterdir())) == 2
+
+
 def test_copies_are_held_to_a_limit(cache, model, tmp_path, monkeypatch):
     start(model)
     other = write_model(tmp_path / "other.gguf", "gemma2")

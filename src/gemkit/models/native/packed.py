@@ -152,6 +152,9 @@ class PackedStore:
 
     def _take_in(self, model: _native.Model, mapped: bool = True) -> None:
         self._hurry.wait(_GRACE)
+        if not self._over.is_set():
+            with contextlib.suppress(OSError):
+                tidy(limit=self.limit)
         free = free_memory()
         if not self._over.is_set() and (free is None or free > _AMPLE * model.token_bytes):
             _yield_to_others()
