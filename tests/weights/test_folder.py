@@ -88,12 +88,12 @@ def test_several_ggufs_are_listed(models, tmp_path):
     assert "and 34 more" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_split_ggufs_are_one_model(tmp_path, count):
-    """Which the first part stands for."""
-    for number in range(1, count + 1):
+def test_the_parts_of_a_gguf_are_one_model(models, tmp_path):
+    for number in (1, 2, 3):
         (tmp_path / f"a-{number:05}-of-00003.gguf").touch()
-    assert f"{tmp_path / 'a-00001-of-00003.gguf'}: it is empty" in refusal(tmp_path)
+    assert "a-00001-of-00003.gguf" in refusal(tmp_path)  # which is empty
+    (tmp_path / "b.gguf").symlink_to(models / "x.gguf")
+    assert "2 GGUF models: give the path of one of a-00001-of-00003.gguf, b.gguf" in refusal(tmp_path)
 
 
 def test_folders_that_hold_no_model(tmp_path):

@@ -60,15 +60,14 @@ def _open_folder(path: Path) -> Checkpoint:
 
 
 def one_gguf(path: Path, ggufs: list[str]) -> str:
-    """The name of the only model among the GGUF files of a folder, of its first part if it is split.
+    """The name of the only model among the GGUF files of a folder, or its first part.
 
-    Raises GemkitError that lists the models.
+    Raises GemkitError that lists the models if there are several.
     """
-    if len(ggufs) == 1:
+    if len(ggufs) == 1 or folder.are_parts(ggufs):
         return ggufs[0]
-    if folder.are_parts(ggufs):
-        return ggufs[0]  # the reader finds the others
-    raise GemkitError(f"{path} holds {len(ggufs)} GGUF models: give the path of one of {folder.listed(ggufs, 8)}")
+    models = sorted({folder.unsplit(name): name for name in reversed(ggufs)}.values())
+    raise GemkitError(f"{path} holds {len(models)} GGUF models: give the path of one of {folder.listed(models, 8)}")
 
 
 def _no_model(path: Path, names: list[str]) -> str:

@@ -75,7 +75,9 @@ class PackedStore:
             from gemkit.weights.gguf_parts import part_paths
 
             return cls(source, part_paths(source), weights, writes)
-        files = tuple(sorted(source.glob("*.safetensors")))
+        # An index may name shards in a subfolder, and config.json which file has the weights
+        files = tuple(sorted(path for name in ("*", "*/*") for path in source.glob(f"{name}.safetensors")))
+        files += tuple(source.glob("config.json"))
         return cls(source, files, weights, writes)
 
     def find(self) -> tuple[np.ndarray, np.ndarray | None] | None:
