@@ -98,6 +98,17 @@ def test_the_file_has_llama_cpps_padding(tmp_path):
         assert types.numbers()[300:].tolist() == [3, 5, 5, 5]
 
 
+def test_a_piece_that_looks_like_padding(tmp_path):
+    """llama.cpp takes no piece twice."""
+    start = tiny(3)
+    pieces = list(start.vocabulary.pieces)
+    pieces[39] = b"[PAD302]"
+    changed = dataclasses.replace(start.vocabulary, pieces=pieces)
+    path = write_gguf(tmp_path / "x.gguf", Checkpoint(start.config, start.tensors, vocabulary=changed))
+    with open_checkpoint(path) as back, llama_cpp.opened(path) as theirs:
+        assert back.vocabulary.pieces == pieces and theirs.rows == 304
+
+
 def test_stop_ids_and_a_tokenizer_without_their_pieces(tmp_path):
     """A stop id may be a row without a piece; transformers' file names one that has a piece."""
     start = tiny(5)

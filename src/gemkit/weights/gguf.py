@@ -107,7 +107,7 @@ def _checkpoint(file: GGUFParts) -> Checkpoint:
         config,
         tensors,
         vocabulary=None if tokens is None else lambda: read_vocabulary(file.first, config.vocab_size, warn),
-        vocabulary_key=None if tokens is None else lambda: vocabulary_key(file.first),
+        vocabulary_key=None if tokens is None else lambda: vocabulary_key(file.first, config.vocab_size),
         chat_template=template,
         name=_get(facts, "general.name", str, "") or file.path.stem,
         instruction_tuned=tuned.instruction_tuned(tuned.mark(facts, tuned.GGUF_KEY, template), template, *said),

@@ -6,6 +6,7 @@ Gemma 3 has <image_soft_token>, which needs no row in a text model. Source: ``sr
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 
@@ -84,14 +85,17 @@ def read_vocabulary(file: GGUFFile, rows: int, warn: Callable[[str], None]) -> V
                 f"{rows}: llama.cpp refuses it too; get another conversion"
             )
     end = len(pieces)
-    while end and types[end - 1] == PieceType.UNUSED and pieces[end - 1] == _pad(end - 1):
+    while end and types[end - 1] == PieceType.UNUSED and pieces[end - 1].rstrip(b"_") == _pad(end - 1):
         end -= 1
     return Vocabulary(pieces[:end], scores[:end], types[:end])
 
 
-def vocabulary_key(file: GGUFFile) -> str:
-    """SHA-256 of all that `read_vocabulary` reads."""
-    return file.digest(sorted(key for key in file.metadata if _KEYS.fullmatch(key)))
+def vocabulary_key(file: GGUFFile, rows: int) -> str:
+    """SHA-256 of all that `read_vocabulary` reads; the rows count where pieces have none."""
+    digest = file.digest(sorted(key for key in file.metadata if _KEYS.fullmatch(key)))
+    if len(file.metadata["tokenizer.ggml.tokens"]) > rows:
+        digest = hashlib.sha256(f"{digest} {rows}".encode()).hexdigest()
+    return digest
 
 
 def fit_to_rows(vocabulary: Vocabulary, rows: int) -> Vocabulary:
@@ -102,8 +106,11 @@ def fit_to_rows(vocabulary: Vocabulary, rows: int) -> Vocabulary:
     """
     count = min(len(vocabulary), rows)
     fill = range(count, rows)
+    pieces = vocabulary.pieces[:count]
+    taken = set(pieces) if fill else set()
+    pieces += [_pad(number) + b"_" * (_pad(number) in taken) for number in fill]
     return Vocabulary(
-        [*vocabulary.pieces[:count], *map(_pad, fill)],
+        pieces,
         np.append(vocabulary.scores[:count], np.full(len(fill), _PAD_SCORE, np.float32)).astype(np.float32),
         np.append(vocabulary.types[:count], np.full(len(fill), PieceType.UNUSED, np.int32)).astype(np.int32),
     )
