@@ -7,6 +7,7 @@ import sys
 import pytest
 from parity import llama_cpp
 from text.templates import CHATML, DEVELOPER, FUNCTIONS, NAMES, TEMPLATES, TOOLS, _vocabulary, oracle, renamed
+from text.test_chat import conversations
 
 from gemkit.errors import GemkitError
 from gemkit.text import chat, chat_template
@@ -65,6 +66,20 @@ def test_ids_are_those_of_transformers(name):
             ids = oracle().apply_chat_template(messages, chat_template=TEMPLATES[name], **options)["input_ids"]
             assert ids == theirs
     assert seen >= 40
+
+
+@pytest.mark.parametrize("name", ["developer", "thinking", "functions"])
+def test_ids_in_the_published_vocabularies(gemma, name):
+    template, seen = ChatTemplate(TEMPLATES[name], gemma.tokenizer), 0
+    for number, messages in enumerate(conversations(80)):
+        messages = [m | {"role": m["role"].replace("model", "assistant")} for m in messages]
+        add = number % 2 == 0 and messages[-1]["role"] != "assistant"
+        if all(isinstance(m["content"], str) for m in messages):
+            seen += 1
+            options = {"chat_template": TEMPLATES[name], "add_generation_prompt": add, "tokenize": False}
+            wanted = gemma.templated.encode(oracle().apply_chat_template(messages, **options), add_special_tokens=False)
+            assert template.render(messages, add) == wanted.ids, messages
+    assert seen > 10
 
 
 def test_llama_cpp_renders_the_same(tmp_path):

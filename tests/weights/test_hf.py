@@ -432,7 +432,11 @@ def test_chat_templates(folder):
     assert template() == "one"
     edit(folder / "tokenizer_config.json", chat_template=[{"name": "tool", "template": "no"}])
     assert template() is None
+    edit(folder / "tokenizer_config.json", chat_template={"default": "one", "tool_use": "no"})
+    assert template() == "one"
     edit(folder / "tokenizer_config.json", chat_template=[{"name": "default", "template": "two"}])
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("no")
     assert template() == "two"
     edit(folder / "chat_template.json", chat_template="three")
     assert template() == "three"
