@@ -15,7 +15,13 @@ from gemkit.errors import GemkitError, UsageError
 if TYPE_CHECKING:
     from gemkit.apps.check import Finding
 
-FORMATS = {"gguf": "GGUF file", "hf": "Hugging Face folder", "keras": "KerasHub preset"}
+FORMATS = {
+    "gguf": "GGUF file",
+    "hf": "Hugging Face folder",
+    "keras": "KerasHub preset",
+    "google": "Google's checkpoint",
+}
+_MOST = 6  # places of one fault that are printed; --json has all
 _COLOURS = {"error": "red", "warning": "yellow", "note": "blue"}
 
 
@@ -58,7 +64,9 @@ def _print_findings(found: "list[Finding]") -> None:
         head = f"{first.level} {rule}: "
         body = textwrap.wrap(head + first.what, width, subsequent_indent="  ", break_on_hyphens=False)
         body[0] = click.style(head, fg=_COLOURS[first.level], bold=True) + body[0].removeprefix(head)
-        parts = [("at", f"{finding.where}: {finding.found}") for finding in (first, *rest)]
+        parts = [("at", f"{finding.where}: {finding.found}") for finding in (first, *rest)][:_MOST]
+        if len(rest) >= _MOST:
+            parts.append(("at", f"and {len(rest) + 1 - _MOST:,} more places; --json lists all"))
         for label, text in [*parts, ("why", first.why), ("fix", first.remedy)]:
             indents = {"initial_indent": f"  {label:<4}", "subsequent_indent": " " * 6}
             body += textwrap.wrap(text, width, **indents, break_on_hyphens=False)
@@ -75,7 +83,7 @@ def _scope(seen: dict, deep: bool) -> str:
     if seen["parameters"]:
         parts.append(f"sizes of {seen['published_as']}" if seen["published_as"] else "sizes of no published model")
     if seen["format"] == "keras":
-        parts.append("weights not inspected (HDF5)")
+        parts.append("weights not inspected (HDF5, which gemkit does not load)")
     else:
         how = "read whole" if deep else "sampled"
         unread = seen["tensors"] - seen["tensors_inspected"]

@@ -14,12 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from weights import hf_files
 
+from gemkit.text.spm_proto import read_model, write_model
+from gemkit.text.vocabulary import Vocabulary
 from gemkit.weights.gguf_file import GGUFFile
 from gemkit.weights.quant import GGMLType, dequantise, quantise
 
-from .models import TEMPLATE, edit_gguf, write_json
+from .models import PIECES, TEMPLATE, edit_gguf, gguf_file, write_json
 
 SHARD = "model.safetensors"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1000\n"
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,45 @@ def without_a_tensor_of_a_shard(folder: Path) -> None:
     save_file(dict(list(load_file(shard).items())[1:]), shard)
 
 
+def nested(**outer: object) -> Callable[[Path], None]:
+    """config.json as a multimodal model has it, with some keys on the outer level."""
+
+    def plant(folder: Path) -> None:
+        inner = json.loads((folder / "config.json").read_text("utf-8"))
+        write_json(folder / "config.json", {"model_type": "gemma3", "text_config": inner, **outer})
+
+    return plant
+
+
+def pieces(change: Callable[[list[bytes]], object]) -> Callable[[Path], None]:
+    """Changes the pieces of tokenizer.model."""
+
+    def plant(folder: Path) -> None:
+        old = read_model((folder / "tokenizer.model").read_bytes())
+        found = list(old.pieces)
+        change(found)
+        count = len(found)
+        rows = [np.resize(values, count) for values in (old.scores, old.types)]
+        (folder / "tokenizer.model").write_bytes(write_model(Vocabulary(found, *rows)))
+
+    return plant
+
+
+def gguf_beside(folder: Path) -> None:
+    """Puts the GGUF file of another generation beside the weights."""
+    gguf_file(folder / "other.gguf", "gemma2")
+
+
+def unlisted(folder: Path) -> None:
+    shard = folder / "model-00001-of-00002.safetensors"
+    save_file(load_file(shard) | {"model.extra": torch.ones(2)}, shard)
+
+
+def widened(tensors: dict) -> None:
+    name = "model.embed_tokens.weight"
+    tensors[name] = torch.cat([tensors[name], tensors[name][:129] * 0.5])
+
+
 class Runs:
     """Unpickling it would run a command."""
 
@@ -256,13 +298,30 @@ FAULTS: dict[str, Fault] = {
     # template
     "no template": Fault("template-missing", "hf3", template(None)),
     "gguf no template": Fault("template-missing", "gguf3", keys(("tokenizer.chat_template",))),
-    "chatml": Fault("template-turn", "hf3", template(re.sub(r"<(start|end)_of_turn>", r"<|im_\1|>", TEMPLATE))),
+    "chatml": Fault("template-markers", "hf3", template(re.sub(r"<(start|end)_of_turn>", r"<|im_\1|>", TEMPLATE))),
     "no generation prompt": Fault("template-prompt", "hf3", template(TEMPLATE.split("{% if add")[0])),
     "system refused": Fault(
         "template-system",
         "hf3",
         template(TEMPLATE + "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"),
     ),
+    "no jinja": Fault("template-broken", "hf3", template(TEMPLATE + "{% endfor %}")),
+    "refuses users": Fault("template-broken", "hf3", template("{{ bos_token }}{{ raise_exception('no users here') }}")),
+    "gguf no jinja": Fault("template-broken", "gguf3", keys(tokenizer__chat_template=(8, "{% if %}"))),
+    "system dropped": Fault(
+        "template-drops", "hf3", template(TEMPLATE.replace("(first if loop.first else '') + ", ""))
+    ),
+    "later turns dropped": Fault(
+        "template-drops", "hf3", template(TEMPLATE.replace("in loop_", "in [messages[-1]] or loop_"))
+    ),
+    "no bos": Fault("template-bos", "hf3", template(TEMPLATE.removeprefix("{{ bos_token }}"))),
+    "closed by another token": Fault("template-stop", "hf3", template(TEMPLATE.replace("<end_of_turn>", "<unused7>"))),
+    "closed by nothing": Fault("template-stop", "hf3", template(TEMPLATE.replace("<end_of_turn>", ""))),
+    "another role": Fault("template-other", "hf3", template(TEMPLATE.replace("'model' if", "'assistant' if"))),
+    "gguf another role": Fault(
+        "template-other", "gguf3", keys(tokenizer__chat_template=(8, TEMPLATE.replace("'model' if", "'assistant' if")))
+    ),
+    "two templates": Fault("template-twice", "hf3", write("chat_template.jinja", TEMPLATE.encode() + b"{# other #}")),
     "template of a base model": Fault("template-pretrained", "hf3", config(_name_or_path="google/gemma-3-1b-pt")),
     # norms
     "gguf norms doubled": Fault("norm-offset", "gguf3", norms(1)),
@@ -280,6 +339,42 @@ FAULTS: dict[str, Fault] = {
     "global base missing": Fault("rope-base", "hf3", config(**{f"{FULL}__rope_theta": 10000.0})),
     "bases swapped, old style": Fault("rope-base", "hf3", rope_old(rope_theta=10000.0, rope_local_base_freq=1000000.0)),
     "gguf base missing": Fault("rope-base", "gguf3", keys(("gemma3.rope.freq_base",))),
+    "two bases": Fault("rope-contradiction", "hf3", config(rope_theta=10000.0)),
+    "two local bases": Fault("rope-contradiction", "hf3", config(rope_local_base_freq=20000.0)),
+    "gemma 2 two bases": Fault("rope-contradiction", "hf2", config(rope_theta=20000.0)),
+    "factor under one name": Fault("rope-contradiction", "4b", config(rope_scaling=None)),
+    "other factor under one name": Fault("rope-contradiction", "4b", config(**{f"{FULL}__factor": 4.0})),
+    "gguf two factors": Fault(
+        "rope-contradiction", "gguf3", keys(gemma3__rope__scaling__factor=(6, 8.0), gemma3__rope__scale_linear=(6, 2.0))
+    ),
+    "gguf factor and no scaling": Fault(
+        "rope-contradiction",
+        "gguf3",
+        keys(gemma3__rope__scaling__factor=(6, 8.0), gemma3__rope__scaling__type=(8, "none")),
+    ),
+    "gguf half of a head turns": Fault("rope-contradiction", "gguf3", keys(gemma3__rope__dimension_count=(4, 16))),
+    # two places, two truths
+    "architectures": Fault("config-contradiction", "hf3", config(architectures=["Gemma2ForCausalLM"])),
+    "pattern and period": Fault("config-contradiction", "hf3", config(sliding_window_pattern=3)),
+    "two dtypes": Fault("config-contradiction", "hf3", config(dtype="float32", torch_dtype="bfloat16")),
+    "two levels": Fault("config-contradiction", "hf3", nested(vocab_size=600)),
+    "gguf vocab_size": Fault("config-contradiction", "gguf3", keys(gemma3__vocab_size=(4, 600))),
+    "a stop id in one file": Fault("stop-contradiction", "hf3", config(eos_token_id=[1, 106, 50])),
+    "padded with eos": Fault("pad-id", "hf3", config(pad_token_id=1)),
+    "another dtype": Fault("dtype-claim", "hf3", config(dtype="bfloat16")),
+    # two tokenizers
+    "another tokenizer.model": Fault("tokenizer-differs", "both", pieces(lambda p: p.insert(300, p.pop(310)))),
+    "short tokenizer.model": Fault("tokenizer-differs", "both", pieces(lambda p: p.pop())),
+    "long tokenizer.model": Fault("tokenizer-differs", "both", pieces(lambda p: p.append(b"xyzzy"))),
+    "another id of a token": Fault(
+        "tokenizer-differs",
+        "hf3",
+        settings(TOKENIZER, added_tokens_decoder__50={"content": "<unused9>", "special": True}),
+    ),
+    "another eos in the map": Fault(
+        "tokenizer-differs", "hf3", write("special_tokens_map.json", b'{"eos_token": "<unk>"}')
+    ),
+    "another tokenizer in a gguf": Fault("tokenizer-differs", "hf3", gguf_beside),
     # window
     "gemma 2 starts full": Fault("layer-pattern", "hf2", pattern("fs")),
     "gemma 3 pattern shifted": Fault("layer-pattern", "hf3", pattern("sssssfs"[::-1])),
@@ -304,11 +399,7 @@ FAULTS: dict[str, Fault] = {
     "query scale": Fault("query-scale", "hf3", config(query_pre_attn_scalar=256)),
     # vocabulary
     "token past the rows": Fault("tokens-past-rows", "hf3", tokenizer(lambda d: d["added_tokens"].append(WIDE))),
-    "few pieces": Fault(
-        "rows-past-tokens",
-        "hf3",
-        tokenizer(lambda d: d["model"].update(vocab={k: i for k, i in d["model"]["vocab"].items() if i < 400})),
-    ),
+    "few pieces": Fault("rows-past-tokens", "hf3", lambda f: (weights(widened)(f), config(vocab_size=PIECES + 129)(f))),
     "turns swapped": Fault("special-ids", "hf3", tokenizer(swapped)),
     "turn not special": Fault("control-type", "hf3", tokenizer(demoted)),
     "gguf turn not control": Fault("control-type", "gguf3", untyped),
@@ -335,7 +426,23 @@ FAULTS: dict[str, Fault] = {
     ),
     "zeros": Fault("all-zero", "hf3", weights(lambda t: t[DOWN.format(4)].zero_())),
     "layer twice": Fault("layer-twice", "hf3", weights(lambda t: t[DOWN.format(4)].copy_(t[DOWN.format(3)]))),
+    # what gemkit refuses
+    "quantised elsewhere": Fault("unloadable", "hf3", config(quantization_config={"quant_method": "gptq"})),
+    "no index": Fault("unloadable", "sharded", remove("model.safetensors.index.json")),
+    "gguf tensor too many": Fault(
+        "unloadable", "gguf3", lambda p: edit_gguf(p, tensors={"blk.0.extra.weight": (0, (32,), bytes(128))})
+    ),
+    "narrow heads": Fault("engine-limits", "narrow", lambda folder: None),
     # files
+    "a pointer for weights": Fault("lfs-pointer", "hf3", write(SHARD, POINTER)),
+    "a pointer for a tokenizer": Fault("lfs-pointer", "hf3", write("tokenizer.json", POINTER)),
+    "a pointer for a gguf": Fault("lfs-pointer", "gguf3", lambda path: path.write_bytes(POINTER)),
+    "a shard of another save": Fault(
+        "unlisted", "sharded", lambda f: save_file({"x": torch.ones(2)}, f / "model-00003-of-00003.safetensors")
+    ),
+    "a tensor that the index does not name": Fault("unlisted", "sharded", unlisted),
+    "half a download": Fault("unfinished", "hf3", write("model.safetensors.incomplete", b"abc")),
+    "a training run's files": Fault("leftovers", "hf3", write("trainer_state.json", b"{}")),
     "pickle": Fault("pickle", "hf3", write("pytorch_model.bin", archive({"a": [1.0]}))),
     "pickle that runs": Fault("pickle-code", "hf3", write("optimizer.pt", archive(Runs()))),
     "pickle that runs, newer": Fault("pickle-code", "hf3", write("x.pkl", pickle.dumps(Runs(), 5))),
@@ -354,8 +461,17 @@ FAULTS: dict[str, Fault] = {
     "gguf no licence": Fault("terms-unsaid", "gguf3", keys(("general.license",))),
     # sizes
     "other width": Fault("tensor-shape", "hf3", config(intermediate_size=128)),
+    "more layers": Fault(
+        "layer-count",
+        "hf3",
+        config(
+            num_hidden_layers=8, layer_types=["sliding_attention"] * 5 + ["full_attention"] + ["sliding_attention"] * 2
+        ),
+    ),
+    "gguf more layers": Fault("layer-count", "gguf3", keys(gemma3__block_count=(4, 8))),
+    "gguf fewer layers": Fault("layer-count", "gguf3", keys(gemma3__block_count=(4, 6))),
     "fewer layers": Fault(
-        "tensor-extra", "hf3", config(num_hidden_layers=6, layer_types=["sliding_attention"] * 5 + ["full_attention"])
+        "layer-count", "hf3", config(num_hidden_layers=6, layer_types=["sliding_attention"] * 5 + ["full_attention"])
     ),
     "context": Fault("context", "4b", config(max_position_embeddings=8192)),
     "incomplete": Fault("config-invalid", "hf3", config(("hidden_size",))),
@@ -384,7 +500,12 @@ FAULTS: dict[str, Fault] = {
     "adapter beside": Fault(
         "adapter-beside", "hf3", lambda f: save_file({"a": torch.ones(2)}, f / "adapter_model.safetensors")
     ),
-    "prefixed names": Fault("lora-names", "hf3", rename(lambda name: "base_model.model." + name)),
+    "adapter in the weights": Fault(
+        "lora-names",
+        "hf3",
+        weights(lambda t: t.update({"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 2)})),
+    ),
+    "prefixed names": Fault("wrapped-names", "hf3", rename(lambda name: "base_model.model." + name)),
 }
 
 

@@ -27,13 +27,19 @@ from gemkit.weights.quant import GGMLType
 PIECES = 512  # of the real tokenizer: all control tokens and some more
 # Gemma 1 and 2 share their vocabulary; reading it once saves time
 NAMES = {"gemma": "gemma2", "gemma2": "gemma2", "gemma3_text": "gemma3"}
-TURNS = (
-    "{% for message in messages %}{{ '<start_of_turn>' + message['role'] + '\\n' + message['content'] | trim + "
+LOOP = (
+    "{% for message in loop_messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\\n' + (first if loop.first else '') + message['content'] | trim + "
     "'<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}"
 )
-TEMPLATE = "{{ bos_token }}" + TURNS
+NO_SYSTEM_GIVEN = "{% set first = '' %}{% set loop_messages = messages %}"
+# As published with Gemma 3, and with Gemma 1 and 2
+TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\\n\\n' %}"
+    "{% set loop_messages = messages[1:] %}{% else %}" + NO_SYSTEM_GIVEN + "{% endif %}" + LOOP
+)
 NO_SYSTEM = "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-NO_SYSTEM += "{% endif %}" + TURNS
+NO_SYSTEM += "{% endif %}" + NO_SYSTEM_GIVEN + LOOP
 
 
 def params_of(config: ModelConfig) -> dict[str, np.ndarray]:
@@ -72,11 +78,11 @@ def write_json(path: Path, data: object) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
 
 
-def hf_folder(folder: Path, model_type: str, tuned: bool = True) -> Path:
+def hf_folder(folder: Path, model_type: str, tuned: bool = True, head_dim: int = 32) -> Path:
     """A model as transformers saves it, with a tokenizer as Google publishes it; tuned: it has a chat template."""
     import torch
 
-    config = tiny_config(model_type, vocab_size=PIECES)
+    config = tiny_config(model_type, vocab_size=PIECES, head_dim=head_dim)
     params = {name: value.copy() for name, value in params_of(config).items()}
     build(config, params, torch.float32).save_pretrained(folder)
     settings = tokenizer_config(model_type)
@@ -96,6 +102,13 @@ def sharded_folder(folder: Path, model_type: str) -> Path:
     return folder
 
 
+def folder_with_both(folder: Path) -> Path:
+    """A Gemma 3 with the tokenizer in both formats."""
+    hf_folder(folder, "gemma3_text")
+    (folder / "tokenizer.model").write_bytes(write_model(vocabulary("gemma3_text")))
+    return folder
+
+
 def exported_folder(folder: Path, model_type: str) -> Path:
     """A pretrained model as KerasHub's export_to_transformers writes it: without much, and with tokenizer.model.
 
@@ -111,7 +124,7 @@ def exported_folder(folder: Path, model_type: str) -> Path:
         kept |= {"max_position_embeddings": 8192, "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1}
     else:
         kept |= {key: config[key] for key in "rms_norm_eps sliding_window layer_types query_pre_attn_scalar".split()}
-        kept |= {"rope_theta": 1_000_000.0, "torch_dtype": "bfloat16"}
+        kept |= {"rope_theta": 1_000_000.0, "torch_dtype": "float32"}
     write_json(folder / "config.json", kept)
     settings = tokenizer_config(model_type)
     settings.pop("chat_template", None)
@@ -138,7 +151,7 @@ def vocabulary(model_type: str) -> Vocabulary:
 
 def gguf_file(path: Path, model_type: str, types: GGMLType = GGMLType.Q8_0, tuned: bool = True) -> Path:
     """A model as gemkit writes it, with its licence."""
-    config = tiny_config(model_type, vocab_size=PIECES)
+    config = tiny_config(model_type, vocab_size=PIECES, head_dim=32)
     name, template = ("Tiny it", TEMPLATE) if tuned else ("Tiny pt", None)
     checkpoint = Checkpoint.from_params(
         config, params_of(config), types, vocabulary(model_type), name=name, chat_template=template
@@ -178,7 +191,7 @@ def keras_folder(folder: Path, third: bool = True) -> Path:
         "num_key_value_heads": 2,
         "hidden_dim": 32,
         "intermediate_dim": 64 if third else 128,
-        "head_dim": 16,
+        "head_dim": 32,
         "layer_norm_epsilon": 1e-6,
         "query_head_dim_normalize": True,
         "attention_logit_soft_cap": None,

@@ -2,16 +2,23 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gemkit.apps.check import RULES, Finding, check, norms, read
+import gemkit
+from gemkit.apps.check import RULES, Finding, check, files, norms, read, tokenizers
 from gemkit.apps.check.finding import LEVELS
 from gemkit.apps.check.subject import HF, Subject, TensorView
-from gemkit.errors import UsageError
+from gemkit.errors import GemkitWarning, UsageError
+from gemkit.text.spm_proto import write_model
+from gemkit.text.tokenizer_json import write_tokenizer_json
+from gemkit.text.vocabulary import PieceType, Vocabulary
+from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.demo import demo_path
+from gemkit.weights.orbax_writer import write_orbax
 from gemkit.weights.quant import GGMLType, quantise
 
 from . import models
@@ -30,6 +37,8 @@ def bases(tmp_path_factory) -> dict[str, Path]:
         "hf2": lambda p: models.hf_folder(p, "gemma2"),
         "hf3": lambda p: models.hf_folder(p, "gemma3_text"),
         "pretrained": lambda p: models.hf_folder(p, "gemma3_text", tuned=False),
+        "both": lambda p: models.folder_with_both(p),
+        "narrow": lambda p: models.hf_folder(p, "gemma3_text", head_dim=16),
         "sharded": lambda p: models.sharded_folder(p, "gemma3_text"),
         "exported1": lambda p: models.exported_folder(p, "gemma"),
         "exported3": lambda p: models.exported_folder(p, "gemma3_text"),
@@ -47,7 +56,9 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
     class Made(dict):
         def __missing__(self, name: str) -> Path:
-            self[name] = make[name](root / f"{name}-it" if name.startswith(("hf", "sharded")) else root / name)
+            self[name] = make[name](
+                root / f"{name}-it" if name.startswith(("hf", "sharded", "both", "narrow")) else root / name
+            )
             return self[name]
 
     return Made()
@@ -61,17 +72,27 @@ def text_of(finding: Finding) -> str:
     return f"{finding.where}: {finding.found}"
 
 
-HEALTHY = ["hf1", "hf2", "hf3", "pretrained", "sharded", "exported1", "exported3"]
+def assert_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has no error must load, in the engine itself."""
+    monkeypatch.setenv("GEMKIT_PACKED", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GemkitWarning)
+        gemkit.load(path, threads=1).close()
+
+
+HEALTHY = ["hf1", "hf2", "hf3", "pretrained", "sharded", "both", "exported1", "exported3"]
 HEALTHY += ["gguf1", "gguf2", "gguf3", "gguf pretrained", "keras", "keras1"]
 
 
 @pytest.mark.parametrize("name", HEALTHY)
-def test_nothing_is_found_in_a_healthy_model(name, bases):
+def test_nothing_is_found_in_a_healthy_model_and_it_loads(name, bases, monkeypatch):
     assert check(bases[name], deep=True) == []
+    if not name.startswith("keras"):
+        assert_loads(bases[name], monkeypatch)
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found_by_its_rule_alone(name, bases, tmp_path):
+def test_a_planted_fault_is_found_by_its_rule_alone(name, bases, tmp_path, monkeypatch):
     fault = FAULTS[name]
     before = {text_of(f) for f in check(bases[fault.base])} if fault.base in WITHOUT_WEIGHTS else set()
     path = models.copy(bases[fault.base], tmp_path)
@@ -79,6 +100,8 @@ def test_a_planted_fault_is_found_by_its_rule_alone(name, bases, tmp_path):
     new = [finding for finding in check(path) if text_of(finding) not in before]
     assert rules(new) == {fault.rule}, [(f.rule, text_of(f)) for f in new]
     assert all("\n" not in text_of(f) and f.what and f.why and f.remedy for f in new)
+    if not any(f.level == "error" for f in new) and not before and not fault.base.startswith("keras"):
+        assert_loads(path, monkeypatch)
 
 
 def test_every_rule_has_a_planted_fault():
@@ -166,6 +189,53 @@ def test_rounded_norms_are_judged_by_statistics():
     assert [found for _, found in norms.likely(subject(-1))]
 
 
+@pytest.mark.parametrize("kind", ["flax", "ckpt", "ckpt file"])
+def test_googles_own_checkpoints_are_read_as_they_are_loaded(kind, tmp_path, monkeypatch):
+    from weights import official_files
+    from weights.files import tiny_config
+
+    config = tiny_config("gemma3_text", vocab_size=models.PIECES, head_dim=32)
+    tokenizer = models.vocabulary("gemma3_text")
+
+    def save(name: str, value: float) -> Path:
+        params = models.params_of(config)
+        params["model.layers.3.mlp.down_proj.weight"][2, 5] = value
+        if kind == "flax":
+            folder = write_orbax(tmp_path / name, Checkpoint.from_params(config, params, vocabulary=tokenizer))
+        else:
+            state = official_files.torch_state(config)
+            state["model.layers.3.mlp.down_proj.weight"][2, 5] = value
+            folder = official_files.save_torch(tmp_path / name / "model.ckpt", state, config).parent
+        (folder / "config.json").write_text(json.dumps(config.to_hf()))
+        (folder / "tokenizer.model").write_bytes(write_model(tokenizer))
+        (folder / "NOTICE").write_text(files.TERMS)
+        return folder / "model.ckpt" if kind == "ckpt file" else folder
+
+    good = save("good", 0.01)
+    assert check(good) == [] and read(good).kind == "google"
+    assert_loads(good, monkeypatch)
+    assert rules(check(save("nan", float("nan")))) == {"not-finite"}
+    lacking = save("lacking", 0.01)
+    (lacking.parent / "tokenizer.model" if kind == "ckpt file" else lacking / "tokenizer.model").unlink()
+    assert any(f.level == "error" for f in check(lacking))
+
+
+def test_two_tokenizers_with_equal_pieces_and_other_merges_differ(tmp_path):
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    pieces = [*special, *(f"<0x{i:02X}>" for i in range(256)), "h", "e", "r", "he", "er"]
+    kinds = [PieceType.CONTROL] * 6 + [PieceType.BYTE] * 256 + [PieceType.NORMAL] * 5
+    kinds[3] = PieceType.UNKNOWN
+
+    def vocabulary(he: float, er: float) -> Vocabulary:
+        scores = np.array([0.0] * 262 + [-10.0, -11.0, -12.0, he, er], np.float32)
+        return Vocabulary([piece.encode() for piece in pieces], scores, np.array(kinds, np.int32))
+
+    (tmp_path / "tokenizer.json").write_bytes(write_tokenizer_json(vocabulary(-1, -2)))
+    for he, er, differs in ((-1, -2, False), (-2, -1, True)):
+        (tmp_path / "tokenizer.model").write_bytes(write_model(vocabulary(he, er)))
+        assert bool(list(tokenizers._encodings(tmp_path))) is differs
+
+
 def test_deep_reads_what_sampling_leaves_out(tmp_path, bases):
     from safetensors.torch import load_file, save_file
 
@@ -213,7 +283,7 @@ def test_nothing_to_check(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["hf3", "gguf3", "keras"])
-def test_damaged_files_never_crash(base, bases, tmp_path):
+def test_damaged_files_never_crash_and_load_if_no_error_is_found(base, bases, tmp_path, monkeypatch):
     """Random bytes in, and ends cut off, every kind of file: there are findings, and nothing else."""
     path = models.copy(bases[base], tmp_path)
     targets = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and p.name != "NOTICE"]
@@ -226,7 +296,10 @@ def test_damaged_files_never_crash(base, bases, tmp_path):
         for at in rng.integers(0, max(1, reach), 5 if reach else 0).tolist():
             bad[at] = int(rng.integers(0, 256))
         target.write_bytes(bad)
-        assert all("\n" not in text_of(f) for f in check(path))
+        found = check(path)
+        assert all("\n" not in text_of(f) for f in found)
+        if base != "keras" and not any(f.level == "error" for f in found):
+            assert_loads(path, monkeypatch)
         target.write_bytes(whole)
 
 
@@ -268,11 +341,11 @@ def test_hostile_json_never_crashes(case, bases, tmp_path):
             target.write_bytes(whole)
 
 
-def test_a_fifo_and_a_link_to_nowhere_are_no_files(bases, tmp_path):
+def test_a_fifo_and_a_link_to_nowhere_are_not_read_but_said(bases, tmp_path):
     folder = models.copy(bases["hf3"], tmp_path)
     (folder / "generation_config.json").unlink()
     (folder / "generation_config.json").symlink_to(folder / "nowhere")
     if hasattr(os, "mkfifo"):
         os.mkfifo(folder / "chat_template.jinja")
         os.mkfifo(folder / "other.safetensors")
-    assert check(folder) == []
+    assert rules(check(folder)) == {"unloadable"}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from gemkit.apps.check.finding import ERROR, WARNING, Hit, listed, rule
 from gemkit.apps.check.subject import GGUF, HF, Subject
 from gemkit.arch.config import LayerSpec, ModelConfig
+from gemkit.arch.hf_config import left_out
 from gemkit.arch.presets import PRESETS
 
 # What all published models of a family have in common; read from the presets, so that no number is written twice.
@@ -22,14 +23,15 @@ def _common(family: str, name: str) -> object:
     return values.pop() if len(values) == 1 else ...
 
 
-def _slides(layers: tuple[LayerSpec, ...]) -> list[bool]:
+def slides(layers: tuple[LayerSpec, ...]) -> list[bool]:
+    """Which layers slide."""
     return [layer.sliding_window is not None for layer in layers]
 
 
-def _expected_slides(s: Subject) -> list[bool]:
+def expected_slides(s: Subject) -> list[bool]:
     """Which layers slide, by the family's pattern, for as many layers as there are."""
     longest = max(_OF_FAMILY[s.config.model_type], key=lambda config: config.num_hidden_layers)
-    pattern = _slides(longest.layers)
+    pattern = slides(longest.layers)
     period = pattern.index(False) + 1
     return [bool((i + 1) % period) for i in range(s.config.num_hidden_layers)]
 
@@ -44,16 +46,32 @@ def _near(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-4)
 
 
+def _do_not_fit(s: Subject) -> bool:
+    shapes = {key: spec.shape for key, spec in s.manifest.items()}
+    return any(tuple(view.shape) != shapes.get(key, tuple(view.shape)) for key, view in s.by_key.items())
+
+
 @rule(
     "config-invalid",
     ERROR,
     "The configuration is incomplete or contradicts itself.",
     why="no program can build the model that it describes",
-    remedy="take config.json (or the conversion) of the base model anew and change only what was tuned",
+    remedy="take config.json (or the conversion) of the base model and change only what was tuned",
+    causes=(
+        "unloadable",
+        "tensor-shape",
+        "tensor-missing",
+        "tensor-extra",
+        "layer-count",
+        "query-scale",
+        "layer-pattern",
+    ),
 )
 def config_invalid(s: Subject) -> Iterator[Hit]:
     if s.config_fault:
         yield s.facts, s.config_fault
+    elif s.kind == HF and (absent := left_out(s.raw)) and _do_not_fit(s):
+        yield s.facts, f"it has no {listed(absent)}; programs take defaults, which do not fit the tensors"
 
 
 @rule(
@@ -76,8 +94,9 @@ def other_family(s: Subject) -> Iterator[Hit]:
     why="norms are skipped or added in every layer: the output is noise",
     remedy="set model_type (general.architecture in GGUF) to the generation that the tensors are of",
     causes=(
+        "unloadable",
         *("tensor-missing", "tensor-extra", "layer-pattern", "rope-base", "rope-factor", "window", "soft-caps"),
-        *("query-scale", "special-ids", "stop-turn", "stop-turn-gguf", "stop-wrong"),
+        *("query-scale", "special-ids", "stop-turn", "stop-turn-gguf", "stop-wrong", "config-contradiction"),
     ),
 )
 def family(s: Subject) -> Iterator[Hit]:
@@ -168,10 +187,10 @@ def rope_factor(s: Subject) -> Iterator[Hit]:
 def layer_pattern(s: Subject) -> Iterator[Hit]:
     if s.config is None or s.config.model_type == "gemma" or _lacks_window(s):
         return
-    slides, wanted = _slides(s.config.layers), _expected_slides(s)
-    wrong = [i for i, (a, b) in enumerate(zip(slides, wanted)) if a != b]
+    found, wanted = slides(s.config.layers), expected_slides(s)
+    wrong = [i for i, (a, b) in enumerate(zip(found, wanted)) if a != b]
     if wrong:
-        first = "slides" if slides[wrong[0]] else "sees everything"
+        first = "slides" if found[wrong[0]] else "sees everything"
         yield s.facts, f"layers {listed(wrong)} are of the other kind; layer {wrong[0]} {first}"
 
 
@@ -265,7 +284,7 @@ def half(s: Subject) -> Iterator[Hit]:
     "A GGUF file does not state the width of a head, and width / heads is not it.",
     why="programs fall back to width / heads, and every attention matrix then has the wrong shape",
     remedy="add attention.key_length and attention.value_length (256; 128 in both 27B models) when converting",
-    causes=("tensor-shape", "query-scale"),
+    causes=("unloadable", "engine-limits", "tensor-shape", "query-scale"),
 )
 def gguf_key_length(s: Subject) -> Iterator[Hit]:
     architecture = s.raw.get("general.architecture")

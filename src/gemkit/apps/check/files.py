@@ -12,12 +12,17 @@ from pathlib import Path
 from gemkit.apps.check.finding import ERROR, NOTE, WARNING, Hit, listed, rule
 from gemkit.apps.check.folder import is_adapter
 from gemkit.apps.check.keras import FILES, SHARDS, SINGLE
-from gemkit.apps.check.subject import GGUF, HF, KERAS, Subject
+from gemkit.apps.check.subject import GGUF, GOOGLE, HF, KERAS, Subject
 
 TERMS = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 _TERMS = re.compile(r"gemma terms of use|ai\.google\.dev/gemma/terms|^license:\s*[\"']?gemma", re.IGNORECASE | re.M)
 _TEXTS = re.compile(r"(?i)^(notice|licen[cs]e|readme|terms|use_policy)[^/]*$|^[^/]*\.(md|txt)$")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_UNFINISHED = re.compile(r"\.(incomplete|part|partial|crdownload|aria2|download)$|(^|/)\.[^/]+\.safetensors\.\w+$")
+_LEFT_OVER = re.compile(
+    r"(^|/)(trainer_state\.json|all_results\.json|train_results\.json|zero_to_fp32\.py|events\.out\.tfevents[^/]*"
+    r"|wandb/.*|(checkpoint-|global_step)\d+/.*)$"
+)
 _MAX_PICKLE = 64 << 20
 # What weights and their bookkeeping need; torch's own loader allows about the same.
 _HARMLESS = re.compile(
@@ -35,9 +40,23 @@ _HARMLESS = re.compile(
     "A file is damaged, or not of the format that its name says.",
     why="nothing can load it; what it held could not be checked",
     remedy="get the file again, and compare its size or checksum with the source's",
+    causes=("unloadable",),
 )
 def unreadable(s: Subject) -> Iterator[Hit]:
-    yield from s.broken
+    yield from (hit for hit in s.broken if hit[0] not in s.pointers)
+
+
+@rule(
+    "lfs-pointer",
+    ERROR,
+    "A file is a Git LFS pointer: some lines of text in place of the file.",
+    why="git cloned the repository without Git LFS; the file itself was never downloaded",
+    remedy="run `git lfs pull` in the folder, or get the model with `gemkit download`",
+    causes=("unloadable", "weights-missing", "tensor-missing", "tokenizer-missing"),
+)
+def lfs_pointer(s: Subject) -> Iterator[Hit]:
+    for name in s.pointers:
+        yield name, "a pointer"
 
 
 @rule(
@@ -46,6 +65,7 @@ def unreadable(s: Subject) -> Iterator[Hit]:
     "A file ends before its last tensor.",
     why="the download or copy broke off; the missing weights are gone",
     remedy="download the file again (`gemkit download` goes on where it stopped)",
+    causes=("unloadable",),
 )
 def truncated(s: Subject) -> Iterator[Hit]:
     for name in dict.fromkeys(where for where, _ in s.truncated):
@@ -58,9 +78,48 @@ def truncated(s: Subject) -> Iterator[Hit]:
     "The index names a file, or a tensor in a file, that is not there.",
     why="loaders stop, or fill the hole with random numbers",
     remedy="download all shards together with their index",
+    causes=("unloadable",),
 )
 def shard_missing(s: Subject) -> Iterator[Hit]:
     yield from s.absent_shards
+
+
+@rule(
+    "unlisted",
+    WARNING,
+    "The index and the files of weights do not agree on what there is.",
+    why="something is left over from another save, and programs differ in what they read: one file, or all of them",
+    remedy="delete what does not belong, or write the index again (save_pretrained into an empty folder)",
+    causes=("tensor-extra",),
+)
+def unlisted(s: Subject) -> Iterator[Hit]:
+    yield from s.unlisted
+
+
+@rule(
+    "unfinished",
+    WARNING,
+    "A download or a copy was not finished.",
+    why="what it should become is missing, or an older file stands in for it",
+    remedy="download again (`gemkit download` goes on where it stopped), or delete it",
+)
+def unfinished(s: Subject) -> Iterator[Hit]:
+    for name in s.files:
+        if _UNFINISHED.search(name):
+            yield name, "the name of an unfinished file"
+
+
+@rule(
+    "leftovers",
+    NOTE,
+    "A training run's own files lie in the folder.",
+    why="nobody who runs the model needs them; they may be larger than the weights, and tell of the training data",
+    remedy="delete them from what you publish",
+)
+def leftovers(s: Subject) -> Iterator[Hit]:
+    names = [name for name in s.files if _LEFT_OVER.search(name) and not name.endswith(_PICKLES)]
+    if names:
+        yield s.path.name, f"{len(names)} files: {listed(names)}"
 
 
 @rule(
@@ -69,6 +128,7 @@ def shard_missing(s: Subject) -> Iterator[Hit]:
     "A folder has a configuration and no weights.",
     why="there is nothing to run",
     remedy="get the weights in safetensors (a pickle does not count), or give the folder that has them",
+    causes=("unloadable",),
 )
 def weights_missing(s: Subject) -> Iterator[Hit]:
     if s.kind == HF and not any(n.endswith(".safetensors") and not is_adapter(n) and "/" not in n for n in s.files):
@@ -99,7 +159,8 @@ def keras_files(s: Subject) -> Iterator[Hit]:
     remedy="save the weights as safetensors and delete the pickle",
 )
 def pickle(s: Subject) -> Iterator[Hit]:
-    for name in s.files:
+    # Google's own .ckpt files are such, and gemkit reads them without running them
+    for name in s.files if s.kind != GOOGLE else ():
         if name.endswith(_PICKLES):
             yield name, "a pickle"
 
@@ -208,8 +269,12 @@ def adapter_beside(s: Subject) -> Iterator[Hit]:
 
 RULES = (
     unreadable,
+    lfs_pointer,
     truncated,
     shard_missing,
+    unlisted,
+    unfinished,
+    leftovers,
     weights_missing,
     keras_files,
     pickle,

@@ -11,23 +11,26 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from gemkit.apps.check.finding import fault_of
+from gemkit.apps.check.finding import fault_of, listed
 from gemkit.apps.check.subject import HF, Subject, TensorView, Tokens
 from gemkit.arch.config import MODEL_TYPES
 from gemkit.arch.hf_config import read as read_config
 from gemkit.errors import GemkitError
 from gemkit.text.encoding import decode
 from gemkit.text.spm_proto import read_model
+from gemkit.weights import git_lfs
+from gemkit.weights.folder import ggufs_of, is_adapter_file, safetensors_of
+from gemkit.weights.gguf_file import GGUFFile
+from gemkit.weights.hf_tensors import canonical
 from gemkit.weights.json_file import parse_object, read_file
 from gemkit.weights.quant import GGMLType
 from gemkit.weights.safetensors import DTYPES, INDEX, SINGLE, SafetensorsFile
 
 _FORMS = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
+# A file of the folder or below it
+_INSIDE = re.compile(r"[^/\\:][^\\:]*\.safetensors")
 _MAX_FILES = 10_000
 _MAX_HEADER = 100_000_000
-# The text model's tensors inside a multimodal Gemma 3, in the order in which transformers named them over time.
-_PREFIXES = ("model.language_model.", "language_model.model.", "base_model.model.model.")
-_OTHER_TOWERS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 def files_of(folder: Path) -> list[str]:
@@ -41,6 +44,19 @@ def files_of(folder: Path) -> list[str]:
         if len(found) > _MAX_FILES:
             break
     return found[:_MAX_FILES]
+
+
+def pointers_of(folder: Path, files: list[str]) -> list[str]:
+    """Those of the files that are Git LFS pointers."""
+    found = []
+    for name in files:
+        try:
+            path = folder / name
+            if path.stat().st_size < 1024 and path.read_bytes().startswith(git_lfs.HEAD):
+                found.append(name)
+        except OSError:
+            continue
+    return found
 
 
 def name_of(folder: Path) -> str:
@@ -67,6 +83,7 @@ def read(subject: Subject, config: Mapping[str, object] | None) -> None:
     text = raw.get("text_config")
     outer = {key: value for key, value in raw.items() if key != "text_config"}
     subject.raw = {**outer, **text} if isinstance(text, Mapping) else raw
+    subject.outer, subject.inner = outer, text if isinstance(text, Mapping) else {}
     family = subject.raw.get("model_type")
     family = "gemma3_text" if family == "gemma3" else family
     subject.family = family if family in MODEL_TYPES else None
@@ -85,6 +102,8 @@ def _fill_ids(subject: Subject) -> None:
     for where, data in ((name, generation or {}), ("config.json", subject.raw)):
         if (value := data.get("bos_token_id")) is not None:
             subject.said_bos[f"{where}: bos_token_id"] = value
+        if (value := data.get("pad_token_id")) is not None:
+            subject.said_pad[f"{where}: pad_token_id"] = value
     if name in subject.files and generation is None:
         return  # it is broken, which is written down
     where, data = (name, generation) if generation is not None else ("config.json", subject.raw)
@@ -116,8 +135,12 @@ def fill_tokens(subject: Subject) -> None:
         subject.tokens = _from_json(data)
         if subject.tokens is None:
             subject.broken.append(("tokenizer.json", "it has no model.vocab with ids"))
-    if subject.tokens is None and "tokenizer.model" in subject.files:
-        subject.tokens = from_sentencepiece(subject, "tokenizer.model")
+    if "tokenizer.model" in subject.files and (found := from_sentencepiece(subject, "tokenizer.model")) is not None:
+        if subject.tokens is None:
+            subject.tokens = found
+        else:
+            subject.neighbours.append(found)
+    _fill_gguf_neighbour(subject)
     subject.where_bos = "tokenizer_config.json: add_bos_token"
     said = (settings or {}).get("add_bos_token")
     subject.add_bos = said if isinstance(said, bool) else None
@@ -127,15 +150,29 @@ def fill_tokens(subject: Subject) -> None:
     _fill_template(subject, settings or {})
 
 
+def _fill_gguf_neighbour(subject: Subject) -> None:
+    """The pieces of a GGUF file that lies beside the safetensors."""
+    from gemkit.apps.check.gguf import tokens_of
+
+    names = ggufs_of(name for name in subject.files if "/" not in name)
+    if len(names) == 1 and subject.tokens is not None:
+        try:
+            found = tokens_of(GGUFFile.open(subject.folder / names[0]).metadata, names[0])
+        except GemkitError as error:
+            subject.broken.append((names[0], fault_of(subject.folder / names[0], error)))
+            return
+        if found is not None:
+            subject.neighbours.append(found)
+
+
 def _fill_template(subject: Subject, settings: Mapping[str, object]) -> None:
+    """The templates in the order in which transformers looks for them: the first counts."""
+    found: dict[str, str] = {}
     if "chat_template.jinja" in subject.files:
         try:
-            text = decode(read_file(subject.folder / "chat_template.jinja"))
+            found["chat_template.jinja"] = decode(read_file(subject.folder / "chat_template.jinja"))
         except (GemkitError, UnicodeDecodeError) as error:
             subject.broken.append(("chat_template.jinja", f"it cannot be read ({error})"))
-            return
-        subject.template, subject.where_template = text, "chat_template.jinja"
-        return
     data = read_json(subject, "chat_template.json")
     for where, source in (("chat_template.json", data or {}), ("tokenizer_config.json", settings)):
         value = source.get("chat_template")
@@ -143,8 +180,10 @@ def _fill_template(subject: Subject, settings: Mapping[str, object]) -> None:
             rows = {str(row.get("name")): row.get("template") for row in value if isinstance(row, Mapping)}
             value = rows.get("default", next(iter(rows.values()), None))
         if isinstance(value, str) and value.strip():
-            subject.template, subject.where_template = value, f"{where}: chat_template"
-            return
+            found[f"{where}: chat_template"] = value
+    if found:
+        subject.where_template, subject.template = next(iter(found.items()))
+        subject.other_templates = dict(list(found.items())[1:])
 
 
 def _from_json(data: Mapping[str, object]) -> Tokens | None:
@@ -194,12 +233,14 @@ def from_sentencepiece(subject: Subject, name: str) -> Tokens | None:
 
 def is_adapter(name: str) -> bool:
     """Says whether a file is part of a LoRA adapter."""
-    return Path(name).name.startswith(("adapter_model.", "adapter_config."))
+    name = Path(name).name
+    return is_adapter_file(name) or name.startswith(("adapter_model.", "adapter_config."))
 
 
 def _fill_weights(subject: Subject) -> None:
+    """The tensors of the files that the loader would open, and what an index promises and does not keep."""
     here = [name for name in subject.files if name.endswith(".safetensors") and "/" not in name]
-    shards: dict[str, list[str]] = {}
+    promised: dict[str, str] = {}
     index = read_json(subject, INDEX)
     if index is not None and SINGLE not in here:
         weight_map = index.get("weight_map")
@@ -207,24 +248,41 @@ def _fill_weights(subject: Subject) -> None:
             subject.broken.append((INDEX, "it has no weight_map"))
             weight_map = {}
         for tensor, name in weight_map.items():
-            if not isinstance(name, str) or re.search(r"[/\\:]", name) or not name.endswith(".safetensors"):
+            if not isinstance(name, str) or not _INSIDE.fullmatch(name) or ".." in name.split("/"):
                 subject.broken.append((f"{INDEX}: {tensor}", f"{name!r} is no name of a file beside it"))
             else:
-                shards.setdefault(name, []).append(tensor)
-        chosen = list(shards)
+                promised[tensor] = name
+        chosen = sorted(set(promised.values()))
     else:
-        chosen = [name for name in here if not is_adapter(name)]
-    for name in sorted(chosen):
-        if name not in here:
+        chosen = [SINGLE] if SINGLE in here else safetensors_of(here)
+    named = subject.raw.get("transformers_weights")
+    if isinstance(named, str) and named in here:
+        chosen, promised = [named], {}
+    left = [name for name in safetensors_of(here) if name not in chosen]
+    if left:
+        subject.unlisted += [(name, f"it is not read: the model is in {listed(chosen, 2)}") for name in left]
+    for name in chosen:
+        if name not in subject.files:
             subject.absent_shards.append((INDEX, f"it names {name}, which is not there"))
             subject.tensors_known = False
-            continue
-        views = _read_shard(subject, name)
-        found = {view.name for view in views}
-        for tensor in shards.get(name, []):
-            if views and tensor not in found:
-                subject.absent_shards.append((f"{INDEX}: {tensor}", f"it should be in {name}, which lacks it"))
-        subject.tensors += views
+        else:
+            subject.tensors += _read_shard(subject, name)
+    if promised and subject.tensors_known and not subject.broken and not subject.truncated:
+        _compare_with_index(subject, promised)
+
+
+def _compare_with_index(subject: Subject, promised: Mapping[str, str]) -> None:
+    """promised: the file of each tensor. In which of the files a tensor is does not matter to a loader."""
+    found = {view.name for view in subject.tensors}
+    keys = {view.key for view in subject.tensors}
+    for tensor, name in promised.items():
+        if tensor not in found:
+            key = canonical(tensor)
+            needed = key in subject.manifest and key not in keys
+            rows = subject.absent_shards if needed else subject.unlisted
+            rows.append((f"{INDEX}: {tensor}", f"it should be in {name}, which lacks it"))
+    extra = [view for view in subject.tensors if view.name not in promised]
+    subject.unlisted += [(view.where, f"{INDEX} does not name it") for view in extra]
 
 
 def _read_shard(subject: Subject, name: str) -> list[TensorView]:
@@ -274,20 +332,3 @@ def _salvage(path: Path) -> tuple[list[tuple[str, str, tuple[int, ...]]], str]:
 def _counts(value: object) -> bool:
     whole = isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
     return whole and math.prod(value) < 2**63 and len(value) < 8
-
-
-def canonical(name: str) -> str | None:
-    """The canonical name of a checkpoint's tensor; None for what belongs to no text model."""
-    if _OTHER_TOWERS.match(name):
-        return None
-    if name.endswith("lm_head.weight"):
-        return "lm_head.weight"
-    for prefix in _PREFIXES:
-        if name.startswith(prefix):
-            return "model." + name.removeprefix(prefix)
-    return name if name.startswith("model.") else None
-
-
-def is_of_another_tower(name: str) -> bool:
-    """Says whether a tensor is of a multimodal Gemma 3's image part."""
-    return _OTHER_TOWERS.match(name) is not None

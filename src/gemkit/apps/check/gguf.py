@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -158,10 +159,15 @@ def _fill_tokens(subject: Subject, facts: dict[str, object]) -> None:
     subject.where_bos = f"{where}: tokenizer.ggml.add_bos_token"
     said = facts.get("tokenizer.ggml.add_bos_token")
     subject.add_bos = said if isinstance(said, bool) else None
+    subject.tokens = tokens_of(facts, where)
+
+
+def tokens_of(facts: Mapping[str, object], where: str) -> Tokens | None:
+    """The pieces that a file's key-values hold; where: its name."""
     arrays = [facts.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type")]
     tokens, types = arrays
     if not isinstance(tokens, GGUFArray) or tokens.type != STRING or len(tokens) > _MAX_PIECES:
-        return
+        return None
     pieces = [piece.decode("utf-8", "replace") for piece in tokens.strings()]
     control, ordinary = set(), set()
     if isinstance(types, GGUFArray) and types.type != STRING and len(types) == len(pieces):
@@ -171,6 +177,4 @@ def _fill_tokens(subject: Subject, facts: dict[str, object]) -> None:
             elif re.match(r"[<\[]", pieces[number]) and is_control_piece(pieces[number].encode()):
                 ordinary.add(pieces[number])
     ids = dict(zip(reversed(pieces), range(len(pieces) - 1, -1, -1)))
-    subject.tokens = Tokens(
-        f"{where}: tokenizer.ggml.tokens", ids, len(pieces), frozenset(control), frozenset(ordinary)
-    )
+    return Tokens(f"{where}: tokenizer.ggml.tokens", ids, len(pieces), frozenset(control), frozenset(ordinary))

@@ -7,7 +7,7 @@ what is there and stays silent about the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,13 @@ import numpy as np
 from gemkit.arch.config import STOP_TOKEN_IDS, ModelConfig
 from gemkit.arch.presets import PRESETS, Preset
 from gemkit.arch.tensors import TensorSpec, manifest
+from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.quant import GGMLType, dequantise
 from gemkit.weights.tuned import by_name
 
-GGUF, HF, KERAS = "gguf", "hf", "keras"
+GGUF, HF, KERAS, GOOGLE = "gguf", "hf", "keras", "google"
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _WHOLE = 1 << 20  # tensors up to this many numbers are read whole
 _SAMPLED_ROWS = 256
@@ -31,8 +34,8 @@ class TensorView:
     """A tensor as stored.
 
     name: in its file. key: its canonical name, None if it is none of a Gemma's text tensors. type: the file's word for
-    it. form: the same as `GGMLType` if gemkit can read the numbers. data: its bytes, None if they are not there.
-    add_one: the file should hold 1 + w.
+    it. form: the same as `GGMLType` if gemkit can read the numbers. data: its bytes, or a function that reads them;
+    None if they are not there. add_one: the file should hold 1 + w.
     """
 
     name: str
@@ -41,7 +44,7 @@ class TensorView:
     shape: tuple[int, ...]
     file: str
     form: GGMLType | None = None
-    data: np.ndarray | None = None
+    data: np.ndarray | Callable[[], np.ndarray] | None = None
     add_one: bool = False
 
     @property
@@ -57,16 +60,21 @@ class TensorView:
         """How many numbers it has."""
         return math.prod(self.shape)
 
-    def raw(self, rows: slice | np.ndarray | None = None) -> np.ndarray:
-        """The bytes of some rows (all but the last dimension flattened), uint8 [rows, bytes]."""
-        assert self.data is not None
-        table = self.data.reshape(max(1, self.size // max(1, self.shape[-1] if self.shape else 1)), -1)
+    def raw(self, rows: slice | np.ndarray | None = None, table: np.ndarray | None = None) -> np.ndarray:
+        """The bytes of some rows (all but the last dimension flattened), uint8 [rows, bytes]. table: of all rows."""
+        table = self.table() if table is None else table
         return table if rows is None else table[rows]
 
-    def numbers(self, rows: slice | np.ndarray | None = None) -> np.ndarray:
-        """Some rows as float32 [rows, columns]; they may hold anything."""
+    def table(self) -> np.ndarray:
+        """The bytes of all rows, uint8 [rows, bytes]."""
+        data = self.data() if callable(self.data) else self.data
+        assert data is not None
+        return data.reshape(max(1, self.size // max(1, self.shape[-1] if self.shape else 1)), -1)
+
+    def numbers(self, rows: slice | np.ndarray | None = None, table: np.ndarray | None = None) -> np.ndarray:
+        """Some rows as float32 [rows, columns]; they may hold anything. table: the bytes of all rows, if known."""
         assert self.form is not None
-        raw = self.raw(rows)
+        raw = self.raw(rows, table)
         columns = self.shape[-1] if self.shape else 1
         with np.errstate(all="ignore"):
             return dequantise(self.form, np.ascontiguousarray(raw), (len(raw), columns))
@@ -74,17 +82,17 @@ class TensorView:
     def chunks(self, deep: bool) -> Iterator[np.ndarray]:
         """All rows, a few megabytes at a time; without `deep` some rows of a large tensor, the last among them."""
         columns = max(1, self.shape[-1] if self.shape else 1)
-        rows = self.size // columns
+        rows, table = self.size // columns, self.table()
         if self.size <= _WHOLE:
-            yield self.numbers()
+            yield self.numbers(table=table)
         elif not deep:
             picked = np.unique(np.linspace(0, rows - 1, min(rows, _SAMPLED_ROWS)).astype(np.int64))
             for part in np.array_split(picked, max(1, len(picked) * columns // _WHOLE)):
-                yield self.numbers(part)
+                yield self.numbers(part, table)
         else:
             step = max(1, _WHOLE // columns)
             for start in range(0, rows, step):
-                yield self.numbers(slice(start, start + step))
+                yield self.numbers(slice(start, start + step), table)
 
 
 @dataclass(frozen=True)
@@ -120,10 +128,15 @@ class Tokens:
 class Subject:
     """What was found at a path.
 
-    kind: GGUF, HF or KERAS. folder: None for a single file. files: the folder's, by relative name.
-    broken, truncated: (where, what) that could not be read. raw: the configuration as in the file (of a GGUF file its
-    key-values, without arrays); facts: where it is. config: the same understood, else config_fault says why not.
-    said_eos, said_bos: what the files give as ids, by where. add_bos: what they say, where_bos where.
+    kind: GGUF, HF, KERAS or GOOGLE. folder: None for a single file. files: the folder's, by relative name.
+    checkpoint: the model as gemkit loads it, or refusal: why it does not. pointers: files that are Git LFS pointers.
+    broken, truncated: (where, what) that could not be read. unlisted: what no index names.
+    raw: the configuration as in the file (of a GGUF file its key-values, without arrays); facts: where it is. outer,
+    inner: the two levels of a multimodal config.json. config: the same understood, else config_fault says why not.
+    tokens: the tokenizer that is used; neighbours: those beside it, which other programs use.
+    said_eos, said_bos, said_pad: what the files give as ids, by where. add_bos: what they say, where_bos where.
+    template: the one that counts; other_templates: those beside it, by where.
+    memory: what rules found out once for all of them.
     """
 
     path: Path
@@ -132,9 +145,13 @@ class Subject:
     files: list[str] = field(default_factory=list)
     name: str = ""
     deep: bool = False
+    checkpoint: Checkpoint | None = None
+    refusal: str | None = None
+    pointers: list[str] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
     truncated: list[tuple[str, str]] = field(default_factory=list)
     absent_shards: list[tuple[str, str]] = field(default_factory=list)
+    unlisted: list[tuple[str, str]] = field(default_factory=list)
     facts: str = ""
     raw: Mapping[str, object] = field(default_factory=dict)
     family: str | None = None
@@ -143,13 +160,19 @@ class Subject:
     tensors: list[TensorView] = field(default_factory=list)
     tensors_known: bool = True
     tokens: Tokens | None = None
+    neighbours: list[Tokens] = field(default_factory=list)
     tokenizer_config: Mapping[str, object] | None = None
     said_eos: dict[str, list[object]] = field(default_factory=dict)
     said_bos: dict[str, object] = field(default_factory=dict)
+    said_pad: dict[str, object] = field(default_factory=dict)
+    outer: Mapping[str, object] = field(default_factory=dict)
+    inner: Mapping[str, object] = field(default_factory=dict)
     add_bos: bool | None = None
     where_bos: str = ""
     template: str | None = None
     where_template: str = ""
+    other_templates: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, object] = field(default_factory=dict)
 
     @cached_property
     def tuned(self) -> bool | None:
@@ -187,7 +210,12 @@ class Subject:
 
     @cached_property
     def by_key(self) -> dict[str, TensorView]:
-        return {view.key: view for view in self.tensors if view.key}
+        """Tensors by canonical name; the head of a tied pair is the embedding where it is alone."""
+        found = {view.key: view for view in self.tensors if view.key}
+        tied = self.config is not None and self.config.tie_word_embeddings
+        if self.kind == HF and tied and HEAD in found and EMBEDDING not in found:
+            found[EMBEDDING] = found.pop(HEAD)
+        return found
 
     @cached_property
     def manifest(self) -> dict[str, TensorSpec]:

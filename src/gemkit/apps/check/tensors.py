@@ -9,13 +9,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from gemkit.apps.check import norms
-from gemkit.apps.check.finding import ERROR, NOTE, WARNING, Hit, listed, rule
-from gemkit.apps.check.folder import is_of_another_tower
-from gemkit.apps.check.subject import GGUF, HF, Subject, TensorView
+from gemkit.apps.check.finding import ERROR, WARNING, Hit, listed, rule
+from gemkit.apps.check.subject import EMBEDDING, GGUF, HEAD, HF, Subject, TensorView
+from gemkit.weights.hf_tensors import image_part
 from gemkit.weights.names import IGNORED, from_canonical
 from gemkit.weights.quant import BLOCKS, GGMLType
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Follow from the configuration
+_DERIVED = (".rotary_emb.inv_freq", "embed_tokens.embed_scale", ".self_attn.masked_bias")
 _MAX_HALF = 65504.0
 _NEAR_MAX_HALF = 60000.0
 _MOST = 8  # places named one by one
@@ -40,6 +41,7 @@ def _wanted(s: Subject) -> dict[str, tuple[int, ...]]:
     "Tensors that the configuration asks for are not there.",
     why="strict loaders stop; others fill them with random numbers and say so in a line that nobody reads",
     remedy="get all shards, or convert again from the complete model",
+    causes=("unloadable",),
 )
 def tensor_missing(s: Subject) -> Iterator[Hit]:
     missing = [_label(s, key) for key in _wanted(s) if key not in s.by_key]
@@ -62,9 +64,10 @@ def tensor_extra(s: Subject) -> Iterator[Hit]:
         for view in s.tensors
         if wanted
         and view.key not in wanted
-        and view.key != _HEAD
+        and view.key != HEAD
         and view.name not in IGNORED
-        and not is_of_another_tower(view.name)
+        and not view.name.endswith(_DERIVED)
+        and not image_part(view.name)
         and not _LORA.search(view.name)
     ]
     if extra:
@@ -77,6 +80,7 @@ def tensor_extra(s: Subject) -> Iterator[Hit]:
     "A tensor has another shape than the configuration says.",
     why="no program can load it, or it is read crosswise",
     remedy="correct the configuration (heads, head_dim, widths, vocab_size), or convert again",
+    causes=("unloadable",),
 )
 def tensor_shape(s: Subject) -> Iterator[Hit]:
     groups: dict[tuple[str, tuple, tuple], list[TensorView]] = {}
@@ -89,19 +93,34 @@ def tensor_shape(s: Subject) -> Iterator[Hit]:
         yield views[0].where, f"{list(found)} instead of {list(shape)}{more}"
 
 
-_LORA = re.compile(r"^base_model\.model\.|\.lora_[AB]\.|\.base_layer\.")
+_LORA = re.compile(r"\.lora_[AB]\.|\.base_layer\.|\.modules_to_save\.")
+_WRAPPED = re.compile(r"^(base_model\.model|module|_orig_mod)\.")
 
 
 @rule(
     "lora-names",
     ERROR,
-    "A whole model's weights have the names that a LoRA trainer gives them (base_model.model., lora_A, base_layer).",
-    why="loaders find none of the names they look for and fill in random numbers",
-    remedy="merge the adapter (merge_and_unload in PEFT) and save the merged model, or remove the prefix",
+    "A LoRA adapter is in the weights, not merged (lora_A, lora_B, base_layer).",
+    why="loaders find none of the names they look for, or run the model without what it was tuned to",
+    remedy="merge the adapter (merge_and_unload in PEFT) and save the merged model",
+    causes=("unloadable",),
 )
 def lora_names(s: Subject) -> Iterator[Hit]:
     names = [view.name for view in s.tensors if _LORA.search(view.name)]
     if names:
+        yield s.tensors[0].file, f"{len(names)} of {len(s.tensors)} tensors: {listed(names, 2)}"
+
+
+@rule(
+    "wrapped-names",
+    WARNING,
+    "The weights have the names that a trainer gives them while it wraps the model (base_model.model., module.).",
+    why="transformers and gemkit read through the prefix; other programs find none of the names they look for",
+    remedy="save the model itself, not its wrapper (merge_and_unload, accelerator.unwrap_model), with save_pretrained",
+)
+def wrapped_names(s: Subject) -> Iterator[Hit]:
+    names = [view.name for view in s.tensors if _WRAPPED.match(view.name) and not _LORA.search(view.name)]
+    if names and not any(_LORA.search(view.name) for view in s.tensors):
         yield s.tensors[0].file, f"{len(names)} of {len(s.tensors)} tensors: {listed(names, 2)}"
 
 
@@ -160,7 +179,7 @@ def layer_twice(s: Subject) -> Iterator[Hit]:
     remedy="drop lm_head.weight (GGUF: output.weight) and set tie_word_embeddings to true",
 )
 def head_copy(s: Subject) -> Iterator[Hit]:
-    if (view := s.by_key.get(_HEAD)) is not None and _same(view, s.by_key.get(_EMBEDDING)):
+    if (view := s.by_key.get(HEAD)) is not None and _same(view, s.by_key.get(EMBEDDING)):
         yield view.where, "equal to the embedding"
 
 
@@ -174,7 +193,7 @@ def head_copy(s: Subject) -> Iterator[Hit]:
     "programs to drop it",
 )
 def head_different(s: Subject) -> Iterator[Hit]:
-    view, embedding = s.by_key.get(_HEAD), s.by_key.get(_EMBEDDING)
+    view, embedding = s.by_key.get(HEAD), s.by_key.get(EMBEDDING)
     if view is not None and embedding is not None and _same(view, embedding) is False:
         tied = "tied" if s.config is not None and s.config.tie_word_embeddings and s.kind == HF else "untied"
         yield view.where, f"it differs from the embedding; the configuration calls them {tied}"
@@ -202,7 +221,7 @@ def _same(a: TensorView, b: TensorView | None) -> bool | None:
     remedy="quantise again with the embedding at Q8_0 (llama-quantize --token-embedding-type q8_0)",
 )
 def embedding_bits(s: Subject) -> Iterator[Hit]:
-    view = s.by_key.get(_EMBEDDING)
+    view = s.by_key.get(EMBEDDING)
     if view is None or s.kind != GGUF:
         return
     bits = 8 * BLOCKS[view.form].bytes / BLOCKS[view.form].elements if view.form is not None else None
@@ -248,15 +267,17 @@ def norm_offset_likely(s: Subject) -> Iterator[Hit]:
 
 @rule(
     "type-unread",
-    NOTE,
+    ERROR,
     "Tensors are of a type that gemkit does not read; their numbers were not inspected.",
     why="gemkit cannot run this file; other programs may",
     remedy="for gemkit, take BF16, Q8_0, Q6_K, Q5_K, Q4_K or Q4_0",
+    causes=("unloadable",),
 )
 def type_unread(s: Subject) -> Iterator[Hit]:
     types: dict[str, int] = {}
-    for view in s.tensors:
-        if view.form is None and not is_of_another_tower(view.name):
+    # Of a model that loads, it is a tensor that nobody reads
+    for view in s.tensors if s.checkpoint is None else ():
+        if view.form is None and not image_part(view.name):
             types[view.type] = types.get(view.type, 0) + 1
     for kind, count in types.items():
         yield s.path.name, f"{count} tensors are {kind}"
@@ -267,6 +288,7 @@ RULES = (
     tensor_extra,
     tensor_shape,
     lora_names,
+    wrapped_names,
     not_finite,
     all_zero,
     layer_twice,

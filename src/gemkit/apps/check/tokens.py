@@ -1,22 +1,20 @@
-"""Rules about the tokenizer, the ids that begin and end a text, and the chat template."""
+"""Rules about the tokenizer and the ids that begin and end a text."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-from gemkit.apps.check.finding import ERROR, NOTE, WARNING, Hit, listed, rule
-from gemkit.apps.check.subject import GGUF, HF, KERAS, Subject
+from gemkit.apps.check.finding import ERROR, WARNING, Hit, listed, rule
+from gemkit.apps.check.subject import GGUF, HF, Subject
+from gemkit.apps.check.template import closer
 from gemkit.arch.config import STOP_TOKEN_IDS
 from gemkit.text.special import CORE, END_OF_TURN, START_OF_TURN, is_control_piece
 
-# Rows that the published models have beyond their pieces (Gemma 3: a multiple of 64 and room for images).
-_SPARE_ROWS = 64
+# Rows that published files have beyond their pieces: 64 in Gemma 3, 128 in Flax and some exports of Gemma 1
+_SPARE_ROWS = 128
 # Published text models have this piece in the tokenizer and no row for it.
 _IMAGE = "<image_soft_token>"
-
-_SYSTEM_RAISES = re.compile(r"==\s*['\"]system['\"]\s*-?%\}\s*\{\{-?\s*raise_exception")
-_WRITES_BOS = re.compile(r"\{\{-?\s*bos_token|<bos>")
 
 
 def _eos(s: Subject) -> int:
@@ -32,7 +30,7 @@ def _eos(s: Subject) -> int:
     causes=("stop-text",),
 )
 def stop_turn(s: Subject) -> Iterator[Hit]:
-    if s.kind != HF or not s.answers or s.end_of_turn is None:
+    if s.kind != HF or not s.answers or s.end_of_turn is None or closer(s) not in (None, END_OF_TURN):
         return
     if not s.said_eos and not s.broken:
         yield "config.json: eos_token_id", "it is not there, and there is no generation_config.json"
@@ -50,6 +48,8 @@ def stop_turn(s: Subject) -> Iterator[Hit]:
 )
 def stop_turn_gguf(s: Subject) -> Iterator[Hit]:
     ids = [i for row in s.said_eos.values() for i in row]
+    if closer(s) not in (None, END_OF_TURN):
+        return
     if s.kind == GGUF and s.answers and s.end_of_turn is not None and s.end_of_turn not in ids:
         yield f"{s.facts}: tokenizer.ggml.eot_token_id", f"the end ids are {listed(ids) or 'missing'}"
 
@@ -139,92 +139,12 @@ def bos_id(s: Subject) -> Iterator[Hit]:
 
 
 @rule(
-    "bos-doubled",
-    ERROR,
-    "The template or the tokenizer itself writes <bos> more than once.",
-    why="a second <bos> lowers the quality of everything that follows",
-    remedy="keep one {{ bos_token }} at the template's start, and one <bos> in the post_processor",
-)
-def bos_doubled(s: Subject) -> Iterator[Hit]:
-    if s.template and len(_WRITES_BOS.findall(s.template)) > 1 and "{%" in s.template:
-        start = s.template[: s.template.index("{%")]
-        if len(_WRITES_BOS.findall(start)) > 1:
-            yield s.where_template, "it starts with several <bos>"
-    if s.tokens is not None and (s.tokens.writes_bos or 0) > 1:
-        yield "tokenizer.json: post_processor", f"it writes {s.tokens.writes_bos} <bos>"
-
-
-@rule(
-    "template-missing",
-    ERROR,
-    "An instruction-tuned model has no chat template.",
-    why="programs refuse to chat, or put the turns in a form that the model does not know",
-    remedy="copy chat_template from the instruction-tuned model that it was made from",
-)
-def template_missing(s: Subject) -> Iterator[Hit]:
-    if s.answers and not s.template and s.kind != KERAS:
-        where = f"{s.facts}: tokenizer.chat_template" if s.kind == GGUF else "tokenizer_config.json: chat_template"
-        yield where, "it is not there"
-
-
-@rule(
-    "template-turn",
-    ERROR,
-    "The chat template does not write <start_of_turn> and <end_of_turn>.",
-    why="the model knows turns by these tokens alone; with another form it answers badly and does not stop",
-    remedy="use the published template, of which every turn ends with <end_of_turn> and a line break",
-)
-def template_turn(s: Subject) -> Iterator[Hit]:
-    if s.template:
-        lacking = [piece for piece in (START_OF_TURN, END_OF_TURN) if piece not in s.template]
-        if lacking:
-            yield s.where_template, f"it lacks {listed(lacking)}"
-
-
-@rule(
-    "template-prompt",
-    WARNING,
-    "The chat template cannot open the model's turn.",
-    why="with add_generation_prompt nothing is added: the model goes on with the user's turn instead of answering",
-    remedy="end the template with {% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
-)
-def template_prompt(s: Subject) -> Iterator[Hit]:
-    if s.template and s.answers and "add_generation_prompt" not in s.template:
-        yield s.where_template, "it does not ask for add_generation_prompt"
-
-
-@rule(
-    "template-system",
-    NOTE,
-    "A Gemma 3's chat template refuses messages with the role system.",
-    why="a request with a system prompt fails in programs that use the template; the published Gemma 3 template puts "
-    "it in front of the first user's text",
-    remedy="take the chat_template of the published Gemma 3",
-)
-def template_system(s: Subject) -> Iterator[Hit]:
-    # Those of Gemma 1 and 2 were published so
-    if s.family == "gemma3_text" and s.template and _SYSTEM_RAISES.search(s.template):
-        yield s.where_template, "it raises on the role system"
-
-
-@rule(
-    "template-pretrained",
-    WARNING,
-    "A pretrained model has a chat template.",
-    why="programs take it for a chat model and get poor answers: it was never taught turns",
-    remedy="remove the template, or load the instruction-tuned model",
-)
-def template_pretrained(s: Subject) -> Iterator[Hit]:
-    if s.template and s.tuned is False:
-        yield s.where_template, f"the name says pretrained: {s.name}"
-
-
-@rule(
     "tokenizer-missing",
     ERROR,
     "There is no tokenizer.",
     why="text cannot be turned into tokens, and another model's tokenizer gives nonsense",
     remedy="copy tokenizer.model or tokenizer.json from the base model (KerasHub: assets/tokenizer/vocabulary.spm)",
+    causes=("unloadable",),
 )
 def tokenizer_missing(s: Subject) -> Iterator[Hit]:
     if s.tokens is None and not any("tokenizer" in where for where, _ in s.broken):
@@ -238,7 +158,7 @@ def tokenizer_missing(s: Subject) -> Iterator[Hit]:
     "A control token is not where every Gemma has it (<pad> 0, <eos> 1, <bos> 2, <unk> 3, the turn tokens in a row).",
     why="programs and weights disagree about what these ids mean",
     remedy="take the tokenizer of the base model unchanged",
-    causes=("stop-turn", "stop-turn-gguf", "stop-text", "stop-wrong"),
+    causes=("unloadable", "tokenizer-differs", "stop-turn", "stop-turn-gguf", "stop-text", "stop-wrong"),
 )
 def special_ids(s: Subject) -> Iterator[Hit]:
     if s.tokens is None:
@@ -249,6 +169,8 @@ def special_ids(s: Subject) -> Iterator[Hit]:
             yield s.tokens.where, f"{piece} is {'missing' if piece not in ids else f'at {ids[piece]}'}, not at {wanted}"
     start, end = ids.get(START_OF_TURN), ids.get(END_OF_TURN)
     wanted = STOP_TOKEN_IDS.get(s.family, (None, end))[1]
+    if start is None and end is None and closer(s):
+        return  # tuned to turns of another kind, of which the template tells
     if end is None or start is None or end != start + 1 or end != wanted:
         yield s.tokens.where, f"{START_OF_TURN} is at {start} and {END_OF_TURN} at {end}, which should be {wanted}"
 
@@ -297,6 +219,7 @@ def tokenizer_config(s: Subject) -> Iterator[Hit]:
     "The tokenizer has ids for which the embedding has no row.",
     why="a text with such a token ends in an index error, or reads foreign memory",
     remedy="resize the embedding (model.resize_token_embeddings) and save again, or take out the added tokens",
+    causes=("unloadable",),
 )
 def tokens_past_rows(s: Subject) -> Iterator[Hit]:
     if s.tokens is None or s.config is None:
@@ -327,12 +250,6 @@ RULES = (
     bos_off,
     bos_unsaid,
     bos_id,
-    bos_doubled,
-    template_missing,
-    template_turn,
-    template_prompt,
-    template_system,
-    template_pretrained,
     tokenizer_missing,
     special_ids,
     control_type,
