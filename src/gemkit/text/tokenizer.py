@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gemkit.text.vocabulary import Vocabulary
 
 # To be changed whenever the model written from the same vocabulary changes.
-_CACHE_FORMAT = b"gemkit tokenizer 1\n"
+_CACHE_FORMAT = b"gemkit tokenizer 2\n"
 # Byte order marks, with which JSON may start.
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
