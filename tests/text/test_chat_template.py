@@ -195,10 +195,12 @@ def comparisons(monkeypatch, tmp_path):
 
 
 def test_published_templates_are_known_without_running_them(comparisons):
-    for source in (published_gemma3(), published_gemma3().replace("\n", "\r\n") + "\n"):
+    for source in (published_gemma3(), published_gemma3().replace("\n", "\r\n") + "\n", DEFAULT_TEMPLATE):
         assert renders_gemma_turns(source)
     assert not comparisons
-    assert chat_template._compare(published_gemma3())  # and the comparison would say the same
+    assert chat_template._compare(published_gemma3()) and chat_template._compare(
+        DEFAULT_TEMPLATE
+    )  # and the comparison would say the same
 
 
 def test_googles_templates_need_no_jinja():
@@ -210,7 +212,12 @@ def test_googles_templates_need_no_jinja():
 
 
 def test_others_that_render_the_same_are_compared_once(comparisons):
-    for source in (GEMMA1, "{{ bos_token }}" + GEMMA1, DEFAULT_TEMPLATE, published_gemma3() + "{# a note #}"):
+    for source in (
+        GEMMA1,
+        "{{ bos_token }}" + GEMMA1,
+        DEFAULT_TEMPLATE + "{# a note #}",
+        published_gemma3() + "{# a note #}",
+    ):
         assert renders_gemma_turns(source) and renders_gemma_turns(source)
         template = ChatTemplate(source, renamed())
         messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]

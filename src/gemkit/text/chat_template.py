@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gemkit.cache import cache_dir, try_atomic_write
 from gemkit.errors import GemkitError
 from gemkit.text import chat
+from gemkit.text.template import DEFAULT_TEMPLATE
 from gemkit.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -162,13 +163,13 @@ class ChatTemplate:
 
 
 def renders_gemma_turns(source: str) -> bool:
-    """Says whether a template renders Google's turns: it is a published one, or it does so in sample conversations.
+    """Says whether a template renders Google's turns: it is a published one, gemkit's, or does so in samples.
 
     The verdict on an unknown template is kept in the cache folder. False for one that cannot be run.
     """
     text = source.replace("\r\n", "\n").strip()
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    if digest in _PUBLISHED:
+    if digest in _PUBLISHED or text == DEFAULT_TEMPLATE:
         return True
     name = hashlib.sha256(_CACHE_FORMAT + digest.encode()).hexdigest()[:32]
     try:
