@@ -6,7 +6,10 @@ TORCH_INDEX ?=
 PROMPT ?= Once upon a time, in a small village by the sea,
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-JOBS ?= 2
+# Compilers and test programs at a time.
+JOBS ?= $(or $(shell getconf _NPROCESSORS_ONLN 2>/dev/null),2)
+# Processes that run pytest: one for each core, as far as memory goes (tests/conftest.py); 0 runs it in this one.
+WORKERS ?= auto
 
 BIN := $(VENV)/bin
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
@@ -32,7 +35,7 @@ CTEST = $(BIN)/ctest --output-on-failure --no-tests=error --test-dir
 .PHONY: help run test test-native test-cross parity lint format bench constraints docs clean
 help:
 	@echo "make run          install gemkit with the demo model and generate text: PROMPT='...'"
-	@echo "make test         native tests (plain, sanitizers, emulated AVX-512), test-cross, then pytest: PYTEST_ARGS='...'"
+	@echo "make test         native tests (plain, sanitizers, emulated AVX-512), test-cross, then pytest: PYTEST_ARGS='...' WORKERS=1"
 	@echo "make test-cross   native tests on emulated ARM; whether the code compiles for Windows and macOS"
 	@echo "make parity       every implementation against the reference, as a table, into docs/parity.md"
 	@echo "make lint         ruff and clang-format, check only; make format applies them"
@@ -46,23 +49,23 @@ run: $(VENV)/.run
 	$(BIN)/gemkit generate demo --prompt "$(PROMPT)" --max-tokens 64 --temp 0 --verbose
 
 test: $(VENV)/.test test-native test-cross
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The last configuration runs the AVX-512 kernels through SIMDe, where its headers are: Debian's libsimde-dev.
 test-native: $(VENV)/.test
 	$(CONFIGURE) -B build/plain -DCMAKE_BUILD_TYPE=Release
 	$(BIN)/cmake --build build/plain -j $(JOBS)
-	$(CTEST) build/plain
+	$(CTEST) build/plain -j $(JOBS)
 	$(CONFIGURE) -B build/asan -DGEMKIT_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/asan -j $(JOBS)
-	$(CTEST) build/asan
+	$(CTEST) build/asan -j $(JOBS)
 	$(CONFIGURE) -B build/tsan -DGEMKIT_SANITIZE=thread
 	$(BIN)/cmake --build build/tsan -j $(JOBS)
-	$(CTEST) build/tsan
+	$(CTEST) build/tsan -j $(JOBS)
 ifneq ($(wildcard /usr/include/simde/x86/avx512.h),)
 	$(CONFIGURE) -B build/simde -DCMAKE_BUILD_TYPE=Release -DGEMKIT_SIMDE_AVX512=ON
 	$(BIN)/cmake --build build/simde -j $(JOBS)
-	$(CTEST) build/simde
+	$(CTEST) build/simde -j $(JOBS)
 else
 	@echo "not run: the emulated AVX-512 kernels, which need SIMDe's headers (Debian: libsimde-dev)"
 endif

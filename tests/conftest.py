@@ -1,5 +1,8 @@
 """Shared by all tests: puts ``tests/`` on the path, so that a suite can say ``from parity.cases import CASES``.
 
+With pytest-xdist a file's tests stay together (``--dist loadfile``), since its fixtures are models; the files that take
+longest come first, so that no process is left with one of them at the end.
+
 Caches go to build/test-cache, not to the user's; GEMKIT_CACHE overrides it. The user's defaults do not count.
 """
 
@@ -11,3 +14,24 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("GEMKIT_CACHE", str(Path(__file__).parent.parent / "build" / "test-cache"))
 os.environ["GEMKIT_CONFIG"] = ""
 os.environ.pop("GEMKIT_MODEL", None)
+
+_WORKER_BYTES = 8 << 30  # three frameworks and what the tests hold
+_LONG = ("models", "parity", "docs")
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """One process for each core that may be used, as far as memory goes."""
+    from gemkit import _native
+    from gemkit.models.native.room import free_memory
+
+    free = free_memory()
+    return max(1, min(_native.cores(), 64 if free is None else free // _WORKER_BYTES))
+
+
+def pytest_collection_modifyitems(items) -> None:
+    here = Path(__file__).parent
+
+    def order(item) -> bool:
+        return here not in item.path.parents or item.path.relative_to(here).parts[0] not in _LONG
+
+    items.sort(key=order)

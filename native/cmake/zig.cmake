@@ -22,6 +22,7 @@ set(CMAKE_CXX_COMPILER ${GEMKIT_ZIG} c++)
 set(CMAKE_CXX_COMPILER_TARGET ${GEMKIT_ZIG_TARGET})
 set(CMAKE_CXX_ARCHIVE_CREATE "${GEMKIT_ZIG} ar qc <TARGET> <OBJECTS>")
 set(CMAKE_CXX_ARCHIVE_FINISH "")
+set(CMAKE_CXX_FLAGS_INIT -fno-sanitize=undefined)  # without optimisation zig adds checks, which take as long again
 set(GEMKIT_NEON_FLAGS -mcpu=generic+dotprod)  # zig reads -march as a processor
 if(CMAKE_SYSTEM_NAME STREQUAL "Windows")
   find_program(GEMKIT_WINE NAMES wine64 wine)
