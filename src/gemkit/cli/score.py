@@ -48,7 +48,7 @@ def command(
 
     The text is what comes after MODEL, or --text, or a file, or else what is piped in.
     A text longer than a window is cut into windows; each begins again after a BOS token. A perplexity too large for a
-    number is printed as exp(…), and null in JSON.
+    number is printed as exp(...), and null in JSON.
     """
     model, words = split_text(click.get_current_context(), model, words, text is None and path is None)
     if bool(words) + (text is not None) + (path is not None) > 1:

@@ -140,6 +140,9 @@ def test_refusals_name_the_fault(found, backend):
         "the prompt has 4096 tokens and the context holds 4096",
         "max_tokens is 0",
         "temperature is -1",
+        "ids are None",
+        "max_tokens is 'x'",
+        "stop_ids are 5",
     ]
     messages = found(backend)["refusals"]
     assert len(messages) == len(starts)

@@ -202,6 +202,9 @@ def refusals() -> list[str]:
         lambda: decoder.generate([2] * 4096, 3),
         lambda: decoder.generate([2], 0),
         lambda: decoder.generate([2], 3, temperature=-1),
+        lambda: decoder.generate(None, 3),
+        lambda: decoder.generate([2], "x"),
+        lambda: decoder.generate([2], 3, stop_ids=5),
     ]
     messages = []
     for attempt in attempts:

@@ -6,13 +6,13 @@ runs in one shape (or in chunks of `CHUNK`), every later token in another, and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from gemkit.engine.runner import Batch
 from gemkit.engine.sampling import Sampling
-from gemkit.errors import UsageError
+from gemkit.errors import UsageError, brief, whole_number
 from gemkit.models.keras.steps import Cached, Steps
 from gemkit.models.padded import bucket
 
@@ -50,13 +50,19 @@ class Generator:
         Raises UsageError for a bad value, and for a prompt that leaves no room in the model's context.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, logprobs=None)
+        if not isinstance(ids, Sequence | np.ndarray) or isinstance(ids, str | bytes):
+            raise UsageError(f"ids are {brief(ids)}; give a list of token ids, or a list of such lists")
         one = len(ids) > 0 and np.ndim(ids[0]) == 0
         prompts = [self._checked(prompt) for prompt in ([ids] if one else ids)]
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-            raise UsageError(f"max_tokens is {max_tokens!r}; give a whole number from 1")
-        stop = set(self._decoder.config.stop_token_ids if stop_ids is None else stop_ids)
+        most = whole_number(max_tokens)
+        if most is None or most < 1:
+            raise UsageError(f"max_tokens is {brief(max_tokens)}; give a whole number from 1")
+        given = self._decoder.config.stop_token_ids if stop_ids is None else stop_ids
+        stop = set(map(whole_number, given)) if isinstance(given, Iterable) else {None}
+        if None in stop:
+            raise UsageError(f"stop_ids are {brief(stop_ids)}; give a list of token ids")
         try:
-            found = self._generate(prompts, max_tokens, sampling, stop) if prompts else []
+            found = self._generate(prompts, most, sampling, stop) if prompts else []
         finally:
             self.steps.clear()
         return found[0] if one else found
