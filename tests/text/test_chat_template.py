@@ -1,6 +1,7 @@
 """A model's own chat template: the ids that transformers gives for it, and control tokens that none can forge."""
 
 import random
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from parity import llama_cpp
 from text.templates import CHATML, DEVELOPER, FUNCTIONS, NAMES, TEMPLATES, TOOLS, _vocabulary, oracle, renamed
 from text.test_chat import conversations
 
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, GemkitWarning
 from gemkit.text import chat, chat_template
 from gemkit.text.chat_template import ChatTemplate, renders_gemma_turns
 from gemkit.text.template import DEFAULT_TEMPLATE
@@ -306,11 +307,6 @@ def test_special_tokens_of_the_file():
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
         ("{{ nothing() }}", "'nothing' is undefined"),
         ("{% include 'x' %}", "cannot be followed"),
-        (
-            "{{ bos_token }}<|no_such|>{{ messages[0].content }}",
-            r"it writes <\|no_such\|>, a control token that the voc",
-        ),
-        ("{{ '<|' ~ messages[0].role ~ 'x|>' }}", r"it writes <\|userx\|>"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 10 seconds"),
     ],
 )
@@ -329,6 +325,26 @@ def test_what_cannot_be_rendered_is_refused_in_one_line(source, words, monkeypat
 
 def with_seconds(function, seconds):
     return lambda self, _: function(self, seconds)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("{{ bos_token }}<|no_such|>user\n{{ messages[0].content }}<|no_such|>\n", "<|no_such|>"),
+        ("{{ bos_token }}{{ '<|' ~ messages[0].role ~ 'x|>' }}{{ messages[0].content }}", "<|userx|>"),
+    ],
+)
+def test_a_template_of_missing_tokens_is_followed_as_plain_text(source, name):
+    """A model tuned on such turns without new tokens: transformers gives these ids; it is said once."""
+    template = ChatTemplate(source, renamed(), "Mine")
+    messages = [{"role": "user", "content": "é and b"}]
+    text = oracle().apply_chat_template(messages, chat_template=source, tokenize=False)
+    with pytest.warns(GemkitWarning, match=f"of Mine writes {re.escape(name)}, which the vocabulary lacks"):
+        ids = template.render(messages, False)
+    assert ids == oracle()(text, add_special_tokens=False).input_ids
+    messages = [{"role": "user", "content": f"b{name}b"}]  # once is enough: a second warning would be an error here
+    text = oracle().apply_chat_template(messages, chat_template=source, tokenize=False)
+    assert renamed().decode(template.render(messages, False), skip_control=False) == text
 
 
 def test_a_text_that_names_a_missing_token_is_a_text():

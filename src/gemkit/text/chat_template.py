@@ -8,12 +8,13 @@ message says never becomes a control token.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from gemkit.cache import cache_dir, try_atomic_write
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, GemkitWarning, listed
 from gemkit.text import chat
 from gemkit.text.template import DEFAULT_TEMPLATE
 from gemkit.text.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ class ChatTemplate:
         self.source, self.name = source, name
         self._tokenizer = tokenizer
         self._special = dict(special_tokens or {})
+        self._warned = False
 
     @classmethod
     def of(cls, checkpoint: Any, tokenizer: Tokenizer) -> ChatTemplate:
@@ -127,6 +129,18 @@ class ChatTemplate:
                 raise
         return self._ids(whole, add, tools)  # the template knows no content in parts
 
+    def _warn(self, missing: list[str]) -> None:
+        """Warns once of control tokens that the template writes and the vocabulary lacks."""
+        if missing and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the chat template{f' of {self.name}' if self.name else ''} writes {listed(missing)}, which the "
+                "vocabulary lacks: plain text takes the place of control tokens, as in transformers; "
+                "--chat-template gemma gives Google's turns",
+                GemkitWarning,
+                stacklevel=4,
+            )
+
     def _ids(
         self, messages: list[dict[str, Any]], add: bool, tools: list | None, unlike: str | None = None
     ) -> list[int]:
@@ -159,6 +173,7 @@ class ChatTemplate:
         # Where brackets in messages decide on control tokens, the template makes tokens of what messages say
         if control.tokens(safe) != control.tokens(text):
             text = safe
+        self._warn(control.missing(text))
         return self._tokenizer.with_bos(control.encode(text, marks))
 
 

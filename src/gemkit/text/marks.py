@@ -52,17 +52,19 @@ class ControlTokens:
     """The control tokens that a template's own text may name, and how text between them is encoded.
 
     They are the vocabulary's, and whole pieces in brackets that the template names though they are words there.
-    texts: the strings of the template and of its variables.
+    A control token that the vocabulary lacks is plain text, as in transformers and llama.cpp. texts: the strings of the
+    template and of its variables.
     """
 
     def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
         self._tokenizer = tokenizer
         written = {name for text in texts for shape in (_POSSIBLE, _CERTAIN) for name in shape.findall(text)}
         found = {name: tokenizer.find(name) for name in written}
-        ids = {name: token for name, token in found.items() if token is not None}
+        ids = tokenizer.control_names | {name: token for name, token in found.items() if token is not None}
         absent = {name for name, token in found.items() if token is None}
-        ids |= {name: _MISSING for name in absent if _CERTAIN.fullmatch(name) or is_control_piece(name.encode())}
-        self._names = ControlNames(tokenizer.control_names | ids)
+        missing = {name for name in absent if _CERTAIN.fullmatch(name) or is_control_piece(name.encode())}
+        self._names = ControlNames(ids)
+        self._marked = ControlNames(ids | dict.fromkeys(missing, _MISSING))
 
     def marked(self, value: Any, marks: Marks, brackets: bool = False) -> Any:
         """Returns a copy of plain data, its strings marked where they name control tokens.
@@ -87,7 +89,7 @@ class ControlTokens:
     def _mark(self, text: str, marks: Marks, brackets: bool) -> str:
         if brackets:
             return "".join(marks.of(character) if character in _BRACKETS else character for character in text)
-        while starts := [start for start, _, _ in self._names.find(text)]:
+        while starts := [start for start, _, _ in self._marked.find(text)]:
             text = _marked_at(text, starts, marks)
         return _marked_at(text, [found.start() for found in _CERTAIN.finditer(text)], marks)
 
@@ -96,18 +98,19 @@ class ControlTokens:
         return [token for _, _, token in self._names.find(text)]
 
     def encode(self, text: str, marks: Marks) -> list[int]:
-        """Returns the ids of a rendered text, with the marked characters put back.
-
-        Raises GemkitError if the template names a control token that the vocabulary lacks.
-        """
+        """Returns the ids of a rendered text, with the marked characters put back."""
         ids: list[int] = []
         end = 0
         for start, stop, token in self._names.find(text):
-            if token == _MISSING:
-                raise GemkitError(f"it writes {text[start:stop]}, a control token that the vocabulary lacks")
             ids += [*self._encode(text[end:start], marks), token]
             end = stop
         return ids + self._encode(text[end:], marks)
+
+    def missing(self, text: str) -> list[str]:
+        """The names in a rendered text that look like control tokens and are none in this vocabulary."""
+        names = [text[start:stop] for start, stop, token in self._marked.find(text) if token == _MISSING]
+        names += [name for name in _CERTAIN.findall(text) if self._tokenizer.find(name) is None]
+        return list(dict.fromkeys(names))
 
     def _encode(self, text: str, marks: Marks) -> list[int]:
         """The ids of text without names that were known beforehand; a template may build others of parts."""
@@ -115,10 +118,9 @@ class ControlTokens:
         end = 0
         for found in _CERTAIN.finditer(text):
             token = self._tokenizer.find(found[0])
-            if token is None:
-                raise GemkitError(f"it writes {found[0]}, a control token that the vocabulary lacks")
-            ids += [*self._encode_plain(text[end : found.start()], marks), token]
-            end = found.end()
+            if token is not None:
+                ids += [*self._encode_plain(text[end : found.start()], marks), token]
+                end = found.end()
         return ids + self._encode_plain(text[end:], marks)
 
     def _encode_plain(self, text: str, marks: Marks) -> list[int]:
