@@ -198,9 +198,13 @@ def test_broken_settings(tmp_path):
     read(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gemma", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
 def test_published_tokenizers(tmp_path, name):
-    """With the settings beside them, the ids of transformers, but for the HTML tags that Gemma 1's file leaves out."""
+    """With the settings beside them, the ids of transformers.
+
+    Gemma 1's file lists neither tags nor runs of white space as tokens; gemkit reads them as its tokenizer.model has
+    them (`tests/text/test_tokenizer.py`).
+    """
     data = gzip.decompress(data_file("tokenizers", f"{name}.tokenizer.json.gz").read_bytes())
     (tmp_path / "tokenizer.json").write_bytes(data)
     config = data_file("tokenizers", f"{name}.tokenizer_config.json").read_bytes()
@@ -212,8 +216,6 @@ def test_published_tokenizers(tmp_path, name):
     ours, theirs = Tokenizer.from_vocabulary(vocabulary), transformers.AutoTokenizer.from_pretrained(tmp_path)
     pieces = [piece.decode() for piece in vocabulary.pieces]
     text = real_strings(400, 3, random.Random(1).sample(pieces, 500), control=False)
-    text = [t for t in text if not (name == "gemma" and ("<" in t or "  " * 16 in t or "[toxicity" in t))]
-    assert len(text) > 200
     control = [str(t) for t in theirs.added_tokens_decoder.values() if is_control_piece(str(t).encode())]
     for one in text:
         if not any(name in one for name in control):
