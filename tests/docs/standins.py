@@ -25,6 +25,7 @@ from gemkit.weights.gguf_writer import write_gguf
 from gemkit.weights.hf_writer import write_hf
 from gemkit.weights.quant import GGMLType
 
+_FIXED = 494  # control tokens and bytes
 _PIECES = 512  # all control tokens and all bytes
 _DEMO_PIECES = 4096
 _FILLING = {67: "<|fim_prefix|>", 68: "<|fim_middle|>", 69: "<|fim_suffix|>", 70: "<|file_separator|>"}
@@ -37,15 +38,27 @@ def _demo_vocabulary() -> Vocabulary:
 
 
 def _vocabulary(family: str, count: int | None = _PIECES) -> Vocabulary:
-    """The demo's first pieces, with the control tokens where a family has them."""
+    """The demo's first pieces and the letters that they are made from, the control tokens where a family has them.
+
+    count: of the first pieces; None for all there are.
+    """
     whole = _demo_vocabulary()
-    pieces, types = list(whole.pieces[:count]), np.array(whole.types[:count])
+    chosen = np.arange(len(whole.pieces) if count is None else count)
+    if count is not None:
+        letters = [
+            i for i, piece in enumerate(whole.pieces) if i >= count and len(piece.decode("utf-8", "replace")) == 1
+        ]
+        ascii_letters = [i for i in letters if whole.pieces[i].isascii() or whole.pieces[i] == "▁".encode()]
+        known = {whole.pieces[i].decode() for i in ascii_letters}
+        kept = [i for i in chosen if i < _FIXED or set(whole.pieces[i].decode("utf-8", "replace")) <= known]
+        chosen = np.array([*kept, *ascii_letters])
+    pieces, types = [whole.pieces[i] for i in chosen], np.array(whole.types)[chosen]
     if family != "gemma3_text":
         pieces[105:108] = pieces[107], *pieces[105:107]
         for number, piece in _FILLING.items():
             pieces[number] = piece.encode()
         types[105:108] = types[107], *types[105:107]
-    return Vocabulary(pieces, np.array(whole.scores[:count]), types)
+    return Vocabulary(pieces, np.array(whole.scores)[chosen], types)
 
 
 def _config(family: str, pieces: int) -> ModelConfig:
