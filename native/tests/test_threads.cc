@@ -109,7 +109,9 @@ void test_dealing(int size) {
 
 }  // namespace
 
-int main() {
+// An emulator's short run leaves forks out: QEMU cannot start threads in the child of a process that has some.
+int main(int argc, char** argv) {
+  const bool whole = !short_run(argc, argv);
   test_shares();
   for (int size : {1, 2, 3, 8}) test_dealing(size);
   for (int size : {1, 2, 3, 8}) {
@@ -118,6 +120,6 @@ int main() {
     }  // goes as it came, without a run
     test_phases(size);
     test_denormals(size);
-    test_forks(size);
+    if (whole) test_forks(size);
   }
 }
