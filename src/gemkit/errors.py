@@ -22,7 +22,7 @@ class GemkitWarning(UserWarning):
 def listed(names: Iterable[object], most: int = 4) -> str:
     """Joins names for a message, the first few of many. Example: ``listed("abcdef", 2)`` is "a, b and 4 more"."""
     names = list(names)
-    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def brief(value: object) -> str:

@@ -170,6 +170,11 @@ def load_options(command: Callable) -> Callable:
     return collected
 
 
+def files_option(help: str) -> Callable:
+    """Add `--file`, which may be repeated; `-` is standard input."""
+    return click.option("-f", "--file", "files", multiple=True, type=click.Path(allow_dash=True), help=help)
+
+
 def special_option(help: str) -> Callable:
     """Add `--special`, with which the names of control tokens in the text are those tokens."""
     return click.option("--special", is_flag=True, help=help)

@@ -10,6 +10,7 @@ from gemkit.cli.command import Verb
 from gemkit.cli.common import (
     Text,
     default_model_argument,
+    files_option,
     import_numpy,
     json_option,
     load_options,
@@ -30,14 +31,7 @@ BATCH = 64
 @click.command("embed", cls=Verb, short_help="Print a vector for each text.")
 @default_model_argument
 @click.argument("words", metavar="[TEXT]...", nargs=-1, type=Text())
-@click.option(
-    "-f",
-    "--file",
-    "files",
-    multiple=True,
-    type=click.Path(allow_dash=True),
-    help="A UTF-8 file with a text in each line; may be repeated.",
-)
+@files_option("A UTF-8 file with a text in each line; may be repeated.")
 @special_option("Read control tokens such as <start_of_turn> in the texts.")
 @click.option(
     "-o",

@@ -15,6 +15,7 @@ from gemkit.cli.command import Verb
 from gemkit.cli.common import (
     Text,
     default_model_argument,
+    files_option,
     given,
     import_numpy,
     json_option,
@@ -61,14 +62,7 @@ def _whole(*names: str, default: int | None = None, help: str) -> Callable:
 @default_model_argument
 @click.argument("words", metavar="[PROMPT]", nargs=-1, type=Text())
 @click.option("-p", "--prompt", type=Text(), help="The prompt, if it is no argument; - reads standard input.")
-@click.option(
-    "-f",
-    "--file",
-    "files",
-    multiple=True,
-    type=click.Path(allow_dash=True),
-    help="A UTF-8 file to put after the prompt, or in its place; may be repeated.",
-)
+@files_option("A UTF-8 file to put after the prompt, or in its place; may be repeated.")
 @click.option("--system-prompt", type=Text(), help="Instructions put before the prompt (instruction-tuned models).")
 @click.option("--suffix", type=Text(), help="Fill the gap between the prompt and this text (CodeGemma).")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")

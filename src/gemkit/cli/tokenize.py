@@ -8,6 +8,7 @@ from gemkit.cli.command import Verb
 from gemkit.cli.common import (
     Text,
     default_model_argument,
+    files_option,
     json_option,
     print_json,
     special_option,
@@ -24,14 +25,7 @@ if TYPE_CHECKING:
 @click.command("tokenize", cls=Verb, short_help="Print the tokens of a text.")
 @default_model_argument
 @click.argument("words", metavar="[TEXT]", nargs=-1, type=Text())
-@click.option(
-    "-f",
-    "--file",
-    "files",
-    multiple=True,
-    type=click.Path(allow_dash=True),
-    help="A UTF-8 file with the text; may be repeated.",
-)
+@files_option("A UTF-8 file with the text; may be repeated.")
 @special_option("Read control tokens such as <start_of_turn> in the text.")
 @click.option("--chat", is_flag=True, help="Take the text as a user's message, in MODEL's chat template.")
 @click.option("--no-bos", is_flag=True, help="Leave out the BOS token, which a prompt begins with.")

@@ -11,8 +11,7 @@ import numpy as np
 
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.tensors import manifest
-from gemkit.errors import GemkitError
-from gemkit.weights.folder import listed
+from gemkit.errors import GemkitError, listed
 from gemkit.weights.quant import GGMLType, dequantise, nbytes, quantise
 
 if TYPE_CHECKING:

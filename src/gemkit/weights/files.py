@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, listed
 from gemkit.weights import folder
 from gemkit.weights.checkpoint import Checkpoint
 
@@ -67,20 +67,20 @@ def one_gguf(path: Path, ggufs: list[str]) -> str:
     if len(ggufs) == 1 or folder.are_parts(ggufs):
         return ggufs[0]
     models = sorted({folder.unsplit(name): name for name in reversed(ggufs)}.values())
-    raise GemkitError(f"{path} holds {len(models)} GGUF models: give the path of one of {folder.listed(models, 8)}")
+    raise GemkitError(f"{path} holds {len(models)} GGUF models: give the path of one of {listed(models, 8)}")
 
 
 def _no_model(path: Path, names: list[str]) -> str:
     if folder.ADAPTER_CONFIG in names or any(map(folder.is_adapter_file, names)):
         return f"holds an adapter{_base_of(path)}, not a model: give the model's path, and this one as --adapter-path"
     if found := folder.safetensors_of(names):
-        return f"has {folder.listed(found)} and no {folder.CONFIG}: get that file too"
+        return f"has {listed(found)} and no {folder.CONFIG}: get that file too"
     if found := [name for name in names if name.lower().endswith(".gguf")]:
-        return f"holds no model, only {folder.listed(found)}: give the path of a model"
+        return f"holds no model, only {listed(found)}: give the path of a model"
     if found := folder.pickles_of(names):
-        return f"has {folder.listed(found)} and no {folder.CONFIG}: give the path of one model"
+        return f"has {listed(found)} and no {folder.CONFIG}: give the path of one model"
     if inner := sorted(child.parent.name for child in path.glob("*/" + folder.CONFIG)):
-        return f"holds no model itself, but there are some in it: give one, such as {folder.listed(inner)}"
+        return f"holds no model itself, but there are some in it: give one, such as {listed(inner)}"
     return f"holds no GGUF files and no {folder.CONFIG}: give the path of one model"
 
 

@@ -104,10 +104,3 @@ def pickles_of(names: Iterable[str]) -> list[str]:
         if name.endswith(_PICKLES)
         and not (name.rsplit("/", 1)[-1] in _TRAINING or name.rsplit("/", 1)[-1].startswith("rng_state"))
     )
-
-
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """Some names for a message; the rest is counted. Example: "a, b, c and 22 more"."""
-    names = list(names)
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -9,8 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from gemkit.errors import GemkitError
-from gemkit.weights.folder import listed
+from gemkit.errors import GemkitError, listed
 from gemkit.weights.gguf_file import GGUFFile, GGUFTensor, shown
 
 _NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, listed
 from gemkit.text.special import COPY, SPACE, is_control_piece
 from gemkit.text.vocabulary import PieceType, Vocabulary
-from gemkit.weights.folder import listed
 from gemkit.weights.gguf_file import STRING, GGUFArray, GGUFFile, shown
 
 _KEYS = re.compile(r"tokenizer\.ggml\.(model|tokens|scores|token_type|\w+_token_id)")

@@ -19,9 +19,8 @@ import numpy as np
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.hf_config import left_out
 from gemkit.arch.tensors import manifest
-from gemkit.errors import GemkitError, GemkitWarning
+from gemkit.errors import GemkitError, GemkitWarning, listed
 from gemkit.weights.checkpoint import Tensor, check
-from gemkit.weights.folder import listed
 from gemkit.weights.quant import GGMLType, dequantise
 from gemkit.weights.safetensors import TYPES, Entry, ShardedFiles, shown
 

@@ -18,9 +18,8 @@ import numpy as np
 
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.tensors import manifest
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, listed
 from gemkit.weights import names
-from gemkit.weights.folder import listed
 from gemkit.weights.json_file import read_object
 from gemkit.weights.quant import dequantise
 from gemkit.weights.safetensors import TYPES, SafetensorsFile, shown

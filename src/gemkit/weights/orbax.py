@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 
 from gemkit.arch.config import ModelConfig
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, listed
 from gemkit.weights import flax_names
 from gemkit.weights.checkpoint import Checkpoint, Tensor
 from gemkit.weights.flax_names import Row
-from gemkit.weights.folder import listed
 from gemkit.weights.json_file import read_object
 from gemkit.weights.official import Sizes, find_config, make_checkpoint
 from gemkit.weights.quant import GGMLType

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, listed
 from gemkit.weights import folder as rules
 from gemkit.weights.folder import INDEX, SINGLE
 from gemkit.weights.git_lfs import HEAD, refuse_pointer
@@ -249,18 +249,18 @@ def _no_weights(files: list[str], names: list[str], inner: list[str]) -> str:
     if any(map(rules.is_shard, names)):
         return f"has shards of a model but no {INDEX}: get that file too"
     if names:
-        return f"has {len(names)} safetensors files and none named {SINGLE} ({rules.listed(names)}): leave one there"
+        return f"has {len(names)} safetensors files and none named {SINGLE} ({listed(names)}): leave one there"
     if any(map(rules.is_adapter_file, files)):
         return "holds an adapter, not a model: give the model's path, and this one as --adapter-path"
     if pickles := rules.pickles_of(files):
         return (
-            f"has no safetensors, only pickled weights ({rules.listed(pickles)}), which can run programs: get a "
+            f"has no safetensors, only pickled weights ({listed(pickles)}), which can run programs: get a "
             "version in safetensors, or save it again with transformers where you trust it (save_pretrained)"
         )
     if "zero_to_fp32.py" in files:
         return "holds the parts of a DeepSpeed run, not a model: run its zero_to_fp32.py, with --safe_serialization"
     if inner:
-        return f"has no safetensors files, but there are models in it: give one, such as {rules.listed(inner)}"
+        return f"has no safetensors files, but there are models in it: give one, such as {listed(inner)}"
     return "has no safetensors files: check the path"
 
 

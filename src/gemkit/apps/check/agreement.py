@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator, Mapping
 
 from gemkit.apps.check.config import expected_slides, slides
-from gemkit.apps.check.finding import ERROR, NOTE, WARNING, Hit, listed, rule
+from gemkit.apps.check.finding import ERROR, NOTE, WARNING, Hit, rule
 from gemkit.apps.check.subject import GGUF, HF, Subject
+from gemkit.errors import listed
 from gemkit.text.special import CORE
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"

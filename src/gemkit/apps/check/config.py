@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from gemkit.apps.check.finding import ERROR, WARNING, Hit, listed, rule
+from gemkit.apps.check.finding import ERROR, WARNING, Hit, rule
 from gemkit.apps.check.subject import GGUF, HF, Subject
 from gemkit.arch.config import LayerSpec, ModelConfig
 from gemkit.arch.hf_config import left_out
 from gemkit.arch.presets import PRESETS
+from gemkit.errors import listed
 
 # What all published models of a family have in common; read from the presets, so that no number is written twice.
 _OF_FAMILY: dict[str, list[ModelConfig]] = {}

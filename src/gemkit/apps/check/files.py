@@ -9,10 +9,11 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from gemkit.apps.check.finding import ERROR, NOTE, WARNING, Hit, listed, rule
+from gemkit.apps.check.finding import ERROR, NOTE, WARNING, Hit, rule
 from gemkit.apps.check.folder import is_adapter
 from gemkit.apps.check.keras import FILES, SHARDS, SINGLE
 from gemkit.apps.check.subject import GGUF, GOOGLE, HF, KERAS, Subject
+from gemkit.errors import listed
 
 TERMS = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 _TERMS = re.compile(r"gemma terms of use|ai\.google\.dev/gemma/terms|^license:\s*[\"']?gemma", re.IGNORECASE | re.M)

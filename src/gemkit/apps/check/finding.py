@@ -68,10 +68,3 @@ def fault_of(path: Path, fault: object) -> str:
     """What a reader says of a file, without the path in front of it and the advice behind it."""
     text = str(fault).removeprefix(str(path)).lstrip(": ")
     return text.removesuffix("; the file is damaged: get it again").removesuffix("; get the file again")
-
-
-def listed(names: Iterable[object], most: int = 4) -> str:
-    """The first few of many names. Example: ``listed("abcdef", 2)`` is "a, b and 4 more"."""
-    names = [str(name) for name in names]
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

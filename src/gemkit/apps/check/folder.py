@@ -11,11 +11,11 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from gemkit.apps.check.finding import fault_of, listed
+from gemkit.apps.check.finding import fault_of
 from gemkit.apps.check.subject import HF, Subject, TensorView, Tokens
 from gemkit.arch.config import MODEL_TYPES
 from gemkit.arch.hf_config import read as read_config
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, listed
 from gemkit.text.encoding import decode
 from gemkit.text.spm_proto import read_model
 from gemkit.weights import git_lfs

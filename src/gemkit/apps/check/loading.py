@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from gemkit.apps.check.finding import ERROR, Hit, fault_of, listed, rule
+from gemkit.apps.check.finding import ERROR, Hit, fault_of, rule
 from gemkit.apps.check.subject import KERAS, Subject
-from gemkit.errors import GemkitError, GemkitWarning
+from gemkit.errors import GemkitError, GemkitWarning, listed
 from gemkit.text.tokenizer import Tokenizer
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.files import open_checkpoint

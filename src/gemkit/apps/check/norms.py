@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gemkit.apps.check.finding import Hit, listed
+from gemkit.apps.check.finding import Hit
 from gemkit.apps.check.subject import Subject, TensorView
+from gemkit.errors import listed
 from gemkit.weights.quant import GGMLType
 
 _ON_GRID, _OFF_GRID = 0.999, 0.9

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from gemkit.apps.check.finding import ERROR, NOTE, WARNING, Hit, listed, rule
+from gemkit.apps.check.finding import ERROR, NOTE, WARNING, Hit, rule
 from gemkit.apps.check.subject import GGUF, GOOGLE, KERAS, Subject
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, listed
 from gemkit.text.chat import turns
 from gemkit.text.special import END_OF_TURN, START_OF_TURN
 

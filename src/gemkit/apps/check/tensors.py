@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from gemkit.apps.check import norms
-from gemkit.apps.check.finding import ERROR, WARNING, Hit, listed, rule
+from gemkit.apps.check.finding import ERROR, WARNING, Hit, rule
 from gemkit.apps.check.subject import EMBEDDING, GGUF, HEAD, HF, Subject, TensorView
+from gemkit.errors import listed
 from gemkit.weights.hf_tensors import image_part
 from gemkit.weights.names import IGNORED, from_canonical
 from gemkit.weights.quant import BLOCKS, GGMLType

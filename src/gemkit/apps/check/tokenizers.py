@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from gemkit.apps.check.finding import ERROR, Hit, fault_of, listed, rule
+from gemkit.apps.check.finding import ERROR, Hit, fault_of, rule
 from gemkit.apps.check.folder import read_json
 from gemkit.apps.check.subject import HF, Subject, Tokens
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, listed
 from gemkit.text.tokenizer import Tokenizer
 from gemkit.weights.folder import TOKENIZERS
 

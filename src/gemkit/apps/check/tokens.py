@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from gemkit.apps.check.finding import ERROR, WARNING, Hit, listed, rule
+from gemkit.apps.check.finding import ERROR, WARNING, Hit, rule
 from gemkit.apps.check.subject import GGUF, HF, Subject
 from gemkit.apps.check.template import closer
 from gemkit.arch.config import STOP_TOKEN_IDS
+from gemkit.errors import listed
 from gemkit.text.special import CORE, END_OF_TURN, START_OF_TURN, is_control_piece
 
 # Rows that published files have beyond their pieces: 64 in Gemma 3, 128 in Flax and some exports of Gemma 1
