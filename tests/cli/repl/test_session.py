@@ -239,6 +239,15 @@ def test_a_hostile_file_changes_nothing(tmp_path, name):
     assert (s.messages, s.settings) == (before, settings)
 
 
+def test_messages_without_settings_leave_those_of_the_chat(tmp_path):
+    s = session()
+    s.settings = {"max_tokens": 5, "temperature": 0.0}
+    path = tmp_path / "messages.json"
+    path.write_text('[{"role": "user", "content": "x"}]', encoding="utf-8")
+    s.load(str(path))
+    assert (len(s.messages), s.settings) == (1, {"max_tokens": 5, "temperature": 0.0})
+
+
 def test_what_is_no_file_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "nothing", tmp_path / "p"):
         if path.name == "p" and hasattr(os, "mkfifo"):

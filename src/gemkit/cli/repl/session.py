@@ -278,7 +278,7 @@ class Session:
         return target
 
     def load(self, path: str | Path) -> str | None:
-        """Takes messages and settings of a file; returns the name of the model it was saved with.
+        """Takes messages of a file, and settings if it has any; returns the name of the model it was saved with.
 
         Raises UsageError, with the conversation as it was, for a file that is not one of `save`'s.
         """
@@ -286,7 +286,7 @@ class Session:
         record = transcript.read(target)
         messages = transcript.messages(target, record)
         try:
-            settings = check_settings(record.get("settings", {}))
+            settings = check_settings(record["settings"]) if "settings" in record else self.settings
             if messages:
                 template.turns(messages)
         except GemkitError as error:
