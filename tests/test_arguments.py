@@ -140,9 +140,16 @@ def test_arguments_of_load_before_the_file_is_read(tmp_path, name, value, part):
     one_line(lambda: gemkit.load(path, **{name: value}), part)
 
 
-@pytest.mark.parametrize("path", [None, 5, b"x", ["a"], True, 1.5, {}], ids=lambda value: f"{value!r:.20}")
+@pytest.mark.parametrize("path", [None, 5, b"x", ["a"], True, 1.5, {}, "", " "], ids=lambda value: f"{value!r:.20}")
 def test_a_model_is_named_by_text_or_a_path(path):
     one_line(lambda: gemkit.load(path), "a model is")
+
+
+@pytest.mark.parametrize("value", [5, b"x", ["a"], {}], ids=lambda value: f"{value!r:.20}")
+def test_a_chat_template_is_text_or_none(value):
+    before = MODEL.chat_template
+    one_line(lambda: setattr(MODEL, "chat_template", value), "chat_template is")
+    assert MODEL.chat_template == before
 
 
 @pytest.mark.parametrize("value", ["x", True, 2.5, 1, 257, b"5"], ids=lambda value: f"{value!r:.20}")

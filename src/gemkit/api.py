@@ -181,6 +181,8 @@ class Model:
 
     @chat_template.setter
     def chat_template(self, source: str | None) -> None:
+        if not isinstance(source, str | None):
+            raise UsageError(f"chat_template is {brief(source)}; give a template in Jinja, or None for Google's turns")
         self._template = self.tokenizer.template = self._template.replaced(source)
 
     @property

@@ -223,8 +223,8 @@ def find(
 
 
 def _check_path(what: str, path: object) -> None:
-    """Raises UsageError unless a path is text or a path object."""
-    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+    """Raises UsageError unless a path is text, not blank, or a path object."""
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes) or not os.fspath(path).strip():
         raise UsageError(f"{what} is {brief(path)}; give a path or a name as text")
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from gemkit.cli import VERBS, cli, config, main
 from gemkit.cli.common import split_text
+from gemkit.errors import UsageError
 
 
 @pytest.fixture
@@ -97,6 +98,9 @@ def test_a_flag_of_the_file_can_be_taken_back(file, monkeypatch):
         ("threads = 0", "threads: 0 is not in the range"),
         ("threads = true", "threads is True; give a text or a number"),
         ("threads = [1]", "threads is [1]; give a text or a number"),
+        ("threads = 1.5", "threads is 1.5; give a whole number"),
+        ("seed = nan", "seed is nan; give a whole number"),
+        ("threads = 'many'", "threads: 'many' is not a valid integer."),
         ("raw = 1", "raw is 1; give true or false"),
         ("stop = 3", "stop is 3; give a text or a list of texts"),
         ("dtype = 'int9'", "dtype: 'int9' is not one of 'auto', "),
@@ -110,10 +114,17 @@ def test_what_is_wrong_with_the_file_is_one_line(file, capsys, text, words):
     assert "config.toml" in found and words in found, found
 
 
-def test_a_wrong_variable_is_named(file, capsys, monkeypatch):
-    monkeypatch.setenv("GEMKIT_TOP_K", "many")
+@pytest.mark.parametrize("name", ["GEMKIT_TOP_K", "GEMKIT_THREADS"])
+def test_a_wrong_variable_is_named(file, capsys, monkeypatch, name):
+    monkeypatch.setenv(name, "many")
     found = error(capsys, "generate", "demo", "-p", "x")
-    assert "'many' is not a valid integer. It was set by GEMKIT_TOP_K." in found
+    assert f"'many' is not a valid integer. It was set by {name}." in found
+
+
+def test_a_folder_is_no_configuration_file(file, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("GEMKIT_CONFIG", str(tmp_path))
+    found = error(capsys, "generate", "demo", "-p", "x")
+    assert f"{tmp_path}, which GEMKIT_CONFIG names, is a folder" in found
 
 
 def test_a_default_gives_way_to_the_call(file, capsys, monkeypatch):
@@ -182,7 +193,11 @@ def test_a_first_argument_that_is_a_text(file, tmp_path, args, alone, model, wor
         context = cli.get_command(click.Context(cli), "generate").make_context("generate", list(args))
         return split_text(context, args[0], tuple(args[1:]), alone)
 
-    assert split() == (args[0], tuple(args[1:]))
+    if args == ["Tell me a story"]:
+        with pytest.raises(UsageError, match="MODEL is missing"):
+            split()
+    else:
+        assert split() == (args[0], tuple(args[1:]))
     file('model = "one"')
     assert split() == (model, words)
 

@@ -40,6 +40,9 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(130)
     except click.ClickException as error:
         hint = f" (see '{error.ctx.command_path} --help')" if getattr(error, "ctx", None) else ""
-        click.echo(f"gemkit: {' '.join(error.format_message().split())}{hint}", err=True)
+        message = " ".join(error.format_message().split())
+        if isinstance(error, click.BadParameter):
+            message = message.replace("is not a valid integer range", "is not a valid integer")
+        click.echo(f"gemkit: {message}{hint}", err=True)
         sys.exit(error.exit_code)
     sys.exit(2)

@@ -103,11 +103,17 @@ def split_text(ctx: click.Context, model: str, words: tuple[str, ...], alone: bo
     """Return the model and the texts after it, where a default model may have made the first argument a text.
 
     It is one if it has spaces, or if there is no other text (`alone`) and no model is called like that.
+    Raises UsageError for a text with spaces and no model at all.
     """
     default = config.default_model(ctx)
-    if default is None or os.path.exists(model):
+    if os.path.exists(model):
         return model, words
-    is_text = any(map(str.isspace, model)) or (alone and not words and not _MODEL.match(model))
+    spaces = any(map(str.isspace, model.strip()))
+    if default is None:
+        if spaces and not words and not _MODEL.match(model):
+            raise missing_model(ctx)
+        return model, words
+    is_text = spaces or (alone and not words and not _MODEL.match(model))
     return (default, (model, *words)) if is_text else (model, words)
 
 

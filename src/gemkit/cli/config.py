@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 from click.core import ParameterSource
+from click.types import IntParamType
 
 from gemkit.errors import UsageError
 
@@ -102,6 +103,8 @@ def defaults(verb: str, params: Sequence[click.Parameter]) -> dict[str, object]:
     if not where.is_file():
         if os.environ.get("GEMKIT_CONFIG") and not where.exists():
             raise UsageError(f"there is no file {where}, which GEMKIT_CONFIG names: check the path")
+        if os.environ.get("GEMKIT_CONFIG") and where.is_dir():
+            raise UsageError(f"{where}, which GEMKIT_CONFIG names, is a folder: give a file")
         return {}
     table = _read(where)
     options = _options(verb, params)
@@ -187,10 +190,12 @@ def _value(where: Path, key: str, option: click.Option, value: object) -> object
         raise UsageError(f"{where}: {key} is {value!r:.60}; give true or false")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UsageError(f"{where}: {key} is {value!r:.60}; give a text or a number")
+    if isinstance(value, float) and isinstance(option.type, IntParamType):  # click would cut the fraction off
+        raise UsageError(f"{where}: {key} is {value!r:.60}; give a whole number")
     try:
         return option.type.convert(value, option, None)
     except click.BadParameter as error:
-        raise UsageError(f"{where}: {key}: {error.message}") from None
+        raise UsageError(f"{where}: {key}: {error.message.replace('integer range', 'integer')}") from None
 
 
 def _model(where: Path, key: str, value: object) -> str:
