@@ -11,10 +11,10 @@ import codecs
 import hashlib
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import sentencepiece
 
@@ -24,13 +24,20 @@ from gemkit.text.control import SHAPE, ControlNames
 from gemkit.text.special import COPY, SPACE, find_special
 
 if TYPE_CHECKING:
-    from gemkit.text.chat_template import ChatTemplate
     from gemkit.text.vocabulary import Vocabulary
 
 # To be changed whenever the model written from the same vocabulary changes.
 _CACHE_FORMAT = b"gemkit tokenizer 2\n"
 # Byte order marks, with which JSON may start.
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+class Template(Protocol):
+    """A chat template, as in `gemkit.text.chat_template`. is_own: it renders other turns than Google's."""
+
+    is_own: bool
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]: ...
 
 
 class Tokenizer:
@@ -55,7 +62,7 @@ class Tokenizer:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise GemkitError(f"sentencepiece refuses the vocabulary, get the file again: {reason}") from None
-        self.template: ChatTemplate | None = None
+        self.template: Template | None = None
         self.vocab_size: int = self._model.get_piece_size()
         self.special = find_special(self.find)
         self.stop_ids = self.special.stop_ids
