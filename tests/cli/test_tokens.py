@@ -133,6 +133,7 @@ def test_embed_prints_what_the_api_gives(capsys, monkeypatch, tmp_path, model):
     out, err = run(capsys, "embed", "demo", texts[0], "-f", str(path), "-o", str(target))
     assert out == "" and "3 vectors" in err
     assert np.array_equal(np.load(target), expected) and np.load(target).dtype == np.float32
+    assert run(capsys, "embed", "demo", "a", "-o", str(tmp_path / "one.npy"))[1].startswith("1 vector of ")
 
 
 def test_what_embed_refuses(capsys, monkeypatch, tmp_path):

@@ -79,7 +79,8 @@ def command(
         file = io.BytesIO()
         np.save(file, vectors)
         atomic_write(output, file.getvalue())
-        click.echo(f"{len(texts):,} vectors of {vectors.shape[1]:,} numbers in {output}", err=True)
+        count = f"{len(texts):,} vector{'' if len(texts) == 1 else 's'}"
+        click.echo(f"{count} of {vectors.shape[1]:,} numbers in {output}", err=True)
     elif as_json:
         rows = [{"text": text, "vector": vector.tolist()} for text, vector in zip(texts, vectors)]
         print_json({"model": name, "width": vectors.shape[1], "embeddings": rows})
