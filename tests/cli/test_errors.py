@@ -128,6 +128,13 @@ def test_debug_shows_the_traceback(how: str):
     assert "Traceback" in done.stderr and "GemkitError" in done.stderr
 
 
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe\x00", b'{"messages": 3}'])
+def test_a_damaged_last_conversation_has_a_remedy_that_works(capsys, monkeypatch, tmp_path, data):
+    monkeypatch.setenv("GEMKIT_CACHE", str(tmp_path))
+    (tmp_path / "last_chat.json").write_bytes(data)
+    fails(capsys, 2, "is damaged: start without --continue", "chat", "demo", "--continue")
+
+
 def test_a_closed_pipe_is_silent():
     with subprocess.Popen(GENERATE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.read(1)

@@ -194,7 +194,7 @@ def test_what_is_not_there_is_one_line(world: World, monkeypatch):
 def test_without_a_network_what_is_there_serves(world: World, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     fails("cannot be reached", NAME, hub_fetch.Unreachable)
-    fails("not downloaded", NAME, offline=True)
+    fails("switch it on and run 'gemkit download", NAME, offline=True)
     monkeypatch.setenv("HF_ENDPOINT", world.address)
     path = resolve(NAME)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -142,7 +142,12 @@ def _last(context: click.Context) -> _Last:
     path = transcript.last_path()
     if not path.exists():
         raise UsageError("there is no conversation to continue: one is kept after each answer, but for --no-history")
-    argument = transcript.read(path).get("argument")
+    try:
+        argument = transcript.read(path).get("argument")
+    except UsageError:
+        raise UsageError(
+            f"the last conversation, {path}, is damaged: start without --continue, and the next answer replaces it"
+        ) from None
     return _Last(path, argument if isinstance(argument, str) else None)
 
 

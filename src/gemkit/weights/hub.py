@@ -168,13 +168,14 @@ def _not_here(text: str, names: Iterable[Name], offline: bool, other: Path | Non
     )
     state = "is not whole, since its download broke off" if partly else "is not downloaded"
     how = ", and the network is switched off (--offline or HF_HUB_OFFLINE)" if offline else ""
+    run = "switch it on and run" if offline else "run"
     if other is not None:
         first = next(iter(names))
         return GemkitError(
-            f"{text} is here only as Google's 4-bit file, and the original is asked for{how}: run 'gemkit download "
+            f"{text} is here only as Google's 4-bit file, and the original is asked for{how}: {run} 'gemkit download "
             f"{first}', or leave out what asks for it (--dtype, --backend, an adapter)"
         )
-    return GemkitError(f"{text} {state}{how}: run 'gemkit download {text}'")
+    return GemkitError(f"{text} {state}{how}: {run} 'gemkit download {text}'")
 
 
 def _means(name: Name, entry: Entry) -> bool:
