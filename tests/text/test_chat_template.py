@@ -306,6 +306,7 @@ def test_special_tokens_of_the_file():
         ("{{ messages[9].content.x }}", "UndefinedError"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
         ("{{ nothing() }}", "'nothing' is undefined"),
+        ("gemma", "it writes nothing of the messages"),
         ("{% include 'x' %}", "cannot be followed"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 10 seconds"),
     ],

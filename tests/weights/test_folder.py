@@ -51,6 +51,7 @@ COMPANIONS = {
     "importance matrix": {"imatrix.gguf": "GGUF", "x.imatrix": "x"},
     "adapter": {"my-lora-f16.gguf": "GGUF", "adapter_config.json": "{}", "adapter_model.safetensors": ""},
     "pickles": {"pytorch_model.bin": "x", "config.json": '{"model_type": "gemma2"}'},
+    "macOS's attributes": {"._gemma-Q8_0.gguf": "\0\5\x16\7"},
     "tokenizer": {"tokenizer.json": "{}", "config.json": '{"model_type": "gemma2"}', "README.md": ""},
 }
 
@@ -142,3 +143,11 @@ def test_a_repository_with_one_file_and_shards():
     """transformers takes model.safetensors, so the shards are not fetched."""
     files = ["config.json", "model.safetensors", "model-00001-of-00001.safetensors", "model.safetensors.index.json"]
     assert select(files, None, "org/name") == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x", "x.gguf.part", "x.safetensors", "x.ckpt", "X.GGUF"])
+def test_a_gguf_file_of_another_name(models, tmp_path, name):
+    (tmp_path / name).write_bytes((models / "x.gguf").read_bytes())
+    with open_checkpoint(tmp_path / name) as checkpoint:
+        subject = check.read(tmp_path / name)
+        assert (subject.kind, subject.family, subject.refusal) == ("gguf", checkpoint.config.model_type, None)

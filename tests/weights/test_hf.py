@@ -430,8 +430,11 @@ def test_chat_templates(folder):
     assert template() is None
     edit(folder / "tokenizer_config.json", chat_template="one")
     assert template() == "one"
-    edit(folder / "tokenizer_config.json", chat_template=[{"name": "tool", "template": "no"}])
-    assert template() is None
+    edit(
+        folder / "tokenizer_config.json", chat_template=[{"name": "a", "template": "x"}, {"name": "b", "template": "y"}]
+    )
+    with pytest.warns(GemkitWarning, match="chat templates 'a', 'b' and none is the default: 'a' is used"):
+        assert template() == "x"
     edit(folder / "tokenizer_config.json", chat_template={"default": "one", "tool_use": "no"})
     assert template() == "one"
     edit(folder / "tokenizer_config.json", chat_template=[{"name": "default", "template": "two"}])

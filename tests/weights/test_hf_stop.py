@@ -9,7 +9,7 @@ from engine.vocabulary import vocabulary
 from gemkit.errors import GemkitError
 from gemkit.text.spm_proto import write_model
 from gemkit.text.tokenizer_json import write_tokenizer_json
-from gemkit.weights.hf_stop import stop_ids
+from gemkit.weights.hf_stop import special_tokens, stop_ids
 
 SIZE = len(vocabulary().pieces)
 
@@ -61,7 +61,38 @@ def test_newer_files_list_the_token_in_the_tokenizer_alone(tmp_path):
     assert stop_ids(tmp_path, SIZE + 1) == ()
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(write_model(vocabulary()))
-    assert stop_ids(tmp_path, SIZE + 1) == ()
+    assert stop_ids(tmp_path, SIZE) == ()
+    assert stop_ids(tmp_path, SIZE + 1) == (SIZE,)  # added for its name
     for eos in ("<end_of_turn>", "<eos>"):
         wanted = vocabulary().pieces.index(eos.encode())
         assert stop_ids(write(tmp_path, tokenizer_config={"eos_token": eos}), SIZE) == (wanted,)
+
+
+@pytest.mark.parametrize("pieces", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("where", ["decoder", "old list", "map", "old list alone", "extra", "name alone"])
+def test_of_tokens_that_older_files_add(tmp_path, pieces, where):
+    import transformers
+
+    data = {"tokenizer.json": write_tokenizer_json, "tokenizer.model": write_model}[pieces](vocabulary())
+    (tmp_path / pieces).write_bytes(data if isinstance(data, bytes) else data.encode())
+    names = ["<|im_start|>", "<|im_end|>"]
+    settings, old = {"tokenizer_class": "GemmaTokenizer", "eos_token": "<|im_end|>"}, {}
+    if where == "decoder":
+        settings["added_tokens_decoder"] = added(*names, at=SIZE)
+        old["special_tokens_map"] = {"eos_token": "<eos>"}  # which the list replaces
+    elif where == "extra":
+        settings["additional_special_tokens"] = names
+    elif where != "name alone":
+        old["added_tokens"] = {name: SIZE + number for number, name in enumerate(names)}
+    if where == "map":
+        settings["eos_token"] = "<eos>"
+        old["special_tokens_map"] = {"eos_token": {"content": "<|im_end|>"}}
+    if where == "old list alone":
+        old["special_tokens_map"] = {"eos_token": "<|im_end|>"}
+        settings = None
+    write(tmp_path, **old, **({"tokenizer_config": settings} if settings else {}))
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token == "<|im_end|>" and theirs.eos_token_id >= SIZE
+    assert stop_ids(tmp_path, SIZE + 2) == (theirs.eos_token_id,)
+    assert special_tokens(tmp_path)["eos_token"] == "<|im_end|>"

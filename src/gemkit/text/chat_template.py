@@ -94,7 +94,10 @@ class ChatTemplate:
             return chat.gemma_turns(self._tokenizer, messages, add_generation_prompt)
         plain = _plain_messages(messages)
         try:
-            return self._run(plain, add_generation_prompt, None if tools is None else _plain(list(tools)))
+            ids = self._run(plain, add_generation_prompt, None if tools is None else _plain(list(tools)))
+            if "messages" not in self._template.names:
+                raise GemkitError("it writes nothing of the messages")
+            return ids
         except GemkitError as error:
             of = f" of {self.name}" if self.name else ""
             raise GemkitError(f"the chat template{of} cannot be followed: {error}; {_REMEDY}") from None

@@ -20,6 +20,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     if path.is_dir():
         return _open_folder(path)
+    if is_renamed_gguf(path):
+        return _open_gguf(path)
     if path.name == folder.CONFIG or path.name.endswith((".safetensors", ".safetensors.index.json")):
         if folder.is_adapter_file(path.name):
             raise GemkitError(f"{path} is an adapter, not a model: give the model's path, and this as --adapter-path")
@@ -33,6 +35,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if is_torch_checkpoint(path):
             return read_torch(path)
     return _open_gguf(path)
+
+
+def is_renamed_gguf(path: Path) -> bool:
+    """Says whether a file without the suffix of GGUF begins as one: others rename them, to .bin for example."""
+    try:
+        if path.suffix == ".gguf" or not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def _open_folder(path: Path) -> Checkpoint:

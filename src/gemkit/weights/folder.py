@@ -60,7 +60,9 @@ def is_shard(name: str) -> bool:
 def safetensors_of(names: Iterable[str]) -> list[str]:
     """The safetensors files at the top of a folder that may be a model's: no adapter's."""
     return sorted(
-        name for name in names if name.endswith(".safetensors") and "/" not in name and not is_adapter_file(name)
+        name
+        for name in names
+        if name.endswith(".safetensors") and "/" not in name and not (is_adapter_file(name) or _is_macos(name))
     )
 
 
@@ -77,7 +79,13 @@ def ggufs_of(names: Iterable[str]) -> list[str]:
 
 def is_model_gguf(name: str) -> bool:
     """Image encoders, importance matrices and adapters are GGUF files too; says whether the name is of none of them."""
-    return _NO_MODEL.search(stem(name.rsplit("/", 1)[-1]).lower()) is None
+    name = name.rsplit("/", 1)[-1]
+    return _NO_MODEL.search(stem(name).lower()) is None and not _is_macos(name)
+
+
+def _is_macos(name: str) -> bool:
+    """macOS puts a file's attributes into another of the same name on foreign disks and in archives."""
+    return name.startswith("._")
 
 
 def stem(name: str) -> str:

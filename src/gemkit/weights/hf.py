@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from pathlib import Path
 
 from gemkit.arch.config import ModelConfig
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, GemkitWarning, listed
 from gemkit.text.encoding import decode
 from gemkit.weights import tuned
 from gemkit.weights.checkpoint import Checkpoint
@@ -104,7 +105,16 @@ def _chat_template(folder: Path) -> str | None:
         template = read_object(path).get("chat_template")
         if isinstance(template, list):  # several, by name
             named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}
-            template = named.get("default")
+            if "default" not in named and (first := next(iter(named), None)) is not None:
+                warnings.warn(
+                    f"{path}: it has the chat templates {listed(map(shown, named))} and none is the default: "
+                    f"{shown(first)} is used",
+                    GemkitWarning,
+                    stacklevel=4,
+                )
+                template = named[first]
+            else:
+                template = named.get("default")
         if isinstance(template, dict):
             template = template.get("default")
         if template is not None and not isinstance(template, str):

@@ -1,7 +1,8 @@
 """The tokens after which generation ends, and other control tokens, as the files of a Hugging Face folder name them.
 
 transformers obeys ``eos_token_id`` of generation_config.json, or of config.json where there is no such file; vLLM and
-llama.cpp's converter also ``eos_token`` of tokenizer_config.json. gemkit ends after any of them.
+llama.cpp's converter also ``eos_token`` of tokenizer_config.json (in older folders, of special_tokens_map.json). gemkit
+ends after any of them.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from pathlib import Path
 
 from gemkit.errors import GemkitError
 from gemkit.text.special import CORE
+from gemkit.weights.folder import top_level
+from gemkit.weights.hf_tokenizer import find_tokenizer
 from gemkit.weights.json_file import read_file, read_object
 from gemkit.weights.safetensors import shown
 
 
 def stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
-    """Returns the ids that generation_config.json and tokenizer_config.json name, in this order, each once.
+    """Returns the ids that generation_config.json and the tokenizer's settings name, in this order, each once.
 
     Ids outside the vocabulary are left out. Raises GemkitError if generation_config.json names what is no id.
     """
@@ -27,16 +30,22 @@ def stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """Returns what tokenizer_config.json calls bos_token, eos_token and so on, which chat templates write."""
-    path = folder / "tokenizer_config.json"
-    if not os.path.lexists(path):
-        return {}
-    settings = read_object(path)
+    """Returns what the tokenizer's settings call bos_token, eos_token and so on, which chat templates write."""
+    settings = _settings(folder)
     more = [settings.get(key) for key in ("extra_special_tokens", "model_specific_special_tokens")]
     rows = {key: value for key, value in settings.items() if key.endswith("_token")}
     for found in more:
         rows |= found if isinstance(found, dict) else {}
     return {key: text for key, value in rows.items() if (text := _content(value))}
+
+
+def _settings(folder: Path) -> dict[str, object]:
+    """tokenizer_config.json; without a list of added tokens in it, special_tokens_map.json overrides its names."""
+    path, older = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    settings = read_object(path) if os.path.lexists(path) else {}
+    if "added_tokens_decoder" not in settings and os.path.lexists(older):
+        settings = settings | read_object(older)
+    return settings
 
 
 def _content(token: object) -> str | None:
@@ -56,10 +65,7 @@ def _generation(path: Path, vocab_size: int) -> list[int]:
 
 def _token(folder: Path, vocab_size: int) -> list[int]:
     """The id of ``eos_token``; none if no file says which that is, or the model has no row for it."""
-    path = folder / "tokenizer_config.json"
-    if not os.path.lexists(path):
-        return []
-    settings = read_object(path)
+    settings = _settings(folder)
     eos = _content(settings.get("eos_token"))
     if eos is None:
         return []
@@ -68,6 +74,8 @@ def _token(folder: Path, vocab_size: int) -> list[int]:
         found = next((number for piece, number in CORE.values() if piece == eos), None)
     if found is None:
         found = _vocabulary(folder, eos)
+    if found is None:
+        found = _whole(folder, eos, vocab_size)
     return [] if found is None or not 0 <= found < vocab_size else [found]
 
 
@@ -102,3 +110,13 @@ def _vocabulary(folder: Path, piece: str) -> int | None:
         return None
     found = model.piece_to_id(piece)
     return found if model.id_to_piece(found) == piece else None
+
+
+def _whole(folder: Path, piece: str, rows: int) -> int | None:
+    """The id of a token that other files add, or that is added for its name alone: all of the tokenizer is read."""
+    try:
+        tokenizer = find_tokenizer(folder, top_level(folder))
+        pieces = tokenizer.vocabulary(rows).pieces if tokenizer else ()
+        return pieces.index(piece.encode("utf-8", "surrogatepass"))
+    except (GemkitError, OSError, ValueError):  # a broken file is reported when the vocabulary is read
+        return None

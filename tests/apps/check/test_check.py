@@ -22,7 +22,7 @@ from gemkit.weights.orbax_writer import write_orbax
 from gemkit.weights.quant import GGMLType, quantise
 
 from . import models
-from .faults import FAULTS
+from .faults import FAULTS, settings
 
 # Published sizes are too large for weights in a test: these folders have only their configuration.
 WITHOUT_WEIGHTS = {"1b", "4b", "9b", "27b"}
@@ -124,6 +124,29 @@ def test_a_healthy_tokenizer_as_transformers_saves_it(bases, tmp_path):
     assert "add_bos_token" not in json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     assert (folder / "chat_template.jinja").exists()
     assert check(folder) == []
+
+
+def test_a_template_of_tokens_that_only_the_settings_add_is_healthy(bases, tmp_path):
+    import safetensors.torch
+    import torch
+
+    folder = models.copy(bases["hf3"], tmp_path)
+    rows = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("embed_tokens.weight"))
+    weights[name] = torch.cat([weights[name], weights[name][:2]])
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    settings("config.json", vocab_size=rows + 2)(folder)
+    names = ["<|im_start|>", "<|im_end|>"]
+    added = {str(rows + at): {"content": name, "special": True} for at, name in enumerate(names)}
+    source = (
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    settings("tokenizer_config.json", added_tokens_decoder=added, chat_template=source, eos_token=names[1])(folder)
+    assert {f.rule for f in check(folder) if f.level == "error"} == set()
+    settings("tokenizer_config.json", chat_template=source.replace("im_end", "no_such"))(folder)
+    assert {f.rule for f in check(folder) if f.level == "error"} == {"template-markers"}
 
 
 def test_the_demo_model_is_clean():

@@ -28,7 +28,7 @@ from gemkit.apps.check.finding import LEVELS, Finding, Rule
 from gemkit.apps.check.subject import Subject
 from gemkit.errors import GemkitError, UsageError
 from gemkit.weights import folder as names_of
-from gemkit.weights.files import one_gguf, open_checkpoint
+from gemkit.weights.files import is_renamed_gguf, one_gguf, open_checkpoint
 from gemkit.weights.orbax import find_orbax
 from gemkit.weights.torch_ckpt import is_torch_checkpoint
 
@@ -93,6 +93,8 @@ def read(path: Path, deep: bool = False) -> Subject:
         return _read_folder(path, deep)
     if not path.is_file():
         raise UsageError(f"{path} is no file or folder: give the path of a model")
+    if is_renamed_gguf(path):
+        return _read_gguf(path, deep)
     if path.name == names_of.CONFIG or path.name.endswith((".safetensors", ".safetensors.index.json")):
         if names_of.is_adapter_file(path.name):
             raise _nothing(path)

@@ -30,7 +30,7 @@ def load(subject: Subject, path: Path) -> None:
             key = checkpoint.vocabulary_key
             if key is None:
                 raise GemkitError("it has no tokenizer")
-            Tokenizer.from_cached(key, lambda: checkpoint.vocabulary)
+            subject.tokenizer = Tokenizer.from_cached(key, lambda: checkpoint.vocabulary)
         except GemkitError as error:
             subject.refusal = str(error)
             return

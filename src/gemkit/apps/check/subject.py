@@ -17,6 +17,7 @@ import numpy as np
 from gemkit.arch.config import STOP_TOKEN_IDS, ModelConfig
 from gemkit.arch.presets import PRESETS, Preset
 from gemkit.arch.tensors import TensorSpec, manifest
+from gemkit.text.tokenizer import Tokenizer
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.quant import GGMLType, dequantise
 from gemkit.weights.tuned import by_name
@@ -129,7 +130,8 @@ class Subject:
     """What was found at a path.
 
     kind: GGUF, HF, KERAS or GOOGLE. folder: None for a single file. files: the folder's, by relative name.
-    checkpoint: the model as gemkit loads it, or refusal: why it does not. pointers: files that are Git LFS pointers.
+    checkpoint, tokenizer: the model as gemkit loads it, or refusal: why it does not. pointers: files that are Git LFS
+    pointers.
     broken, truncated: (where, what) that could not be read. unlisted: what no index names.
     raw: the configuration as in the file (of a GGUF file its key-values, without arrays); facts: where it is. outer,
     inner: the two levels of a multimodal config.json. config: the same understood, else config_fault says why not.
@@ -146,6 +148,7 @@ class Subject:
     name: str = ""
     deep: bool = False
     checkpoint: Checkpoint | None = None
+    tokenizer: Tokenizer | None = None
     refusal: str | None = None
     pointers: list[str] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
@@ -190,6 +193,11 @@ class Subject:
     def is_quantised(self) -> bool:
         """Its tensors are in another project's packed form, which the configuration announces."""
         return any(self.raw.get(key) for key in ("quantization_config", "quantization"))
+
+    def token_id(self, piece: str) -> int | None:
+        """The id of a token in the tokenizer's file, or else among those that its settings add."""
+        found = self.tokens.ids.get(piece) if self.tokens is not None else None
+        return self.tokenizer.find(piece) if found is None and self.tokenizer is not None else found
 
     @cached_property
     def end_of_turn(self) -> int | None:

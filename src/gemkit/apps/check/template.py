@@ -85,7 +85,7 @@ def closer(s: Subject) -> str | None:
         return None
     rest = made.two.rpartition(_MODEL)[2].lstrip()
     marker = _MARKER.match(rest)
-    return marker[0] if marker and marker[0] in s.tokens.ids else ""
+    return marker[0] if marker and s.token_id(marker[0]) is not None else ""
 
 
 def _google(messages: list[dict[str, str]]) -> str:
@@ -163,7 +163,7 @@ def template_markers(s: Subject) -> Iterator[Hit]:
     made = rendered(s)
     if made is None or made.fault or s.tokens is None:
         return
-    found = dict.fromkeys(marker for marker in _MARKER.findall(made.more) if marker not in s.tokens.ids)
+    found = dict.fromkeys(marker for marker in _MARKER.findall(made.more) if s.token_id(marker) is None)
     if found:
         yield s.where_template, f"it writes {listed(found)}"
 
@@ -183,11 +183,8 @@ def template_stop(s: Subject) -> Iterator[Hit]:
     if piece == "":
         rest = rendered(s).two.rpartition(_MODEL)[2]
         yield s.where_template, f"it closes the turn with {rest[:24]!r}, in which there is no token for that"
-    elif s.tokens.ids[piece] not in _stop_ids(s):
-        yield (
-            s.where_template,
-            f"it closes the turn with {piece} ({s.tokens.ids[piece]}), the stop ids are {_listed(s)}",
-        )
+    elif (token := s.token_id(piece)) not in _stop_ids(s):
+        yield s.where_template, f"it closes the turn with {piece} ({token}), the stop ids are {_listed(s)}"
 
 
 def _stop_ids(s: Subject) -> list[int]:
