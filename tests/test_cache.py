@@ -46,6 +46,17 @@ def test_a_write_replaces_the_file(tmp_path):
     assert path.read_bytes() == b"two" and os.listdir(path.parent) == ["b"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+def test_a_write_is_private_unless_told(tmp_path):
+    before = os.umask(0o022)
+    try:
+        atomic_write(tmp_path / "mine", b"x")
+        atomic_write(tmp_path / "all", b"x", private=False)
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("mine", "all")] == [0o600, 0o644]
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
     path = tmp_path / "b"
     atomic_write(path, b"one")

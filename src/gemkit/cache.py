@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from gemkit.errors import GemkitError
@@ -34,14 +33,17 @@ def cache_dir() -> Path:
     return home / "Library" / "Caches" / "gemkit" if sys.platform == "darwin" else home / ".cache" / "gemkit"
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file under a temporary name beside it and renames it: a reader sees the old file or the new one whole.
+def atomic_write(path: str | os.PathLike[str], data: bytes, private: bool = True) -> None:
+    """Writes a file under a temporary name and renames it: a reader sees the old file or the new one whole.
 
-    Makes the folders on the way. Raises OSError and leaves nothing behind if that fails.
+    Makes the folders on the way. private: for this user alone; False leaves it to the umask, as for any file.
+    Raises OSError and leaves nothing behind if that fails.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    handle = os.open(temporary, flags, 0o600 if private else 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -41,6 +41,13 @@ def test_to_flax_and_back_with_proof(tmp_path, capsys, start):
     assert code == 0 and "first tensor that differs" in out, (out, err)
 
 
+def test_no_folder_is_made_unasked(tmp_path, capsys, start):
+    for target in ("gguf", "hf", "orbax"):
+        code, out, err = run(capsys, start, tmp_path / "absent" / "x", "--to", target)
+        assert code == 2 and out == "" and "does not exist: make it first" in err
+    assert not (tmp_path / "absent").exists()
+
+
 def test_bad_requests_are_one_line(tmp_path, capsys, start, monkeypatch):
     code, out, err = run(capsys, start, tmp_path / "flax", "--to", "orbax", "--dtype", "float16")
     assert code == 2 and "float32 or bfloat16" in err and err.count("\n") == 1 and not out

@@ -67,7 +67,7 @@ def write_receipt(
     }
     text = json.dumps(record | {"sha256": _checksum(record)}, indent=1) + "\n"
     try:
-        atomic_write(path, text.encode())
+        atomic_write(path, text.encode(), private=False)
     except OSError as error:
         raise GemkitError(f"{path} cannot be written ({error.strerror or error}): check folder and space") from None
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemkit.cli.command import Verb
-from gemkit.cli.common import interrupted, json_option, model_argument, print_json, read_text, table
+from gemkit.cli.common import interrupted, json_option, model_argument, print_json, read_text, table, target_file
 from gemkit.cli.paths import check_new
 from gemkit.errors import GemkitError, UsageError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Verb, short_help="Write a model in another format.")
 @model_argument
-@click.argument("target", metavar="TARGET", type=click.Path(path_type=Path))
+@click.argument("target", metavar="TARGET", type=click.Path(path_type=Path), callback=target_file)
 @click.option(
     "--to",
     type=click.Choice(["hf", "gguf", "orbax"]),

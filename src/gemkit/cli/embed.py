@@ -78,7 +78,7 @@ def command(
 
         file = io.BytesIO()
         np.save(file, vectors)
-        atomic_write(output, file.getvalue())
+        atomic_write(output, file.getvalue(), private=False)
         count = f"{len(texts):,} vector{'' if len(texts) == 1 else 's'}"
         click.echo(f"{count} of {vectors.shape[1]:,} numbers in {output}", err=True)
     elif as_json:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 import click
 
 from gemkit.cli.command import Verb
-from gemkit.cli.common import interrupted, json_option, megabytes, model_argument, print_json, read_text, table
+from gemkit.cli.common import (
+    interrupted,
+    json_option,
+    megabytes,
+    model_argument,
+    print_json,
+    read_text,
+    table,
+    target_file,
+)
 from gemkit.cli.paths import check_new
 from gemkit.errors import GemkitError, GemkitWarning, UsageError
 
@@ -27,7 +36,7 @@ WORST = 5  # tensors that the report names
 
 @click.command("quantize", cls=Verb, short_help="Write a model in a narrower type, and measure the damage.")
 @model_argument
-@click.argument("target", metavar="TARGET", type=click.Path(path_type=Path))
+@click.argument("target", metavar="TARGET", type=click.Path(path_type=Path), callback=target_file)
 @click.option(
     "--type",
     "kind",

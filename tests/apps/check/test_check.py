@@ -146,7 +146,9 @@ def test_a_template_of_tokens_that_only_the_settings_add_is_healthy(bases, tmp_p
     settings("tokenizer_config.json", added_tokens_decoder=added, chat_template=source, eos_token=names[1])(folder)
     assert {f.rule for f in check(folder) if f.level == "error"} == set()
     settings("tokenizer_config.json", chat_template=source.replace("im_end", "no_such"))(folder)
-    assert {f.rule for f in check(folder) if f.level == "error"} == {"template-markers"}
+    found = check(folder)
+    assert {f.rule for f in found if f.level == "error"} == set()
+    assert "template-markers" in {f.rule for f in found if f.level == "warning"}
 
 
 def test_the_demo_model_is_clean():

@@ -153,9 +153,9 @@ def bos_doubled(s: Subject) -> Iterator[Hit]:
 
 @rule(
     "template-markers",
-    ERROR,
+    WARNING,
     "The chat template writes markers that are no tokens of the tokenizer.",
-    why="they fall apart into ordinary pieces, which the model was not tuned to and which no stop id can name",
+    why="they become ordinary pieces, which is right only if the model was tuned so, and which no stop id names",
     remedy="add the markers to the tokenizer as the tuned model had them, or use the published template",
     causes=("template-stop", "template-other"),
 )
