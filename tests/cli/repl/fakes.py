@@ -27,7 +27,7 @@ class Model:
     def __init__(self, answers: list[str], ctx_size: int = 1000, name: str = "Fake 1b", stops: bool = True) -> None:
         self.tokenizer, self.ctx_size, self.threads = Tokenizer(), ctx_size, 2
         self.checkpoint = SimpleNamespace(name=name, instruction_tuned=True, tensors={})
-        self.stop_ids = frozenset({1, STOP})
+        self.stop_ids, self.has_own_template = frozenset({1, STOP}), False
         self.answers, self.stops, self.asked = list(answers), stops, []
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:

@@ -125,7 +125,7 @@ def test_each_shape_is_compiled_once(found, backend):
 @every_backend
 def test_a_token_at_depth_1000_costs_little_more_than_at_depth_10(found, backend):
     shallow, deep = found(backend)["depth"]
-    assert deep <= 1.5 * shallow
+    assert deep <= 2 * shallow  # without a cache it would be a hundred times as much
 
 
 @every_backend
