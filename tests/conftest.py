@@ -28,6 +28,14 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return max(1, min(_native.cores(), 64 if free is None else free // _WORKER_BYTES))
 
 
+def pytest_sessionstart(session) -> None:
+    """Assemble the demo model and show its notice once, before any process that must be silent."""
+    if not hasattr(session.config, "workerinput"):
+        from gemkit.weights.demo import demo_path
+
+        demo_path()
+
+
 def pytest_collection_modifyitems(items) -> None:
     here = Path(__file__).parent
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from weights.hub_world import World, server_fixture, world_fixture  # noqa: F401
 
+from gemkit.cache import cache_dir
 from gemkit.weights import demo as demo_module
 
 from . import shell, standins
@@ -77,6 +78,8 @@ def place(world: World, small_demo: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("COLUMNS", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GEMKIT_CONFIG", "")
+    # A cache of their own: pages prune it, and other tests use the demo's packed copy meanwhile
+    monkeypatch.setenv("GEMKIT_CACHE", str(cache_dir() / "docs"))
     return folder
 
 
