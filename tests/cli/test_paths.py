@@ -31,12 +31,12 @@ def run(capsys: pytest.CaptureFixture, *args: object) -> tuple[int, str]:
         (1, "there is no file nosuch.txt", ["score", "demo", "--file", "nosuch.txt"]),
         (1, "is a folder", ["score", "demo", "--file", "folder"]),
         (1, "taken.gguf exists", ["convert", "demo", "taken.gguf", "--to", "gguf"]),
-        (1, "taken.gguf is not a folder", ["convert", "demo", "taken.gguf/x.gguf", "--to", "gguf"]),
+        (2, "taken.gguf is not a folder", ["convert", "demo", "taken.gguf/x.gguf", "--to", "gguf"]),
         (2, "no int8 blocks", ["convert", "demo", "new", "--to", "hf", "--dtype", "int8"]),
         (2, "nosuch.txt", ["convert", "demo", "new", "--to", "hf", "--verify", "--text-file", "nosuch.txt"]),
         (1, "taken.gguf exists", ["quantize", "demo", "taken.gguf", "--type", "q8_0"]),
         (2, "nosuch.txt", ["quantize", "demo", "new.gguf", "--type", "q8_0", "--text-file", "nosuch.txt"]),
-        (2, "does not exist", ["generate", "demo", "--prompt", "x", "--receipt", "taken.gguf/r.json"]),
+        (2, "taken.gguf is not a folder", ["generate", "demo", "--prompt", "x", "--receipt", "taken.gguf/r.json"]),
         (2, "nosuch.json", ["replay", "nosuch.json"]),
         *[
             (1, "the adapter nosuch does not exist", [*verb, "--adapter-path", "nosuch"])

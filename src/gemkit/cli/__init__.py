@@ -3,15 +3,12 @@
 0 done, 1 failure, 2 wrong usage, 130 interrupted. `--debug` or GEMKIT_DEBUG=1 shows the traceback instead.
 """
 
-import functools
 import sys
-import warnings
 
 import click
 
 from gemkit import __version__
 from gemkit.cli.command import Verbs
-from gemkit.cli.common import show_warning
 from gemkit.cli.streams import whole_text
 
 VERBS = ("generate", "replay", "chat", "score", "embed", "tokenize", "show", "bench", "check", "doctor")
@@ -29,8 +26,7 @@ def cli(debug: bool) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command with `args` (default: the process's own) and exit."""
     try:
-        with whole_text(), warnings.catch_warnings():
-            warnings.showwarning = functools.partial(show_warning, warnings.showwarning)
+        with whole_text():
             code = cli.main(args, prog_name="gemkit", standalone_mode=False) or 0
         sys.exit(code)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -15,7 +15,7 @@ import click
 
 from gemkit.cli import config
 from gemkit.cli.streams import is_utf8
-from gemkit.errors import GemkitError, GemkitWarning, UsageError, listed
+from gemkit.errors import GemkitError, UsageError, listed
 
 if TYPE_CHECKING:
     from gemkit.text.tokenizer import Tokenizer
@@ -40,14 +40,6 @@ def failure(error: Exception) -> click.ClickException:
     result = click.ClickException(str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)")
     result.exit_code = 2 if isinstance(error, UsageError) else 1
     return result
-
-
-def show_warning(others: Callable, message: Warning | str, category: type[Warning], *where: object) -> None:
-    """Print a warning of gemkit's as one line, in the place of `warnings.showwarning`; hand any other to `others`."""
-    if issubclass(category, GemkitWarning):
-        click.echo(f"gemkit: {message}", err=True)
-    else:
-        others(message, category, *where)
 
 
 def interrupted(left: str) -> NoReturn:
@@ -202,9 +194,10 @@ def json_option(command: Callable) -> Callable:
 def target_file(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
     """Check, before any work, that the folder of a file to be written exists: none is made unasked."""
     if path is not None and not path.parent.is_dir():
-        raise click.BadParameter(
-            f"the folder {path.parent} does not exist: make it first, or choose another", ctx, param
-        )
+        message = f"the folder {path.parent} does not exist: make it first, or choose another"
+        if path.parent.exists():
+            message = f"{path.parent} is not a folder: choose another"
+        raise click.BadParameter(message, ctx, param)
     return path
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import shutil
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from gemkit.cli.common import (
     target_file,
 )
 from gemkit.cli.paths import check_new
-from gemkit.errors import GemkitError, GemkitWarning, UsageError
+from gemkit.errors import GemkitError, UsageError
 
 if TYPE_CHECKING:
     from gemkit.apps.quantize import Damage, Quantized
@@ -93,8 +92,7 @@ def command(
         quantize.check_measurable(source)
     measure = None if no_measure else _Measure(source, target, sample.TEXT if text is None else text, shown)
     try:
-        with warnings.catch_warnings(), _Line("quantizing", "M numbers", 1e6, shown) as line:
-            warnings.simplefilter("always", GemkitWarning)
+        with _Line("quantizing", "M numbers", 1e6, shown) as line:
             done = quantize.quantize(source, target, kind, embedding, progress=line.show, check=measure)
     except KeyboardInterrupt:
         interrupted(f"nothing is left of {target}")
