@@ -99,3 +99,14 @@ def tiny_checkpoint(model_type: str = "gemma3_text", types=GGMLType.Q8_0, **chan
 def write(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
+
+
+def add_pair(writer, key: str, value) -> None:
+    """Adds one of gemkit's metadata pairs, by gguf-py's writer."""
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif not isinstance(value, str | int | float):
+        writer.add_array(key, value.strings() if value.type == 8 else value.numbers().tolist())
+    else:
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kinds[type(value)](key, value)

@@ -52,16 +52,8 @@ def rewrite(folder, drop=(), tokens=(), scores=(), types=(), tensors=(), **more)
                 for at, new in lists[name]:
                     values[at:] = [new] if at >= len(values) else [new, *values[at + 1 :]]
                 writer.add_array(key, values)
-            elif isinstance(value, list):
-                writer.add_array(key, value)
-            elif isinstance(value, bool):
-                writer.add_bool(key, value)
-            elif isinstance(value, int):
-                writer.add_uint32(key, value)
-            elif isinstance(value, float):
-                writer.add_float32(key, value)
             else:
-                writer.add_string(key, value)
+                files.add_pair(writer, key, value)
         for name, tensor in file.tensors.items():
             writer.add_tensor(name, tensor.data.view("<f4").reshape(tensor.shape).copy())
         for name in tensors:

@@ -33,18 +33,8 @@ def parts(tmp_path, whole):
     writer = peer.GGUFWriter(folder / "tiny.gguf", "gemma3", split_max_tensors=40)
     with GGUFFile.open(whole) as file:
         for key, value in file.metadata.items():
-            if key == "general.architecture":
-                continue
-            if not isinstance(value, str | int | float | bool):
-                writer.add_array(key, value.strings() if value.type == 8 else value.numbers().tolist())
-            elif isinstance(value, bool):
-                writer.add_bool(key, value)
-            elif isinstance(value, int):
-                writer.add_uint32(key, value)
-            elif isinstance(value, float):
-                writer.add_float32(key, value)
-            else:
-                writer.add_string(key, value)
+            if key != "general.architecture":
+                files.add_pair(writer, key, value)
         for name, tensor in file.tensors.items():
             writer.add_tensor(name, tensor.data.view("<f4").reshape(tensor.shape).copy())
         writer.write_header_to_file()

@@ -17,7 +17,7 @@ import numpy as np
 from gemkit.apps.convert import Comparison, verify
 from gemkit.apps.doctor import system_memory
 from gemkit.apps.sample import TEXT
-from gemkit.arch.tensors import manifest
+from gemkit.arch.tensors import EMBEDDING, HEAD, manifest
 from gemkit.errors import GemkitError, GemkitWarning, UsageError
 from gemkit.loading import default_threads
 from gemkit.weights.checkpoint import Checkpoint, Tensor
@@ -53,7 +53,6 @@ _FALLBACK = {GGMLType.Q4_K: GGMLType.Q5_0, GGMLType.Q5_K: GGMLType.Q5_1, GGMLTyp
 _LAST_FALLBACK = GGMLType.F16
 
 # The embedding, which is the output matrix too, and an output matrix of its own.
-_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 MOST_TOKENS = 4096  # of the text that the damage is measured on
 FEW_TOKENS = 1000  # with fewer, a change of perplexity says little
@@ -110,7 +109,7 @@ def plan(checkpoint: Checkpoint, name: str, embedding: str | None = None) -> dic
         kind = main
         if not spec.quantise:
             kind = GGMLType.F32
-        elif key in _EMBEDDINGS:
+        elif key in (EMBEDDING, HEAD):
             kind = head
         elif key.endswith(_WIDER_IN_MIXES) and _is_wider(int(key.split(".")[2]), layers):
             kind = wider
@@ -170,7 +169,7 @@ def quantize(
             for name, tensor in stored.tensors.items()
         }
         try:
-            write_gguf(target, _with(stored, tensors), type.upper(), check=check)
+            write_gguf(target, stored.with_tensors(tensors), type.upper(), check=check)
         finally:
             work.close()
         parameters = stored.config.parameter_count()
@@ -213,7 +212,7 @@ def is_memory_shortage(error: BaseException) -> bool:
 
 
 def _warn(checkpoint: Checkpoint, types: dict[str, GGMLType]) -> None:
-    heads = sorted({types[name].name for name in _EMBEDDINGS if name in types and _bits(types[name]) < 8})
+    heads = sorted({types[name].name for name in (EMBEDDING, HEAD) if name in types and _bits(types[name]) < 8})
     if heads:
         warnings.warn(
             f"the embedding, which is also the output matrix, becomes {heads[0]}: below 8 bits answers get worse or "
@@ -251,21 +250,6 @@ def _check_space(target: Path, checkpoint: Checkpoint, types: dict[str, GGMLType
         raise GemkitError(
             f"{target} needs {needed:,} bytes and its disk has {free:,} free: free some, or name a file elsewhere"
         )
-
-
-def _with(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Checkpoint:
-    """The same model with other tensors; it does not own the file."""
-    return Checkpoint(
-        checkpoint.config,
-        tensors,
-        vocabulary=lambda: checkpoint.vocabulary,
-        chat_template=checkpoint.chat_template,
-        special_tokens=checkpoint.special_tokens,
-        name=checkpoint.name,
-        instruction_tuned=checkpoint.instruction_tuned,
-        source=checkpoint.source,
-        metadata=checkpoint.metadata,
-    )
 
 
 class _Work:

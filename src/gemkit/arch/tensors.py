@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from gemkit.arch.config import ModelConfig
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Standard deviation of freshly initialised matrices (``initializer_range`` of the published configurations).
 _INIT_STD = 0.02
 

@@ -137,6 +137,22 @@ class Checkpoint:
             instruction_tuned=instruction_tuned,
         )
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
+        """Return the same model with other tensors, which may read from these: closing it closes both."""
+        return Checkpoint(
+            self.config,
+            tensors,
+            vocabulary=lambda: self.vocabulary,
+            vocabulary_key=lambda: self.vocabulary_key,
+            chat_template=self.chat_template,
+            special_tokens=self.special_tokens,
+            name=self.name,
+            instruction_tuned=self.instruction_tuned,
+            source=self.source,
+            metadata=self.metadata,
+            close=self.close,
+        )
+
     def close(self) -> None:
         """Drops the tensors' bytes and closes the file. Types, shapes and a vocabulary that was read remain."""
         for tensor in self.tensors.values():

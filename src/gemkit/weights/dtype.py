@@ -17,6 +17,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from gemkit.arch.tensors import EMBEDDING, HEAD
 from gemkit.errors import GemkitError, UsageError
 from gemkit.weights.checkpoint import Checkpoint, Tensor
 from gemkit.weights.quant import BLOCKS, GGMLType, dequantise, nbytes, quantise
@@ -29,7 +30,6 @@ TYPES = {
 }
 DTYPES = ("auto", *TYPES)
 
-_HEADS = ("model.embed_tokens.weight", "lm_head.weight")
 _CHUNK_ELEMENTS = 1 << 18
 _NONE = np.zeros(0, np.uint8)
 
@@ -86,23 +86,7 @@ def convert(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     for name, tensor in checkpoint.tensors.items():
         kind = TYPES[dtype] if len(tensor.shape) > 1 else GGMLType.F32
         tensors[name] = tensor if tensor.type == kind else Converted(name, kind, tensor)
-    return _with(checkpoint, tensors)
-
-
-def _with(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Checkpoint:
-    return Checkpoint(
-        checkpoint.config,
-        tensors,
-        vocabulary=lambda: checkpoint.vocabulary,
-        vocabulary_key=lambda: checkpoint.vocabulary_key,
-        chat_template=checkpoint.chat_template,
-        special_tokens=checkpoint.special_tokens,
-        name=checkpoint.name,
-        instruction_tuned=checkpoint.instruction_tuned,
-        source=checkpoint.source,
-        metadata=checkpoint.metadata,
-        close=checkpoint.close,
-    )
+    return checkpoint.with_tensors(tensors)
 
 
 def narrow_head(checkpoint: Checkpoint) -> Checkpoint:
@@ -112,12 +96,13 @@ def narrow_head(checkpoint: Checkpoint) -> Checkpoint:
     reads are its; in 8 bits it is read twice as fast and can have a screen. Others are returned as they are.
     """
     floats = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
-    heads = [name for name in _HEADS if name in checkpoint.tensors and checkpoint.tensors[name].type in floats]
-    others = [t for name, t in checkpoint.tensors.items() if len(t.shape) > 1 and name not in _HEADS]
-    if not heads or any(t.type in floats for t in others) or any(checkpoint.tensors[n].shape[-1] % 32 for n in heads):
+    stored = checkpoint.tensors
+    heads = [name for name in (EMBEDDING, HEAD) if name in stored and stored[name].type in floats]
+    others = [t for name, t in stored.items() if len(t.shape) > 1 and name not in (EMBEDDING, HEAD)]
+    if not heads or any(t.type in floats for t in others) or any(stored[n].shape[-1] % 32 for n in heads):
         return checkpoint
-    changed = {name: Converted(name, GGMLType.Q8_0, checkpoint.tensors[name]) for name in heads}
-    return _with(checkpoint, {**checkpoint.tensors, **changed})
+    changed = {name: Converted(name, GGMLType.Q8_0, stored[name]) for name in heads}
+    return checkpoint.with_tensors({**stored, **changed})
 
 
 def describe(checkpoint: Checkpoint) -> str:

@@ -35,7 +35,7 @@ def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
     facts = read_object(folder / "config.json")
     config = _config(folder, facts)
     tokenizer = find_tokenizer(folder, _names(folder))
-    template = _chat_template(folder)
+    template = read_chat_template(folder)
     named = facts.get("transformers_weights")
     files = open_weights(folder, named if isinstance(named, str) else None)
     try:
@@ -94,7 +94,8 @@ def _name(folder: Path) -> str:
     return folder.parent.name if folder.name.isdigit() else folder.name
 
 
-def _chat_template(folder: Path) -> str | None:
+def read_chat_template(folder: Path) -> str | None:
+    """Return a folder's chat template, from the file that transformers would read it from."""
     path = folder / "chat_template.jinja"
     if os.path.lexists(path):
         return _text(path)

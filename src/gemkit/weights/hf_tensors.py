@@ -18,13 +18,11 @@ import numpy as np
 
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.hf_config import left_out
-from gemkit.arch.tensors import manifest
+from gemkit.arch.tensors import EMBEDDING, HEAD, manifest
 from gemkit.errors import GemkitError, GemkitWarning, listed
 from gemkit.weights.checkpoint import Tensor, check
 from gemkit.weights.quant import GGMLType, dequantise
 from gemkit.weights.safetensors import TYPES, Entry, ShardedFiles, shown
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # What stands in front of a name when another module holds the model: multimodal models, PEFT, torch.compile, DDP, FSDP
 _AROUND = re.compile(r"(?:(?:base_model|language_model|model|module|_orig_mod|_fsdp_wrapped_module)\.)*")

@@ -20,7 +20,7 @@ from gemkit.arch.tensors import manifest
 from gemkit.errors import GemkitError
 from gemkit.weights import tuned
 from gemkit.weights.checkpoint import Checkpoint, Tensor
-from gemkit.weights.hf import _chat_template, read_hf
+from gemkit.weights.hf import read_chat_template, read_hf
 from gemkit.weights.quant import GGMLType, quantise
 from gemkit.weights.safetensors import INDEX, SINGLE
 from gemkit.weights.staged import Check, check_readable, staged
@@ -177,7 +177,7 @@ def _write_texts(folder: Path, checkpoint: Checkpoint) -> None:
     if not has_tokenizer and checkpoint.vocabulary is not None:
         _write_tokenizer(folder, checkpoint)
     template = tuned.template_to_write(checkpoint)
-    if template and not (has_tokenizer and _chat_template(folder)):
+    if template and not (has_tokenizer and read_chat_template(folder)):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
 
 

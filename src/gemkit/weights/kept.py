@@ -171,7 +171,7 @@ def drop(sources: Iterable[Path]) -> None:
 def tidy(keep: str = "", limit: int | None = None) -> list[Copy]:
     """Removes dead copies, then those used longest ago until all together take no more than the limit.
 
-    keep: the name of an image that stays in any case. limit: in bytes, by default `limit()`. Returns what is gone.
+    keep: the name of an image that stays in any case. limit: in bytes, by default `size_limit()`. Returns what is gone.
     """
     removed, left = [], []
     for copy in copies():

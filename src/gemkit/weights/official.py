@@ -88,7 +88,7 @@ def make_checkpoint(
     """
     tokenizer = _tokenizer(folder)
     name = path.stem if path.is_file() else hf._name(path)
-    template = hf._chat_template(folder)
+    template = hf.read_chat_template(folder)
     facts = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     return Checkpoint(
         config,

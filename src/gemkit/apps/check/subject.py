@@ -16,7 +16,7 @@ import numpy as np
 
 from gemkit.arch.config import STOP_TOKEN_IDS, ModelConfig
 from gemkit.arch.presets import PRESETS, Preset
-from gemkit.arch.tensors import TensorSpec, manifest
+from gemkit.arch.tensors import EMBEDDING, HEAD, TensorSpec, manifest
 from gemkit.text.tokenizer import Tokenizer
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.quant import GGMLType, dequantise
@@ -24,7 +24,6 @@ from gemkit.weights.tuned import by_name
 
 GGUF, HF, KERAS, GOOGLE = "gguf", "hf", "keras", "google"
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _WHOLE = 1 << 20  # tensors up to this many numbers are read whole
 _SAMPLED_ROWS = 256

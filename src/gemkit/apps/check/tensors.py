@@ -10,7 +10,8 @@ import numpy as np
 
 from gemkit.apps.check import norms
 from gemkit.apps.check.finding import ERROR, WARNING, Hit, rule
-from gemkit.apps.check.subject import EMBEDDING, GGUF, HEAD, HF, Subject, TensorView
+from gemkit.apps.check.subject import GGUF, HF, Subject, TensorView
+from gemkit.arch.tensors import EMBEDDING, HEAD
 from gemkit.errors import listed
 from gemkit.weights.hf_tensors import image_part
 from gemkit.weights.names import IGNORED, from_canonical
