@@ -15,7 +15,7 @@ import torch
 
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.tensors import manifest
-from gemkit.engine.runner import Batch, Runner
+from gemkit.engine.interface import Batch, Runner
 from gemkit.engine.sampling import Sampling
 
 GREEDY = Sampling(logprobs=None)

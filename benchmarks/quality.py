@@ -43,7 +43,7 @@ def gemkit(*arguments: str) -> None:
 def make(model: str, name: str, folder: Path) -> Path:
     """The file of this name, made if it is not there."""
     if not FILES[name]:
-        from gemkit.loading import find
+        from gemkit.api.load import find
 
         return find(model)
     path = folder / f"{name.replace(', ', '-').replace(' ', '-')}.gguf"

@@ -339,7 +339,7 @@ def main(arguments: list[str] | None = None, ours: Engine = OURS, peers: list[En
         missing |= ABSENT
     own_file = options.model is not None
     if not own_file:
-        from gemkit.weights.demo import demo_path
+        from gemkit.hub.demo import demo_path
 
         options.model = str(demo_path())
     if options.scaling:

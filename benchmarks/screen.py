@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import gemkit
-from gemkit.engine.runner import Batch
+from gemkit.engine.interface import Batch
 from gemkit.engine.sampling import Sampling
 
 LANES, WINDOW = 4, 256

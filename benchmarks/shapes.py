@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gemkit.apps.quantize import plan
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.presets import preset
 from gemkit.arch.tensors import manifest
 from gemkit.text.vocabulary import PieceType, Vocabulary
+from gemkit.tools.quantize import plan
 from gemkit.weights.checkpoint import Checkpoint, Tensor
-from gemkit.weights.gguf_writer import write_gguf
+from gemkit.weights.gguf.write import write_gguf
 from gemkit.weights.quant import BLOCKS, GGMLType, nbytes, quantise
 
 _POOL = 1 << 20  # numbers that are drawn and rounded

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from gemkit.api.load import find
 from gemkit.arch.tensors import manifest
-from gemkit.loading import find
 from gemkit.models.torch import Decoder, load_decoder
 from gemkit.text.tokenizer import Tokenizer
 from gemkit.weights.checkpoint import Checkpoint
-from gemkit.weights.files import open_checkpoint
-from gemkit.weights.gguf_writer import write_gguf
+from gemkit.weights.gguf.write import write_gguf
+from gemkit.weights.open import open_checkpoint
 
 
 def pieces(tokenizer: Tokenizer, texts: list[Path], length: int) -> list[list[int]]:

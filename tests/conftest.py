@@ -22,7 +22,7 @@ _LONG = ("models", "parity", "docs")
 def pytest_xdist_auto_num_workers(config) -> int:
     """One process for each core that may be used, as far as memory goes."""
     from gemkit import _native
-    from gemkit.models.native.room import free_memory
+    from gemkit.host import free_memory
 
     free = free_memory()
     return max(1, min(_native.cores(), 64 if free is None else free // _WORKER_BYTES))
@@ -31,7 +31,7 @@ def pytest_xdist_auto_num_workers(config) -> int:
 def pytest_sessionstart(session) -> None:
     """Assemble the demo model and show its notice once, before any process that must be silent."""
     if not hasattr(session.config, "workerinput"):
-        from gemkit.weights.demo import demo_path
+        from gemkit.hub.demo import demo_path
 
         demo_path()
 

@@ -14,7 +14,7 @@ from engine.vocabulary import vocabulary
 from weights.files import tiny_config, tiny_params
 
 from gemkit.weights.checkpoint import Checkpoint
-from gemkit.weights.gguf_writer import write_gguf
+from gemkit.weights.gguf.write import write_gguf
 from gemkit.weights.quant import GGMLType
 
 WORKS = """

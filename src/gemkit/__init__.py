@@ -12,12 +12,12 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "load": "loading",
-    "Model": "api",
-    "Chat": "api",
-    "Completion": "api",
-    "Piece": "api",
-    "Score": "api",
+    "load": "api.load",
+    "Model": "api.model",
+    "Chat": "api.model",
+    "Completion": "api.model",
+    "Piece": "api.model",
+    "Score": "api.model",
     "GemkitError": "errors",
     "UsageError": "errors",
     "GemkitWarning": "errors",

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import re
+import secrets
+import shutil
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
-from gemkit.errors import GemkitError
+from gemkit.errors import GemkitError, UsageError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SECONDS = {"S": 1, "M": 60, "H": 3600, "D": 86400, "W": 7 * 86400}
 
 
 def cache_dir() -> Path:
@@ -33,25 +43,38 @@ def cache_dir() -> Path:
     return home / "Library" / "Caches" / "gemkit" if sys.platform == "darwin" else home / ".cache" / "gemkit"
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes, private: bool = True) -> None:
-    """Writes a file under a temporary name and renames it: a reader sees the old file or the new one whole.
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Give a temporary path next to `target`, which is renamed to it at the end, or deleted if anything fails.
 
-    Makes the folders on the way. private: for this user alone; False leaves it to the umask, as for any file.
-    Raises OSError and leaves nothing behind if that fails.
+    A reader sees the old file or the new one whole. An empty folder at `target` is replaced. Raises OSError.
     """
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        yield temporary
+        if target.is_dir():
+            target.rmdir()
+        os.replace(temporary, target)
+    except BaseException:
+        # orbax-checkpoint writes under a longer name of its own
+        for left in (temporary, *target.parent.glob(f"{glob.escape(temporary.name)}.*")):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        raise
+
+
+def create(path: Path, private: bool = True) -> BinaryIO:
+    """Open a file that must not exist, for writing. private: for this user alone; False leaves it to the umask."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    return os.fdopen(os.open(path, flags, 0o600 if private else 0o666), "wb")
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes, private: bool = True) -> None:
+    """Write a `staged` file, and the folders on the way. private: as in `create`. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    handle = os.open(temporary, flags, 0o600 if private else 0o666)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with staged(path) as temporary, create(temporary, private) as file:
+        file.write(data)
 
 
 def try_atomic_write(path: str | os.PathLike[str], data: bytes) -> bool:
@@ -61,3 +84,61 @@ def try_atomic_write(path: str | os.PathLike[str], data: bytes) -> bool:
     except OSError:
         return False
     return True
+
+
+@dataclass
+class Copy:
+    """One copy, which may be removed alone.
+
+    kind: such as "packed weights". files: what is deleted with it. size: in bytes. used: seconds since 1970.
+    sources: the models that it is of, as far as they are known. state: "there", "changed" or "gone", of the source;
+    "unknown" if it has none. busy: says whether a process writes it just now.
+    """
+
+    kind: str
+    files: list[Path]
+    size: int
+    used: float
+    sources: list[str] = field(default_factory=list)
+    state: str = "unknown"
+    busy: Callable[[], bool] = lambda: False
+
+    @property
+    def is_dead(self) -> bool:
+        """True if nothing can use it any more."""
+        return self.state in ("gone", "changed")
+
+    def remove(self) -> bool:
+        """Delete its files; return True if all of them are gone."""
+        if self.busy():
+            return False
+        for path in self.files:
+            with contextlib.suppress(OSError):  # Windows: another process has it mapped
+                path.unlink(missing_ok=True)
+        return not any(os.path.lexists(path) for path in self.files)
+
+
+def parse_size(text: str, what: str) -> int:
+    """Return the bytes of a size such as `5GB` or `500M`; raises UsageError. what: where it was given."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?)(I?)B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise UsageError(f"{what} is {text!r}; give a size, such as 5GB or 500MB")
+    unit = match[2].upper()
+    return int(float(match[1]) * (1024 ** " KMGT".index(unit) if match[3] and unit else _UNITS[unit]))
+
+
+def parse_age(text: str, what: str) -> float:
+    """Return the seconds of a time such as `30d` or `12h`; raises UsageError. what: where it was given."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([SMHDW])\s*", text, re.IGNORECASE)
+    if not match:
+        raise UsageError(f"{what} is {text!r}; give a time, such as 30d, 12h or 2w")
+    return float(match[1]) * _SECONDS[match[2].upper()]
+
+
+def size_and_use(path: Path) -> tuple[int, float]:
+    """Return a file's bytes and when it was last used: read or written, as far as the disk keeps that."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0.0
+    return status.st_size, max(status.st_mtime, status.st_atime) if path.suffix == ".bin" else status.st_mtime

@@ -61,7 +61,7 @@ def test_nothing_measured_or_too_little_text_is_said(measured, tmp_path):
 
 
 def test_every_file_type_is_one_that_quantize_knows():
-    from gemkit.apps.quantize import MIXES, TYPES
+    from gemkit.tools.quantize import MIXES, TYPES
 
     for name, arguments in quality.FILES.items():
         assert set(arguments[1::2]) <= {*TYPES, *MIXES}, name

@@ -14,7 +14,7 @@ import shapes
 
 import gemkit
 from gemkit.arch.presets import preset
-from gemkit.weights.files import open_checkpoint
+from gemkit.weights.open import open_checkpoint
 
 SMALL = dataclasses.replace(
     preset("gemma-2b").config,

@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
-from weights.hub_world import KAGGLE, SHARDS, World, server_fixture, world_fixture, write  # noqa: F401
-from weights.test_hub import fails
-from weights.test_kept import aged, keep, model
+from hub.test_resolve import fails
+from hub.world import KAGGLE, SHARDS, World, server_fixture, world_fixture, write  # noqa: F401
+from models.test_kept import aged, keep, model
 
 import gemkit.cli
-from gemkit.weights.hub import resolve
-from gemkit.weights.hub_item import _try_lock
+from gemkit.hub.item import _try_lock
+from gemkit.hub.resolve import resolve
 
 DAY = 86400
 

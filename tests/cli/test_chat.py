@@ -17,7 +17,7 @@ from cli.repl.fakes import Model
 from cli.screen import Screen
 
 from gemkit.cache import cache_dir
-from gemkit.weights.demo import demo_path
+from gemkit.hub.demo import demo_path
 
 CHAT = [sys.executable, "-m", "gemkit", "chat", "demo"]
 SPEED = r"\d+ tokens? · ([\d.]+ tok/s · )?first token [\d.]+ s · \d+/2048 context"

@@ -8,10 +8,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from gemkit.apps import check as package
-from gemkit.apps.check import Finding
 from gemkit.errors import UsageError
-from gemkit.weights.demo import demo_path
+from gemkit.hub.demo import demo_path
+from gemkit.tools import check as package
+from gemkit.tools.check import Finding
 
 
 def command(verb: str) -> click.Command:

@@ -12,7 +12,7 @@ from weights.files import tiny_config, tiny_params
 from gemkit.cli import main
 from gemkit.errors import GemkitError
 from gemkit.weights.checkpoint import Checkpoint
-from gemkit.weights.gguf_writer import write_gguf
+from gemkit.weights.gguf.write import write_gguf
 from gemkit.weights.quant import GGMLType
 
 
@@ -63,7 +63,7 @@ def test_bad_requests_are_one_line(tmp_path, capsys, start, monkeypatch):
 @pytest.mark.parametrize("to", ["hf", "gguf", "orbax"])
 def test_a_failed_proof_leaves_nothing(tmp_path, capsys, start, monkeypatch, to):
     """Other ids, other numbers, or an error while comparing."""
-    from gemkit.apps import convert
+    from gemkit.tools import convert
 
     target, verify = tmp_path / "end", convert.verify
 
@@ -110,11 +110,11 @@ def test_an_interruption_says_that_nothing_is_left(tmp_path, capsys, start, monk
         raise KeyboardInterrupt
 
     target = tmp_path / "end"
-    for where in ("gemkit.apps.convert.verify", "gemkit.weights.checkpoint.dequantise"):
+    for where in ("gemkit.tools.convert.verify", "gemkit.weights.checkpoint.dequantise"):
         with monkeypatch.context() as patch:
             patch.setattr(where, stop)
             if to == "gguf":
-                patch.setattr("gemkit.weights.gguf_writer._stored", stop)
+                patch.setattr("gemkit.weights.gguf.write._stored", stop)
             code, out, err = run(capsys, start, target, "--to", to, "--verify")
         assert (code, out, err) == (130, "", f"gemkit: interrupted; nothing is left of {target}\n")
         assert [path.name for path in tmp_path.iterdir()] == ["start.gguf"]

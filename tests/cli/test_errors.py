@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from gemkit import loading
+from gemkit.api import load as loading
 from gemkit.cli import main
 from gemkit.errors import GemkitError, UsageError
-from gemkit.weights.demo import demo_path
+from gemkit.hub.demo import demo_path
 
 GENERATE = [sys.executable, "-m", "gemkit", "generate", "demo", "--prompt", "One, two,", "--max-tokens", "2000"]
 

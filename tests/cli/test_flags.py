@@ -6,10 +6,10 @@ import re
 import click
 from click.testing import CliRunner
 
-from gemkit.api import Model
+from gemkit.api.load import load
+from gemkit.api.model import Model
 from gemkit.cli import ALIASES, VERBS, cli
 from gemkit.cli.command import GROUPS
-from gemkit.loading import load
 
 LOAD = [
     "-t/--threads",

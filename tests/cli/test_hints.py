@@ -6,15 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 from engine.vocabulary import vocabulary
+from hub.world import World, server_fixture, world_fixture  # noqa: F401
 from weights.files import tiny_config, tiny_params
-from weights.hub_world import World, server_fixture, world_fixture  # noqa: F401
 
 import gemkit
 import gemkit.cli
 from gemkit.cli import hints
 from gemkit.weights.checkpoint import Checkpoint
-from gemkit.weights.gguf_writer import write_gguf
-from gemkit.weights.hf_writer import write_hf
+from gemkit.weights.gguf.write import write_gguf
+from gemkit.weights.hf.write import write_hf
 from gemkit.weights.quant import GGMLType
 
 QAT, FILE = "google/gemma-3-1b-it-qat-q4_0-gguf", "gemma-3-1b-it-q4_0.gguf"

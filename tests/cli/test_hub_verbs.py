@@ -6,11 +6,11 @@ import shutil
 import signal
 
 import pytest
-from weights.hub_world import KAGGLE, SHARD, SHARDS, World, gguf, server_fixture, world_fixture, write  # noqa: F401
+from hub.world import KAGGLE, SHARD, SHARDS, World, gguf, server_fixture, world_fixture, write  # noqa: F401
 
 import gemkit.cli
-from gemkit.weights import demo
-from gemkit.weights.hub_progress import Progress, on_terminal
+from gemkit.hub import demo
+from gemkit.hub.progress import Progress, on_terminal
 
 VERBS = tuple(dict.fromkeys((*gemkit.cli.VERBS, "download", "ls", "rm")))
 NAME = "hf:google/gemma-2b"

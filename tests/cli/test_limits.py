@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 
+from gemkit import host
 from gemkit.cli import main
-from gemkit.models.native import room
-from gemkit.weights.demo import demo_path
+from gemkit.hub.demo import demo_path
 
 GENERATE = [sys.executable, "-m", "gemkit", "generate", "demo", "--raw", "--max-tokens", "3", "--temp", "0"]
 PROMPT = ["--prompt", "One, two, three,"]
@@ -75,14 +75,14 @@ def test_a_bound_on_memory_is_one_line(megabytes: int):
 @pytest.mark.parametrize(("megabytes", "what"), [(100, "the weights"), (2, "pages of the key-value cache")])
 def test_memory_short_of_the_plan_is_one_line(monkeypatch, capsys, megabytes: int, what: str):
     # Linux would hand the memory out and end the process when it is used
-    whole = room.free_memory()
+    whole = host.free_memory()
     asked = []
 
     def free() -> int:
         asked.append(1)
         return megabytes * 10**6 if (what == "the weights" or len(asked) > 1) else whole
 
-    monkeypatch.setattr(room, "free_memory", free)
+    monkeypatch.setattr(host, "free_memory", free)
     monkeypatch.setenv("GEMKIT_PACKED", "0")
     prompt = ["--prompt", "a " * 600] if "cache" in what else PROMPT
     with pytest.raises(SystemExit) as end:
@@ -94,11 +94,11 @@ def test_memory_short_of_the_plan_is_one_line(monkeypatch, capsys, megabytes: in
 
 
 def test_what_is_free_is_what_the_machine_and_the_container_leave(monkeypatch, tmp_path):
-    machine = room.free_memory()
+    machine = host.free_memory()
     assert machine > 1 << 26
     for name, text in {"max": "3000000", "current": "2500000", "stat": "anon 5\nfile 400000\n"}.items():
         (tmp_path / f"memory.{name}").write_text(text)
-    monkeypatch.setattr(room, "_GROUP", tmp_path)
-    assert room.free_memory() == 900_000
+    monkeypatch.setattr(host, "_GROUP", tmp_path)
+    assert host.free_memory() == 900_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert room.free_memory() == pytest.approx(machine, rel=0.2)
+    assert host.free_memory() == pytest.approx(machine, rel=0.2)

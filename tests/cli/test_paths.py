@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import gemkit.cli
-from gemkit import loading
+from gemkit.api import load as loading
 from gemkit.weights.lora import CONFIG
 
 

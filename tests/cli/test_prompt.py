@@ -14,7 +14,7 @@ from cli.screen import Screen
 from gemkit.cli import main, prompt
 from gemkit.cli.prompt import Prompt
 from gemkit.errors import GemkitError, UsageError
-from gemkit.weights.demo import demo_path
+from gemkit.hub.demo import demo_path
 
 GENERATE = [sys.executable, "-m", "gemkit", "generate"]
 

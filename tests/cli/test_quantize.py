@@ -8,14 +8,14 @@ import pytest
 from engine.vocabulary import vocabulary
 from weights.files import tiny_config, tiny_params
 
-from gemkit.apps.sample import TEXT
 from gemkit.cli import main
 from gemkit.cli.quantize import _Line, _remedy
 from gemkit.errors import GemkitError
+from gemkit.tools.sample import TEXT
 from gemkit.weights.checkpoint import Checkpoint
-from gemkit.weights.files import open_checkpoint
-from gemkit.weights.gguf_writer import write_gguf
-from gemkit.weights.hf_writer import write_hf
+from gemkit.weights.gguf.write import write_gguf
+from gemkit.weights.hf.write import write_hf
+from gemkit.weights.open import open_checkpoint
 from gemkit.weights.quant import GGMLType
 
 WORDS = "the sea was calm and the boats lay in the harbour " * 2
@@ -73,7 +73,7 @@ def test_json_is_one_object_with_all_figures(tmp_path, capsys, checkpoint):
 
 
 def test_a_large_rise_is_said_with_its_remedy(tmp_path, capsys, start, monkeypatch):
-    monkeypatch.setattr("gemkit.apps.quantize.MUCH", -1.0)
+    monkeypatch.setattr("gemkit.tools.quantize.MUCH", -1.0)
     code, out, _ = run(capsys, start, tmp_path / "end.gguf", "--type", "q4_0")
     assert code == 0 and re.search(r"Perplexity rises by .* --type q4_k_m, or q5_k_m\.$", out, re.M)
     code, out, err = run(capsys, start, tmp_path / "2.gguf", "--type", "q8_0", "--embedding-type", "Q4_0")
@@ -83,7 +83,7 @@ def test_a_large_rise_is_said_with_its_remedy(tmp_path, capsys, start, monkeypat
 
 
 def test_without_measuring_nothing_is_run(tmp_path, capsys, start, monkeypatch):
-    monkeypatch.setattr("gemkit.apps.quantize.measure", None)
+    monkeypatch.setattr("gemkit.tools.quantize.measure", None)
     code, out, err = run(capsys, start, tmp_path / "end.gguf", "--type", "q8_0", "--no-measure")
     assert (code, err) == (0, "") and "perplexity" not in out and "tensors that lost most" in out
     code, out, _ = run(capsys, start, tmp_path / "2.gguf", "--type", "q8_0", "--no-measure", "--json")
@@ -120,7 +120,7 @@ def test_an_interruption_is_130_and_leaves_nothing(tmp_path, capsys, start, monk
     def stop(*_: object) -> np.ndarray:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gemkit.apps.quantize.search", stop)
+    monkeypatch.setattr("gemkit.tools.quantize.search", stop)
     code, out, err = run(capsys, start, tmp_path / "end.gguf", "--type", "q4_0")
     assert (code, out) == (130, "") and err == f"gemkit: interrupted; nothing is left of {tmp_path / 'end.gguf'}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["start.gguf"]
@@ -133,7 +133,7 @@ def test_a_measurement_that_fails_leaves_no_file_unless_memory_is_short(tmp_path
         def measure(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr("gemkit.apps.quantize.measure", measure)
+        monkeypatch.setattr("gemkit.tools.quantize.measure", measure)
         return run(capsys, start, target, "--type", "q8_0")
 
     code, out, err = fails(GemkitError("the logits are not finite"))

@@ -10,9 +10,9 @@ from engine.fakes import FakeRunner
 from engine.vocabulary import tokenizer
 
 import gemkit
-from gemkit.api import Model, Score
+from gemkit.api.model import Model, Score
 from gemkit.cli import common, main
-from gemkit.engine.runner import NOT_NUMBERS
+from gemkit.engine.interface import NOT_NUMBERS
 
 
 class Scores(FakeRunner):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import gemkit
+from gemkit.api.load import load_tokenizer
 from gemkit.cli import main
 from gemkit.cli.tokens import shown_piece, token_record
-from gemkit.loading import load_tokenizer
 from gemkit.text.tokenizer import Tokenizer
-from gemkit.weights.files import open_checkpoint
+from gemkit.weights.open import open_checkpoint
 
 TEXT = "Hello, wörld! 🦖 ก็\n\t<start_of_turn>"
 
@@ -72,7 +72,7 @@ def test_tokenize_renders_a_message_as_the_model_does(capsys, monkeypatch, tmp_p
             checkpoint.chat_template = template
             yield checkpoint
 
-    monkeypatch.setattr("gemkit.weights.files.open_checkpoint", with_template)
+    monkeypatch.setattr("gemkit.weights.open.open_checkpoint", with_template)
     ids = json.loads(run(capsys, "tokenize", "demo", "hi", "--chat", "--ids")[0])
     assert model.tokenizer.decode(ids) == "[hi]"
     assert "leave out" in run(capsys, "tokenize", "demo", TEXT, "--chat", "--special", code=2)[1]

@@ -16,13 +16,13 @@ from weights.files import tiny_config
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.presets import PRESETS
 from gemkit.arch.tensors import manifest
+from gemkit.hub.demo import demo_path
 from gemkit.text.template import DEFAULT_TEMPLATE
 from gemkit.text.vocabulary import Vocabulary
 from gemkit.weights.checkpoint import Checkpoint
-from gemkit.weights.demo import demo_path
-from gemkit.weights.gguf import read_gguf
-from gemkit.weights.gguf_writer import write_gguf
-from gemkit.weights.hf_writer import write_hf
+from gemkit.weights.gguf.read import read_gguf
+from gemkit.weights.gguf.write import write_gguf
+from gemkit.weights.hf.write import write_hf
 from gemkit.weights.quant import GGMLType
 
 _FIXED = 494  # control tokens and bytes

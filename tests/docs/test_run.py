@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from weights.hub_world import World, server_fixture, world_fixture  # noqa: F401
+from hub.world import World, server_fixture, world_fixture  # noqa: F401
 
 from gemkit.cache import cache_dir
-from gemkit.weights import demo as demo_module
+from gemkit.hub import demo as demo_module
 
 from . import shell, standins
 from .blocks import LANGUAGES, Block, blocks, steps
@@ -125,7 +125,7 @@ def _program(block: Block, standin: Path | None) -> list[str]:
     """Runs a program in a process of its own."""
     code = block.text
     if standin is not None:
-        code = f"import gemkit.weights.demo as d; d.demo_path = lambda: {str(standin)!r}\n{code}"
+        code = f"import gemkit.hub.demo as d; d.demo_path = lambda: {str(standin)!r}\n{code}"
     environment = {**os.environ, "PYTHONUTF8": "1", "KERAS_BACKEND": "jax"}  # TensorFlow alone takes 10 s to import
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=TIMEOUT, env=environment)
     if run.returncode:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemkit.engine.runner import Batch, Runner
+from gemkit.engine.interface import Batch, Runner
 from gemkit.engine.sampling import Sampling
 
 PAGES = 20

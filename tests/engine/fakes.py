@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from gemkit.engine.runner import Batch, PageGroup, StepResult
+from gemkit.engine.interface import Batch, PageGroup, StepResult
 from gemkit.engine.sampling import Sampling, log_softmax, sample
 from gemkit.errors import GemkitError
 

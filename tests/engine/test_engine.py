@@ -14,9 +14,9 @@ from engine.fakes import FakeRunner, V, continue_alone, hidden_of, logits_of, wo
 from engine.vocabulary import STOP, tokenizer
 
 from gemkit.engine.engine import Engine
-from gemkit.engine.runner import StepResult
+from gemkit.engine.interface import StepResult
+from gemkit.engine.request import Sequence
 from gemkit.engine.sampling import Sampling, log_softmax
-from gemkit.engine.sequence import Sequence
 from gemkit.errors import GemkitError, UsageError
 
 WINDOWS = (None, 10)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemkit.engine.interface import PageGroup
 from gemkit.engine.pages import PageAllocator, PageTable, first_visible_page, limits_for
-from gemkit.engine.runner import PageGroup
 from gemkit.errors import GemkitError
 
 

@@ -18,7 +18,7 @@ SHARDS = 8
 # The memory of a process is what it owns: pages of a mapped file are the system's, which takes them back as it likes
 CODE = """
 import sys, threading, time
-from gemkit.weights.files import open_checkpoint
+from gemkit.weights.open import open_checkpoint
 backend, folder = sys.argv[1:]
 if backend == "torch":
     from gemkit.models.torch import TorchRunner as Runner

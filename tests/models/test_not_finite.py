@@ -9,8 +9,8 @@ import pytest
 from engine.vocabulary import tokenizer
 from parity.cases import CASES
 
-from gemkit.api import Model
-from gemkit.engine.runner import NOT_NUMBERS
+from gemkit.api.model import Model
+from gemkit.engine.interface import NOT_NUMBERS
 from gemkit.errors import GemkitError
 from gemkit.weights.checkpoint import Checkpoint
 

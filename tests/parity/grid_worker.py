@@ -17,7 +17,7 @@ from engine.batches import PAGES, make_batch, one
 from parity.cases import CASES, Case, tokens
 from parity.grid import CACHED, MODES, stored
 
-from gemkit.engine.runner import Runner
+from gemkit.engine.interface import Runner
 from gemkit.weights.checkpoint import Checkpoint
 
 # Tiny models with windows of 12 and 16: cuts inside, at and beyond them, single tokens, and a neighbour in each step

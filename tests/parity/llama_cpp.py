@@ -117,7 +117,7 @@ def templates(template: str, path: Path | None = None) -> Iterator[Callable[[lis
 
     The text lacks the BOS, which llama.cpp's tokenizer adds.
     """
-    from gemkit.weights.demo import demo_path
+    from gemkit.hub.demo import demo_path
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path or demo_path())

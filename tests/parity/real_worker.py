@@ -13,9 +13,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine.batches import PAGES, one
 
-from gemkit.engine.runner import Runner
-from gemkit.weights.demo import demo_path
-from gemkit.weights.gguf import read_gguf
+from gemkit.engine.interface import Runner
+from gemkit.hub.demo import demo_path
+from gemkit.weights.gguf.read import read_gguf
 
 STEP = 128
 

@@ -29,12 +29,12 @@ from parity.tolerances import (
     relative_error,
 )
 
-from gemkit.engine.runner import Batch
+from gemkit.engine.interface import Batch
 from gemkit.engine.sampling import Sampling
+from gemkit.hub.demo import demo_path
 from gemkit.models.native import NativeRunner
 from gemkit.text.tokenizer import Tokenizer
-from gemkit.weights.demo import demo_path
-from gemkit.weights.gguf import read_gguf
+from gemkit.weights.gguf.read import read_gguf
 
 TOKENS = 2048
 SLICE = 64  # rows of 262,144 logits held at a time: 67 MB

@@ -18,9 +18,9 @@ from parity.test_native_real import transformers_hidden
 from parity.tolerances import REAL_FLOAT32_PAIR
 from testdata import data_file
 
+from gemkit.hub.demo import demo_path
 from gemkit.text.tokenizer import Tokenizer
-from gemkit.weights.demo import demo_path
-from gemkit.weights.gguf import read_gguf
+from gemkit.weights.gguf.read import read_gguf
 
 TOKENS = 512
 

@@ -205,7 +205,7 @@ def test_published_templates_are_known_without_running_them(comparisons):
 
 
 def test_googles_templates_need_no_jinja():
-    code = "import sys; from gemkit.text.chat_template import renders_gemma_turns as f; import gemkit.api\n"
+    code = "import sys; from gemkit.text.chat_template import renders_gemma_turns as f; import gemkit.api.model\n"
     code += "assert f(sys.stdin.read()); print([m for m in ('jinja2', 'gemkit.text.marks') if m in sys.modules])"
     source = published_gemma3()
     run = subprocess.run([sys.executable, "-c", code], input=source, capture_output=True, text=True, timeout=60)

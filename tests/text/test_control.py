@@ -32,8 +32,8 @@ def published(gemma3, tmp_path_factory):
 
 
 def test_a_rendered_prompt_has_the_ids_of_transformers(gemma3, published):
-    from gemkit.weights.demo import demo_path
-    from gemkit.weights.gguf import read_gguf
+    from gemkit.hub.demo import demo_path
+    from gemkit.weights.gguf.read import read_gguf
 
     demo = Tokenizer.from_vocabulary(read_gguf(demo_path()).vocabulary)
     rendered = published.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)

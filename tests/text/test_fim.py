@@ -5,7 +5,7 @@ import pytest
 from engine.fakes import FakeRunner
 from engine.vocabulary import vocabulary
 
-from gemkit.api import Model
+from gemkit.api.model import Model
 from gemkit.errors import GemkitError, UsageError
 from gemkit.text import fim
 from gemkit.text.tokenizer import Tokenizer

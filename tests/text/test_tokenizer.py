@@ -128,8 +128,8 @@ def test_errors_are_one_line(gemma3):
 
 def test_the_bundled_model_has_the_ids_of_its_tokenizer_json(gemma3):
     """A GGUF file holds the same vocabulary, with other types and spaces for U+2581, and no merges."""
-    from gemkit.weights.demo import demo_path
-    from gemkit.weights.gguf import read_gguf
+    from gemkit.hub.demo import demo_path
+    from gemkit.weights.gguf.read import read_gguf
 
     vocabulary = read_gguf(demo_path()).vocabulary
     t = Tokenizer.from_vocabulary(vocabulary)

@@ -18,7 +18,7 @@ from parity.cases import random_params
 from gemkit.arch.config import ModelConfig
 from gemkit.text.spm_proto import read_model
 from gemkit.text.tokenizer_json import write_tokenizer_json
-from gemkit.weights.safetensors import INDEX, SINGLE
+from gemkit.weights.hf.safetensors import INDEX, SINGLE
 
 SYLLABLES = ["ba", "ban", "na", "an", "so", "son", "nos", "the", "he", "then", "in", "nin", "ing", "aa", "a", "o"]
 SYMBOLS = ["<mask>", "<unused0>", "<unused1>", "\n\n", "<h1>", "</h1>", "<start_of_turn>", "<end_of_turn>"]

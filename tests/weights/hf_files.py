@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 from parity.cases import CASES
 
-from gemkit.engine.runner import Batch
+from gemkit.engine.interface import Batch
 from gemkit.engine.sampling import Sampling
 from gemkit.models.native import NativeRunner
-from gemkit.weights.safetensors import INDEX, SINGLE
+from gemkit.weights.hf.safetensors import INDEX, SINGLE
 
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

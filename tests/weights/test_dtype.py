@@ -11,8 +11,8 @@ from gemkit.errors import GemkitError, UsageError
 from gemkit.weights import dtype as dtypes
 from gemkit.weights.checkpoint import Checkpoint, Tensor
 from gemkit.weights.dtype import Converted, convert, describe
-from gemkit.weights.gguf import read_gguf
-from gemkit.weights.gguf_writer import write_gguf
+from gemkit.weights.gguf.read import read_gguf
+from gemkit.weights.gguf.write import write_gguf
 from gemkit.weights.quant import GGMLType, nbytes, quantise
 
 from . import files

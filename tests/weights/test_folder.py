@@ -5,13 +5,13 @@ import json
 import pytest
 from weights.files import tiny_checkpoint
 
-from gemkit.apps import check
 from gemkit.errors import GemkitError, UsageError
+from gemkit.hub.names import select
+from gemkit.tools import check
 from gemkit.weights import folder as rules
-from gemkit.weights.files import open_checkpoint
-from gemkit.weights.gguf_writer import write_gguf
-from gemkit.weights.hf_writer import write_hf
-from gemkit.weights.hub_names import select
+from gemkit.weights.gguf.write import write_gguf
+from gemkit.weights.hf.write import write_hf
+from gemkit.weights.open import open_checkpoint
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12\n"
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from gemkit.errors import GemkitError
-from gemkit.weights.demo import demo_path
-from gemkit.weights.gguf import read_gguf
-from gemkit.weights.gguf_file import GGUFArray, GGUFFile
-from gemkit.weights.gguf_writer import write_gguf
+from gemkit.hub.demo import demo_path
+from gemkit.weights.gguf.container import GGUFArray, GGUFFile
+from gemkit.weights.gguf.read import read_gguf
+from gemkit.weights.gguf.write import write_gguf
 
 from . import files
 from .files import array, gguf, info, pair, string

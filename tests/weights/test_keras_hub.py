@@ -17,7 +17,7 @@ from parity.tolerances import FRAMEWORK_FLOAT32, relative_error
 from gemkit.arch import reference
 from gemkit.arch.config import ModelConfig, layer_pattern
 from gemkit.weights.checkpoint import Checkpoint
-from gemkit.weights.hf_writer import write_hf
+from gemkit.weights.hf.write import write_hf
 
 LENGTH = 72
 

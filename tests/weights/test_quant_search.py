@@ -13,8 +13,8 @@ from parity.llama_cpp import library
 from parity.tolerances import SEARCHED_ERROR_RATIO_TO_GGML
 
 from gemkit.errors import GemkitError
-from gemkit.weights.demo import demo_path
-from gemkit.weights.files import open_checkpoint
+from gemkit.hub.demo import demo_path
+from gemkit.weights.open import open_checkpoint
 from gemkit.weights.quant import BLOCKS, GGMLType, dequantise, nbytes, quantise
 from gemkit.weights.quant_search import SEARCHED, search
 

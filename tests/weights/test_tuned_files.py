@@ -7,14 +7,14 @@ import pytest
 from engine.vocabulary import vocabulary
 from parity import llama_cpp
 
-from gemkit.apps.convert import convert
-from gemkit.apps.quantize import quantize
 from gemkit.text.template import DEFAULT_TEMPLATE
+from gemkit.tools.convert import convert
+from gemkit.tools.quantize import quantize
 from gemkit.weights.checkpoint import Checkpoint
-from gemkit.weights.files import open_checkpoint
-from gemkit.weights.gguf_writer import write_gguf
-from gemkit.weights.hf_writer import write_hf
-from gemkit.weights.orbax_writer import write_orbax
+from gemkit.weights.gguf.write import write_gguf
+from gemkit.weights.google.orbax_write import write_orbax
+from gemkit.weights.hf.write import write_hf
+from gemkit.weights.open import open_checkpoint
 from gemkit.weights.quant import GGMLType
 
 from . import files

@@ -22,7 +22,7 @@ from gemkit.cli.hints import hint_faster
 from gemkit.errors import GemkitError, UsageError
 
 if TYPE_CHECKING:
-    from gemkit.api import Model
+    from gemkit.api.model import Model
 
 
 @click.command("bench", cls=Verb, short_help="Measure speed, and how near it is to the machine's limits.")

@@ -11,7 +11,7 @@ from gemkit.cli.common import json_option, megabytes, print_json, table
 from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from gemkit.weights.kept import Copy
+    from gemkit.cache import Copy
 
 
 @click.command("cache", cls=Verb, short_help="List or remove packed weights and other copies.")
@@ -28,21 +28,23 @@ def command(action: str, everything: bool, older_than: str | None, max_size: str
     also happens by itself. Partial downloads, which the next download goes on with, are listed, and removed by --all
     and --older-than.
     """
-    from gemkit.weights import kept
+    from gemkit.cache import parse_age, parse_size
+    from gemkit.hub.partial import downloads
+    from gemkit.models import kept
 
     if action == "list" and (everything or older_than or max_size):
         raise UsageError("--all, --older-than and --max-size say what to remove: gemkit cache prune")
     if everything and (older_than or max_size):
         raise UsageError("--all removes everything: leave the other options out")
-    age = kept.parse_age(older_than, "--older-than") if older_than else None
-    limit = kept.parse_size(max_size, "--max-size") if max_size else kept.size_limit()[0]
+    age = parse_age(older_than, "--older-than") if older_than else None
+    limit = parse_size(max_size, "--max-size") if max_size else kept.size_limit()[0]
     if action == "list":
-        _list(kept.copies(), kept.downloads(), limit, as_json)
+        _list(kept.copies(), downloads(), limit, as_json)
         return
     removed = []
     if everything or age is not None:
         since = time.time() - (age or 0)
-        removed = [copy for copy in [*kept.copies(), *kept.downloads()] if everything or copy.used < since]
+        removed = [copy for copy in [*kept.copies(), *downloads()] if everything or copy.used < since]
         removed = [copy for copy in removed if copy.remove()]
     removed += kept.tidy(limit=limit)
     if as_json:
@@ -53,7 +55,7 @@ def command(action: str, everything: bool, older_than: str | None, max_size: str
 
 def _list(copies: "list[Copy]", downloads: "list[Copy]", limit: int, as_json: bool) -> None:
     from gemkit.cache import cache_dir
-    from gemkit.weights.kept import TOKENIZER
+    from gemkit.models.kept import TOKENIZER
 
     total = sum(copy.size for copy in copies)
     if as_json:

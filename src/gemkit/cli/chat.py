@@ -21,7 +21,7 @@ from gemkit.cli.template import set_template, template_option
 from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from gemkit.api import Model
+    from gemkit.api.model import Model
     from gemkit.cli.repl.session import Answer, Session, Turn
     from gemkit.cli.repl.terminal import Terminal
 

@@ -13,7 +13,7 @@ from gemkit.cli.common import Text, completion, json_option, print_json
 from gemkit.errors import GemkitError, UsageError
 
 if TYPE_CHECKING:
-    from gemkit.apps.check import Finding
+    from gemkit.tools.check import Finding
 
 FORMATS = {
     "gguf": "GGUF file",
@@ -36,8 +36,8 @@ def command(model: str, deep: bool, strict: bool, as_json: bool) -> None:
     MODEL is a GGUF file, a Hugging Face folder, a KerasHub preset's folder, `demo`, or the name of a downloaded model.
     Exits with 1 if there are errors.
     """
-    from gemkit.apps.check import judge, read, scope
-    from gemkit.loading import find
+    from gemkit.api.load import find
+    from gemkit.tools.check import judge, read, scope
 
     try:
         path = find(model, download=False)

@@ -23,7 +23,7 @@ def models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[
 
 def downloaded(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Returns the names of `gemkit ls` that begin so."""
-    from gemkit.weights.hub import installed
+    from gemkit.hub.resolve import installed
 
     names = dict.fromkeys(entry.name for entry in installed())
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
@@ -42,7 +42,7 @@ def _published() -> list[str]:
 
 def _downloaded() -> Iterator[str]:
     """Repositories in Hugging Face's cache, without the prefix, at whose colon bash would break the word."""
-    from gemkit.weights.hub_hf_cache import repo_folders
+    from gemkit.hub.hf_cache import repo_folders
 
     for repo, _ in repo_folders():
         if "gemma" in repo.lower():

@@ -13,7 +13,7 @@ from gemkit.cli.paths import check_new
 from gemkit.errors import GemkitError, UsageError
 
 if TYPE_CHECKING:
-    from gemkit.apps.convert import Comparison
+    from gemkit.tools.convert import Comparison
 
 
 @click.command(cls=Verb, short_help="Write a model in another format.")
@@ -53,8 +53,8 @@ def command(
     if text_file is not None and not check:
         raise UsageError("--text-file is the text for --verify: give that too")
     check_new(target)
-    from gemkit.apps import convert
-    from gemkit.loading import find
+    from gemkit.api.load import find
+    from gemkit.tools import convert
 
     convert.check_request(to, dtype)
     source = find(model, offline, original=True)
@@ -101,7 +101,7 @@ class _Proof:
         self._source, self._target, self._text, self._exact, self._bar = source, target, text, exact, bar
 
     def __call__(self, result: Path) -> None:
-        from gemkit.apps.convert import verify
+        from gemkit.tools.convert import verify
 
         self._bar.end()
         try:

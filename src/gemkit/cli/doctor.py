@@ -20,7 +20,7 @@ def command(model: str | None, measure: bool, as_json: bool) -> None:
 
     Exits with 1 if the C++ core does not load. Tokens are never printed, and no network is needed.
     """
-    from gemkit.apps.doctor import examine
+    from gemkit.tools.doctor import examine
 
     report = examine(model, _bandwidth if measure else None)
     if as_json:
@@ -99,7 +99,7 @@ def _wrapped(head: str, text: str) -> str:
 
 
 def _print_models(models: list[dict[str, Any]], rated: bool) -> None:
-    from gemkit.apps.memory import CONTEXT, TYPES
+    from gemkit.tools.memory import CONTEXT, TYPES
 
     click.echo(f"memory for the weights and a context of {CONTEXT:,} tokens (Q4: embedding in Q8_0)")
     if rated:

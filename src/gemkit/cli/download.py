@@ -17,8 +17,8 @@ from gemkit.errors import GemkitWarning
 @json_option
 def command(name: str, revision: str | None, offline: bool, as_json: bool) -> None:
     """Fetch the model NAME, or what is missing of it or newer, and print its path."""
-    from gemkit.weights.hub import resolve
-    from gemkit.weights.hub_names import with_revision
+    from gemkit.hub.names import with_revision
+    from gemkit.hub.resolve import resolve
 
     if revision is not None:
         name = with_revision(name, revision)

@@ -61,7 +61,7 @@ def command(
     model, words = split_text(click.get_current_context(), model, words, not files and input_kind() != "data")
     texts = _texts(words, files)
 
-    from gemkit.loading import Loading
+    from gemkit.api.load import Loading
 
     loading = Loading(model, **load)
     import_numpy()

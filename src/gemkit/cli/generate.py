@@ -35,7 +35,7 @@ from gemkit.cli.template import set_template, template_option
 from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from gemkit.api import Completion, Model, Piece, Usage
+    from gemkit.api.model import Completion, Model, Piece, Usage
     from gemkit.text.tokenizer import Tokenizer
 
 
@@ -142,7 +142,7 @@ def command(
     model, words = split_text(context, model, words, alone)
     parts = Prompt(words, prompt, files)
 
-    from gemkit.loading import Loading
+    from gemkit.api.load import Loading
 
     started = time.perf_counter()
     loading = Loading(model, **load)
@@ -169,7 +169,7 @@ def command(
         else:
             usage, written = _print_stream(loaded.stream(ids, **settings), len(ids))
         if receipt is not None:
-            from gemkit.apps.receipt import write_receipt
+            from gemkit.tools.receipt import write_receipt
 
             write_receipt(receipt, model, loaded, load, ids, settings, written)
         if verbose:
@@ -180,7 +180,7 @@ def command(
 
 def _print_stream(pieces: "Iterator[Piece]", prompt_tokens: int) -> "tuple[Usage, list[int]]":
     """Print the pieces as they come; return what they took, and their tokens."""
-    from gemkit.api import Usage
+    from gemkit.api.model import Usage
 
     started = time.perf_counter()
     times, ids = [], []

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from gemkit.api import Model
+    from gemkit.api.model import Model
     from gemkit.weights.checkpoint import Checkpoint
 
 _LARGE = 200_000_000  # bytes of float matrices that a token reads, from which on a narrower type is felt
@@ -43,7 +43,7 @@ def faster(name: str, model: "Model", load: dict) -> str | None:
 
 def _file(name: str) -> str:
     """The clause on Google's 4-bit file, where the name has one that is not here."""
-    from gemkit.weights.hub_names import quick
+    from gemkit.hub.names import quick
 
     if Path(name).exists() or quick(name) is None:
         return ""
@@ -52,9 +52,9 @@ def _file(name: str) -> str:
 
 def variant(checkpoint: "Checkpoint") -> dict[str, object] | None:
     """Return where Google's 4-bit file of a model is from, and how it is used; None for another file."""
+    from gemkit.hub.hf_cache import repo_of
+    from gemkit.hub.names import original_of
     from gemkit.weights.dtype import Converted
-    from gemkit.weights.hub_hf_cache import repo_of
-    from gemkit.weights.hub_names import original_of
 
     repo = repo_of(checkpoint.source) if checkpoint.source is not None else None
     original = original_of(repo or "")

@@ -12,9 +12,10 @@ from gemkit.cli.common import json_option, megabytes, print_json, table
 @json_option
 def command(as_json: bool) -> None:
     """List the Gemma models in the caches of Hugging Face, Kaggle and gemkit."""
-    from gemkit.weights.hub import installed, packed_size
+    from gemkit.hub.resolve import installed
+    from gemkit.models.kept import packed
 
-    entries, packed = installed(), packed_size()
+    entries, size = installed(), sum(copy.size for copy in packed())
     if as_json:
         rows = [
             {
@@ -27,7 +28,7 @@ def command(as_json: bool) -> None:
             }
             for entry in entries
         ]
-        print_json({"models": rows, "packed_size": packed})
+        print_json({"models": rows, "packed_size": size})
         return
     if not entries:
         click.echo("No model is downloaded. 'gemkit download gemma-3-1b-it' fetches one.")
@@ -44,5 +45,5 @@ def command(as_json: bool) -> None:
             for entry in entries
         ]
         click.echo(table(rows, ("name", "state", "format", "size", "when", "path")))
-    if packed:
-        click.echo(f"\npacked weights of all models: {megabytes(packed)} ('gemkit cache' lists them)")
+    if size:
+        click.echo(f"\npacked weights of all models: {megabytes(size)} ('gemkit cache' lists them)")

@@ -24,9 +24,9 @@ from gemkit.cli.paths import check_new
 from gemkit.errors import GemkitError, UsageError
 
 if TYPE_CHECKING:
-    from gemkit.apps.quantize import Damage, Quantized
+    from gemkit.tools.quantize import Damage, Quantized
 
-# The names of `gemkit.apps.quantize`, which is imported when it is needed; a test compares them.
+# The names of `gemkit.tools.quantize`, which is imported when it is needed; a test compares them.
 NAMES = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0")
 EMBEDDINGS = tuple(name for name in NAMES if not name.endswith("_m"))
 
@@ -82,10 +82,10 @@ def command(
     if text is not None and not text.strip():
         raise UsageError(f"{text_file} is empty: nothing to measure on")
     check_new(target)
-    from gemkit.loading import find
+    from gemkit.api.load import find
 
     source = find(model, offline, original=True)
-    from gemkit.apps import quantize, sample
+    from gemkit.tools import quantize, sample
 
     shown = not as_json and sys.stderr.isatty()
     if not no_measure:
@@ -127,7 +127,7 @@ class _Measure:
         self.interrupted = False
 
     def __call__(self, result: Path) -> None:
-        from gemkit.apps.quantize import is_memory_shortage, measure
+        from gemkit.tools.quantize import is_memory_shortage, measure
 
         try:
             with _Line("measuring", "tokens", 1, self._shown) as line:
@@ -187,7 +187,7 @@ def _worst(done: "Quantized") -> str:
 
 def _notes(kind: str, embedding: str | None, damage: "Damage") -> list[str]:
     """What the user should know of the figures."""
-    from gemkit.apps.quantize import FEW_TOKENS, MUCH
+    from gemkit.tools.quantize import FEW_TOKENS, MUCH
 
     notes = []
     if damage.compared.tokens < FEW_TOKENS:

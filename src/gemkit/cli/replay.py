@@ -29,7 +29,7 @@ def command(file: Path, model: str | None, threads: int | None, batch: int, as_j
     The tokens must be the same with any number of threads and any company in the batch. Exit code 1 if one differs.
     """
     import_numpy()
-    from gemkit.apps import receipt
+    from gemkit.tools import receipt
 
     record = receipt.read_receipt(file)
     found = receipt.replay(record, model=model, threads=threads, batch=batch)

@@ -14,7 +14,8 @@ from gemkit.errors import GemkitError, UsageError
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def command(name: str, yes: bool) -> None:
     """Delete the model NAME, as `gemkit ls` calls it, and what gemkit keeps of it."""
-    from gemkit.weights.hub import named, remove
+    from gemkit.hub.resolve import named, remove
+    from gemkit.models.kept import drop
 
     entries = named(name)
     for entry in entries:
@@ -25,4 +26,4 @@ def command(name: str, yes: bool) -> None:
         question = "Delete it?" if len(entries) == 1 else f"Delete these {len(entries)}?"
         if not click.confirm(question, err=True):
             raise GemkitError("nothing was deleted")
-    remove(entries)
+    drop(remove(entries))

@@ -20,7 +20,7 @@ from gemkit.cli.common import (
 from gemkit.cli.hints import describe_variant, variant
 
 if TYPE_CHECKING:
-    from gemkit.api import Model
+    from gemkit.api.model import Model
     from gemkit.arch.config import ModelConfig
     from gemkit.weights.checkpoint import Checkpoint
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @json_option
 def command(model: str, load: dict, as_json: bool) -> None:
     """Print the layers, shapes, parameters, bytes by type and memory plan of MODEL."""
-    from gemkit.loading import Loading
+    from gemkit.api.load import Loading
 
     with Loading(model, keep=False, **load).model() as loaded:
         record = _record(loaded)
@@ -42,7 +42,7 @@ def command(model: str, load: dict, as_json: bool) -> None:
 
 
 def _record(model: "Model") -> dict:
-    from gemkit.apps.memory import plan
+    from gemkit.tools.memory import plan
 
     checkpoint, config = model.checkpoint, model.config
     counts = config.parameter_counts()

@@ -10,7 +10,7 @@ from gemkit.cli.common import Text, decode_text
 from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from gemkit.api import Model
+    from gemkit.api.model import Model
 
 GOOGLES = "gemma"
 OWN = "{name} brings its own chat template, which prompts follow (--chat-template gemma: Google's turns)"

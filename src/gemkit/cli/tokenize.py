@@ -57,7 +57,7 @@ def command(
     model, words = split_text(click.get_current_context(), model, words, not files and input_kind() != "data")
     parts = Prompt(words, None, files)
 
-    from gemkit.loading import load_tokenizer
+    from gemkit.api.load import load_tokenizer
 
     tokenizer = load_tokenizer(model, offline=offline)
     text = parts.text()
@@ -81,14 +81,14 @@ def command(
 
 def _rendered(model: str, tokenizer: "Tokenizer", text: str, offline: bool) -> list[int]:
     """The ids of a user's message in the model's chat template, as `generate` gives them to a tuned model."""
-    from gemkit.loading import find
+    from gemkit.api.load import find
     from gemkit.text.chat_template import ChatTemplate
 
     path = find(model, offline)
     if path.is_file() and path.suffix != ".gguf":  # a vocabulary alone
         template = ChatTemplate(None, tokenizer)
     else:
-        from gemkit.weights.files import open_checkpoint
+        from gemkit.weights.open import open_checkpoint
 
         with open_checkpoint(path) as checkpoint:
             template = ChatTemplate.of(checkpoint, tokenizer)

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from gemkit import forks
+from gemkit.engine.interface import Batch, Runner, StepResult, check_finite
 from gemkit.engine.pages import PageAllocator, PageTable, limits_for
-from gemkit.engine.runner import Batch, Runner, StepResult, check_finite
+from gemkit.engine.request import Sequence, TextStream, Token, Tokenizer
 from gemkit.engine.sampling import Sampling
 from gemkit.engine.scheduler import Scheduler, make_batch
-from gemkit.engine.sequence import Sequence, TextStream, Token, Tokenizer
 from gemkit.errors import GemkitError, UsageError, brief, whole_number
 
 GREEDY = Sampling()

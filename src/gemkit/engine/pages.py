@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gemkit.engine.runner import PageGroup
+from gemkit.engine.interface import PageGroup
 from gemkit.errors import GemkitError
 
 

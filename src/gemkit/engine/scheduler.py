@@ -12,9 +12,9 @@ from collections import deque
 
 import numpy as np
 
+from gemkit.engine.interface import Batch
 from gemkit.engine.pages import PageAllocator
-from gemkit.engine.runner import Batch
-from gemkit.engine.sequence import NO_HISTORY, Sequence
+from gemkit.engine.request import NO_HISTORY, Sequence
 
 Plan = list[tuple[Sequence, int]]
 

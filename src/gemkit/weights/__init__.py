@@ -1,4 +1,4 @@
 """Model files: reading, writing, block formats and tensor names. Imports NumPy only.
 
-Reading order: `quant`, `gguf_file`, `names`, `checkpoint`, `gguf`, `gguf_writer`, `demo`.
+Reading order: `quant`, `checkpoint`, then one format: `gguf.container`, `gguf.names`, `gguf.read`, `gguf.write`.
 """

@@ -19,10 +19,10 @@ import numpy as np
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.tensors import manifest
 from gemkit.errors import GemkitError, listed
-from gemkit.weights import names
+from gemkit.weights.gguf import names
+from gemkit.weights.hf.safetensors import TYPES, SafetensorsFile, shown
 from gemkit.weights.json_file import read_object
 from gemkit.weights.quant import dequantise
-from gemkit.weights.safetensors import TYPES, SafetensorsFile, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

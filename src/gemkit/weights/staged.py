@@ -1,15 +1,13 @@
-"""A model is written under a temporary name, read back, and only then gets its own: `staged`, `check_readable`."""
+"""Models written under a temporary name, read back, then renamed: `staged_model`, `check_readable`."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gemkit.cache import staged
 from gemkit.errors import GemkitError
 from gemkit.weights.checkpoint import Checkpoint
 
@@ -17,31 +15,15 @@ Check = Callable[[Path], None]
 
 
 @contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `target`, which is renamed to it at the end, or deleted if anything fails.
-
-    Raises GemkitError where the system refuses to write, such as on a full disk; an empty folder at `target` gives way.
-    """
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+def staged_model(target: Path) -> Iterator[Path]:
+    """Give a temporary path as `gemkit.cache.staged` does; raises GemkitError where the system refuses to write."""
     try:
-        yield temporary
-        if target.is_dir():
-            target.rmdir()
-        os.replace(temporary, target)
-    except BaseException as error:
-        # orbax-checkpoint writes under a longer name of its own
-        for left in (temporary, *target.parent.glob(f"{temporary.name}.*")):
-            _delete(left)
-        if isinstance(error, OSError):
-            raise GemkitError(
-                f"{target} cannot be written ({error.strerror or error}): check folder and space; nothing is left of it"
-            ) from None
-        raise
-
-
-def _delete(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with staged(target) as temporary:
+            yield temporary
+    except OSError as error:
+        raise GemkitError(
+            f"{target} cannot be written ({error.strerror or error}): check folder and space; nothing is left of it"
+        ) from None
 
 
 def check_readable(

@@ -7,7 +7,7 @@ import os
 import pytest
 from cli.repl.fakes import say, session
 
-from gemkit.api import Model
+from gemkit.api.model import Model
 from gemkit.cli.repl.session import DEFAULTS, check_settings
 from gemkit.errors import UsageError
 

@@ -10,7 +10,7 @@ from parity.cases import CASES, random_params
 from gemkit import _native
 from gemkit.arch import reference
 from gemkit.arch.config import LayerSpec, ModelConfig
-from gemkit.engine.runner import Batch
+from gemkit.engine.interface import Batch
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import UsageError
 from gemkit.models.native import NativeRunner, kernel_path

@@ -19,11 +19,11 @@ from engine.vocabulary import tokenizer, vocabulary
 from weights.files import tiny_config, tiny_params
 
 import gemkit
+from gemkit.models import kept
 from gemkit.models.native import NativeRunner, PackedStore, packed
-from gemkit.weights import kept
 from gemkit.weights.checkpoint import Checkpoint
-from gemkit.weights.gguf import read_gguf
-from gemkit.weights.gguf_writer import write_gguf
+from gemkit.weights.gguf.read import read_gguf
+from gemkit.weights.gguf.write import write_gguf
 from gemkit.weights.quant import GGMLType
 
 IDS = [2, 40, 50, 60, 70, 80]
@@ -187,7 +187,7 @@ def test_a_full_disk_leaves_nothing_behind(cache, model, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("GEMKIT_CACHE", str(cache.parent))
     # The disk fills up while the image is written
-    real = packed._write_all
+    real = packed._write_block
     writes = []
 
     def write(file, data):
@@ -197,7 +197,7 @@ def test_a_full_disk_leaves_nothing_behind(cache, model, monkeypatch):
             raise OSError(28, "No space left on device")
         real(file, data)
 
-    monkeypatch.setattr(packed, "_write_all", write)
+    monkeypatch.setattr(packed, "_write_block", write)
     assert np.array_equal(start(model)[0], first)
     assert len(writes) == 2 and not list(cache.iterdir())
 
@@ -234,9 +234,9 @@ class Screen(io.StringIO):
 
 
 def test_a_terminal_is_told_what_the_end_waits_for(cache, model, monkeypatch):
-    real = packed._write_all
+    real = packed._write_block
     monkeypatch.setattr(packed, "_PATIENCE", 0.01)
-    monkeypatch.setattr(packed, "_write_all", lambda file, data: (time.sleep(0.05), real(file, data)))
+    monkeypatch.setattr(packed, "_write_block", lambda file, data: (time.sleep(0.05), real(file, data)))
     for kind in (Screen, io.StringIO):
         stream = kind()
         monkeypatch.setattr(sys, "stderr", stream)
@@ -261,7 +261,7 @@ def test_an_interrupt_while_closing_leaves_nothing_behind(cache, model, monkeypa
         inside.set()
         time.sleep(0.2)
 
-    monkeypatch.setattr(packed, "_write_all", write)
+    monkeypatch.setattr(packed, "_write_block", write)
     with read_gguf(model) as checkpoint:
         store = PackedStore.of(checkpoint.source, checkpoint.tensors)
         NativeRunner(checkpoint.config, checkpoint.tensors, store=store, threads=1)
@@ -287,7 +287,7 @@ def test_a_real_interrupt_leaves_nothing_behind(cache, model):
     """The signal arrives while the main thread waits for the copy at the end."""
     code = (
         "import sys, time, gemkit\nfrom gemkit.models.native import packed\n"
-        "packed._write_all = lambda file, data: (time.sleep(0.2), file.write(data[:10]))\n"
+        "packed._write_block = lambda file, data: (time.sleep(0.2), file.write(data[:10]))\n"
         "with gemkit.load(sys.argv[1], threads=1):\n    print('waits', flush=True)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

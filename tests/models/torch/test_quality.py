@@ -9,12 +9,12 @@ from parity.tolerances import MEAN_KL_INT4, MEAN_KL_INT8, PERPLEXITY_INT4, PERPL
 from testdata import data_file
 
 from gemkit.arch.tensors import manifest
+from gemkit.hub.demo import demo_path
 from gemkit.models.torch import Decoder, load_decoder
 from gemkit.models.torch.linear import quantise
 from gemkit.models.torch.load import bits_of, put
 from gemkit.text.tokenizer import Tokenizer
-from gemkit.weights.demo import demo_path
-from gemkit.weights.files import open_checkpoint
+from gemkit.weights.open import open_checkpoint
 
 TOKENS = 257
 SLICE = 64  # rows of 262,144 logits held at a time

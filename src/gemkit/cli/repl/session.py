@@ -18,9 +18,9 @@ from gemkit.text import chat as template
 from gemkit.text import window
 
 if TYPE_CHECKING:
-    from gemkit.api import Model, Piece
+    from gemkit.api.model import Model, Piece
 
-# The settings of a conversation; those that were not given take the values of `gemkit.api.Model.generate`.
+# The settings of a conversation; those that were not given take the values of `gemkit.api.model.Model.generate`.
 DEFAULTS: dict[str, object] = {
     "temperature": 1.0,
     "top_k": 64,

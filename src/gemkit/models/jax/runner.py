@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -13,9 +12,10 @@ import numpy as np
 from jax import Array
 
 from gemkit.arch.config import ModelConfig
-from gemkit.engine.runner import Batch, PageGroup, StepResult, check_finite, page_groups
+from gemkit.engine.interface import Batch, PageGroup, StepResult, check_finite, page_groups
 from gemkit.errors import GemkitError, UsageError
-from gemkit.models import padded
+from gemkit.host import usable_cpus
+from gemkit.models.frameworks import padded
 from gemkit.models.jax import decoder
 from gemkit.models.jax.load import BITS, load_params, pick_dtype
 from gemkit.weights.checkpoint import Tensor
@@ -75,7 +75,7 @@ class JaxRunner:
         self.compilations = 0
         self.activations = self.dtype.name
         self.path = f"jax {self.device.platform}"
-        self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads = usable_cpus()
         model = (config, self.groups, self.dtype)
         self._hidden = jax.jit(self._counted(partial(_hidden, *model)), static_argnums=0, donate_argnums=3)
         self._decode = jax.jit(self._counted(partial(_decode, *model)), static_argnums=(0, 1), donate_argnums=4)

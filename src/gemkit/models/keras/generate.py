@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gemkit.engine.runner import Batch
+from gemkit.engine.interface import Batch
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import UsageError, brief, whole_number
+from gemkit.models.frameworks.padded import bucket
 from gemkit.models.keras.steps import Cached, Steps
-from gemkit.models.padded import bucket
 
 CHUNK = 512  # the most tokens of a prompt in one step
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 
 import keras
 
 from gemkit.arch.config import ModelConfig
 from gemkit.errors import UsageError
+from gemkit.host import usable_cpus
 from gemkit.models.keras.load import load_decoder
 from gemkit.models.keras.steps import Steps, memory, width
 from gemkit.weights.checkpoint import Tensor
@@ -43,7 +43,7 @@ class KerasRunner(Steps):
         super().__init__(memory(load_decoder, config, weights, policy), max_tokens_per_step)
         self.dtype = self.activations = policy
         self.path = f"keras {keras.backend.backend()} {place}"
-        self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads = usable_cpus()
 
     @property
     def weight_bytes(self) -> int:

@@ -14,9 +14,9 @@ from keras import KerasTensor as Tensor
 from keras import ops
 
 from gemkit.arch.config import ModelConfig
-from gemkit.engine.runner import Batch, StepResult, check_finite, page_groups
+from gemkit.engine.interface import Batch, StepResult, check_finite, page_groups
 from gemkit.errors import GemkitError, UsageError
-from gemkit.models import padded
+from gemkit.models.frameworks import padded
 from gemkit.models.keras.attention import LayerCache
 
 _HEAD_ROWS = 32  # rows of logits at a time

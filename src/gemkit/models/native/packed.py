@@ -8,7 +8,7 @@ of a model share one, and a record for each model (JSON) that names its image an
 model's files are still those. An image is written whole under another name, then renamed; processes share its memory.
 A file's pages are small, and finding them costs a sixth of the speed: once a model has been in use for a second, what
 every token reads is copied into huge pages, where the system has them and memory is ample.
-GEMKIT_PACKED=0 switches all of this off. `gemkit.weights.kept` removes images that are dead or too many.
+GEMKIT_PACKED=0 switches all of this off. `gemkit.models.kept` removes images that are dead or too many.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ import mmap
 import os
 import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from gemkit import _native, forks
-from gemkit.cache import cache_dir, try_atomic_write
+from gemkit.cache import cache_dir, create, staged, try_atomic_write
+from gemkit.host import free_memory
+from gemkit.models.kept import file_facts, size_limit, tidy, touch
 from gemkit.models.native.plan import Weight
-from gemkit.models.native.room import free_memory
 from gemkit.models.native.runner import IMAGE_VERSION
-from gemkit.weights.kept import file_facts, size_limit, tidy, touch
 
 _PAGE = 4096  # bytes before the image: a line of JSON, padded; the screen begins at a multiple of it
 _BLOCK = 1 << 22
@@ -72,7 +72,7 @@ class PackedStore:
         if source is None or os.environ.get("GEMKIT_PACKED", "1") in ("0", "off", "no", "false"):
             return None
         if source.is_file():
-            from gemkit.weights.gguf_parts import part_paths
+            from gemkit.weights.gguf.parts import part_paths
 
             return cls(source, part_paths(source), weights, writes)
         # An index may name shards in a subfolder, and config.json which file has the weights
@@ -216,20 +216,15 @@ class PackedStore:
         if shutil.disk_usage(self.folder).free < 1.5 * (image.nbytes + screen.nbytes):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         header = json.dumps({"layout": self.layout, "image": image.nbytes, "screen": screen.nbytes}).encode()
-        handle, temporary = tempfile.mkstemp(prefix=".packed-", dir=self.folder)
-        try:
-            with os.fdopen(handle, "wb", buffering=0) as file:
+        with staged(path) as temporary:
+            with create(temporary) as file:
                 for part in (header.ljust(_PAGE), image, bytes(_whole_pages(image.nbytes) - image.nbytes), screen):
                     for at in range(0, len(part), _BLOCK):
                         self._check()
-                        _write_all(file, part[at : at + _BLOCK])
+                        _write_block(file, part[at : at + _BLOCK])
+                file.flush()
                 os.fsync(file.fileno())  # else a power cut could leave a file of the right size full of zeros
             self._check()
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
 
     def _digest(self) -> str:
         digest = hashlib.sha256()
@@ -271,10 +266,8 @@ class _Cancelled(Exception):
     pass
 
 
-def _write_all(file, data) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+def _write_block(file: BinaryIO, data: bytes | np.ndarray) -> None:
+    file.write(data)
 
 
 def _whole_pages(size: int) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.tensors import manifest
-from gemkit.engine.runner import page_groups
+from gemkit.engine.interface import page_groups
 from gemkit.errors import GemkitError
 
 GGML_F32 = 0

@@ -9,11 +9,11 @@ import numpy as np
 
 from gemkit import _native, forks
 from gemkit.arch.config import ModelConfig
-from gemkit.engine.runner import NOT_NUMBERS, Batch, StepResult, page_groups
+from gemkit.engine.interface import NOT_NUMBERS, Batch, StepResult, page_groups
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError, UsageError
+from gemkit.host import check_memory
 from gemkit.models.native.plan import LowRank, Weight, build_plan
-from gemkit.models.native.room import check_room
 
 ACTIVATIONS = ("int8", "float32")
 
@@ -91,7 +91,7 @@ class NativeRunner:
         self.mapped, self._screens = image is not None, store is not None
         plan = build_plan(config, weights, adapters, packed=image is not None)
         whole = activations == "float32"
-        check_room("the weights", sum(4 * m * n if whole else data.nbytes for _, m, n, data in plan["tensors"]))
+        check_memory("the weights", sum(4 * m * n if whole else data.nbytes for _, m, n, data in plan["tensors"]))
         self._pages = [0] * len(self.groups)
         self._settings = _Settings(())
         self._model = self._call(
@@ -164,7 +164,7 @@ class NativeRunner:
 
     def reserve(self, pages: Sequence[int]) -> None:
         more = [max(0, count - before) for count, before in zip(pages, self._pages)]
-        check_room(
+        check_memory(
             "pages of the key-value cache", sum(count * self.page_bytes(group) for group, count in enumerate(more))
         )
         for group, count in enumerate(pages):

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from gemkit.arch.config import ModelConfig
-from gemkit.engine.runner import Batch, StepResult, check_finite, page_groups
+from gemkit.engine.interface import Batch, StepResult, check_finite, page_groups
 from gemkit.errors import GemkitError, UsageError
-from gemkit.models import padded
+from gemkit.models.frameworks import padded
 from gemkit.models.torch.decoder import Decoder
 from gemkit.models.torch.load import BITS, load_decoder, pick_dtype
 from gemkit.models.torch.steps import Steps, found

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemkit.engine.runner import PageGroup
-from gemkit.models import padded
+from gemkit.engine.interface import PageGroup
+from gemkit.models.frameworks import padded
 from gemkit.models.torch.decoder import Block, Decoder, LayerCache
 
 Kept = list[tuple[Tensor, Tensor]]  # k and v [slots, K, H] of each layer

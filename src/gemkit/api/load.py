@@ -1,0 +1,357 @@
+"""From a name to a loaded model: find the files, read them, start the core.
+
+This file imports nothing heavy: the tokenizer of a model that was loaded before is read while NumPy, the core and the
+weights' reader are still being imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemkit.cache import cache_dir, try_atomic_write
+from gemkit.errors import GemkitError, UsageError, brief, check_flag, whole_number
+from gemkit.host import default_threads
+
+if TYPE_CHECKING:
+    from gemkit.api.model import Model
+    from gemkit.arch.config import ModelConfig
+    from gemkit.text.tokenizer import Tokenizer
+    from gemkit.weights.checkpoint import Checkpoint
+    from gemkit.weights.lora import LoraAdapter
+
+Adapters = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
+
+# By backend, the types that `dtype` may name.
+DTYPES = {
+    "native": ("auto", "bfloat16", "float32", "int8"),
+    "torch": ("auto", "bfloat16", "float32", "float16", "int8", "int4"),
+    "jax": ("auto", "bfloat16", "float32", "float16", "int8", "int4"),
+    "keras": ("auto", "bfloat16", "float32", "float16"),
+}
+BACKENDS = tuple(DTYPES)
+
+
+def load(
+    path_or_name: str | os.PathLike[str],
+    threads: int | None = None,
+    activations: str = "int8",
+    ctx_size: int | None = None,
+    *,
+    dtype: str = "auto",
+    adapter: Adapters | None = None,
+    offline: bool = False,
+    backend: str = "native",
+    device: str | None = None,
+) -> Model:
+    """Loads a model: a GGUF file, a folder with one, a Hugging Face folder, a hub's name, or "demo".
+
+    Names: "gemma-3-1b-it" and the like, "hf:org/name[:file]", "kaggle:…"; see `gemkit.hub.resolve`. A short name means
+    Google's 4-bit file where there is one, unless a dtype, an adapter or another backend asks for the original. "demo"
+    is the model that the extra `demo` installs. offline: never ask a hub.
+    threads: by default the physical cores that this process may use. activations: "int8" is fast, "float32" is close
+    to the reference. ctx_size: the most tokens, prompt and answer together, by default what the model was made for;
+    memory is taken as it is needed.
+    dtype: "auto" takes the weights as they are stored; "bfloat16", "float32" and "int8" convert them.
+    adapter: a PEFT folder that is used for all requests, or several by name, chosen with each request. Adapters are
+    not merged.
+    backend: "native", gemkit's own engine on the CPU; "torch" or "jax", from the extras of these names, on `device`
+    ("cpu", "cuda", …; by default an accelerator where there is one). There, "auto" is bfloat16 on accelerators that
+    have it and else float32, "float16" is for Gemma 1, and "int8" and "int4" are of the matrices alone. "keras", from
+    its extra: with the framework that KERAS_BACKEND names, or else one that is installed, where that puts it; "auto" is
+    Keras's own dtype policy.
+    Raises GemkitError if there is no such model or its file is broken, UsageError for a bad value.
+    """
+    return Loading(
+        path_or_name,
+        threads,
+        activations,
+        ctx_size,
+        dtype=dtype,
+        adapter=adapter,
+        offline=offline,
+        backend=backend,
+        device=device,
+    ).model()
+
+
+class Loading:
+    """A load in two halves, for who has something to do in between; the arguments are those of `load`.
+
+    keep: whether a packed copy of the weights is kept for later starts.
+    """
+
+    def __init__(
+        self,
+        path_or_name: str | os.PathLike[str],
+        threads: int | None = None,
+        activations: str = "int8",
+        ctx_size: int | None = None,
+        *,
+        dtype: str = "auto",
+        adapter: Adapters | None = None,
+        offline: bool = False,
+        backend: str = "native",
+        device: str | None = None,
+        keep: bool = True,
+    ) -> None:
+        _check_path("a model", path_or_name)
+        offline = check_flag("offline", offline)
+        count = default_threads() if threads is None else whole_number(threads)
+        if count is None or not 1 <= count <= 1024:
+            raise UsageError(f"threads is {brief(threads)}; give a whole number from 1 to 1024")
+        size = None if ctx_size is None else whole_number(ctx_size)
+        if ctx_size is not None and (size is None or size < 2):
+            raise UsageError(f"ctx_size is {brief(ctx_size)}; give a whole number of tokens, from 2")
+        if activations not in ("int8", "float32"):
+            raise UsageError(f"activations is {brief(activations)}; choose int8 or float32")
+        if not isinstance(backend, str) or backend not in DTYPES:
+            raise UsageError(f"backend is {brief(backend)}; choose from {', '.join(BACKENDS)}")
+        if dtype not in DTYPES[backend]:
+            raise UsageError(
+                f"dtype is {brief(dtype)}; with the backend {backend} choose from {', '.join(DTYPES[backend])}"
+            )
+        if device is not None and not isinstance(device, str):
+            raise UsageError(f"device is {brief(device)}; give a name, such as cpu or cuda")
+        if backend == "native" and device not in (None, "cpu"):
+            raise UsageError(
+                f"device is {brief(device)}; the native backend runs on the CPU: choose backend torch or jax"
+            )
+        if backend != "native" and (adapter is not None or activations != "int8"):
+            raise UsageError(
+                "adapters and float32 activations are for the native backend: leave them or the backend out"
+            )
+        self.threads, self.activations, self.ctx_size = count, activations, size
+        self.dtype = dtype
+        self.backend, self.device, self.keep = backend, device, keep
+        # Read before the model, which may be gigabytes away
+        self.adapters = _adapters(adapter)
+        self.path = find(path_or_name, offline, original=wants_original(backend, dtype, adapter))
+        self._beside = ThreadPoolExecutor(1)
+        self._early: Future[Tokenizer | None] = self._beside.submit(_remembered_tokenizer, self.path)
+
+    def model(self) -> Model:
+        if self.backend != "native":
+            return self._framework_model()
+        from gemkit.api.model import Model
+        from gemkit.models.native import NativeRunner, PackedStore
+        from gemkit.weights.open import open_checkpoint
+
+        with self._beside, open_checkpoint(self.path) as stored:
+            # The vocabulary is read while the core packs the weights: each takes a tenth of a second or more.
+            tokenizer = self._beside.submit(lambda: self._early.result() or _tokenizer(stored))
+            checkpoint = _converted(stored, self.dtype, self.activations)
+            _check_adapters(self.adapters, checkpoint.config)
+            store = PackedStore.of(stored.source, checkpoint.tensors, self.keep)
+            runner = NativeRunner(
+                checkpoint.config,
+                checkpoint.tensors,
+                adapters=list(self.adapters.values()),
+                store=store,
+                threads=self.threads,
+                activations=self.activations,
+            )
+            return Model(checkpoint, runner, tokenizer.result(), self.threads, self.ctx_size, self.adapters, store)
+
+    def _framework_model(self) -> Model:
+        from gemkit.api.model import Model
+        from gemkit.weights.open import open_checkpoint
+
+        if self.backend == "keras":
+            _choose_keras_backend()
+        try:
+            module = importlib.import_module(f"gemkit.models.{self.backend}")
+        except ModuleNotFoundError as error:
+            from gemkit.extras import install
+
+            raise GemkitError(f"the backend {self.backend} needs {error.name}: {install(self.backend)}") from None
+        runner_of = getattr(module, f"{self.backend.title()}Runner")
+        with self._beside, open_checkpoint(self.path) as checkpoint:
+            runner = runner_of(
+                checkpoint.config, checkpoint.tensors, threads=self.threads, device=self.device, dtype=self.dtype
+            )
+            tokenizer = self._early.result() or _tokenizer(checkpoint)
+            return Model(checkpoint, runner, tokenizer, self.threads, self.ctx_size)
+
+
+def _choose_keras_backend() -> None:
+    """Sets KERAS_BACKEND where nobody did: Keras would take TensorFlow, installed or not."""
+    if "KERAS_BACKEND" in os.environ or "keras" in sys.modules or Path.home().joinpath(".keras/keras.json").exists():
+        return
+    installed = [name for name in ("jax", "torch", "tensorflow") if find_spec(name)]
+    if not installed:
+        from gemkit.extras import install
+
+        raise GemkitError(f"Keras needs JAX, PyTorch or TensorFlow: {install('keras', 'jax')}")
+    os.environ["KERAS_BACKEND"] = installed[0]
+
+
+def wants_original(backend: str = "native", dtype: str = "auto", adapter: object = None) -> bool:
+    """Whether a short name means the original weights of a model, rather than Google's 4-bit file of it.
+
+    The other backends take no 4-bit blocks, a type is asked for to be had of the original, and adapters are trained on
+    it.
+    """
+    return backend != "native" or dtype != "auto" or adapter is not None
+
+
+def find(
+    path_or_name: str | os.PathLike[str], offline: bool = False, *, download: bool = True, original: bool = False
+) -> Path:
+    """Returns the model's file or folder.
+
+    download: fetch it if it is missing; False raises GemkitError instead. original: of `gemkit.hub.resolve.resolve`.
+    """
+    _check_path("a model", path_or_name)
+    if path_or_name == "demo":
+        from gemkit.hub.demo import demo_path
+
+        return Path(demo_path())
+    path = Path(path_or_name)
+    if path.exists():
+        return path
+    from gemkit.hub.resolve import resolve
+
+    return resolve(path_or_name, offline=offline, download=download, original=original)
+
+
+def _check_path(what: str, path: object) -> None:
+    """Raises UsageError unless a path is text, not blank, or a path object."""
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes) or not os.fspath(path).strip():
+        raise UsageError(f"{what} is {brief(path)}; give a path or a name as text")
+
+
+def _converted(checkpoint: Checkpoint, dtype: str, activations: str) -> Checkpoint:
+    if dtype == "auto" and activations == "int8" and _is_quick(checkpoint.source):
+        from gemkit.weights.dtype import narrow_head
+
+        return narrow_head(checkpoint)
+    if dtype == "auto":
+        return checkpoint
+    from gemkit.weights.dtype import convert
+
+    return convert(checkpoint, dtype)
+
+
+def _is_quick(source: Path | None) -> bool:
+    """Whether a file is Google's 4-bit file of a model, in the cache where it was downloaded to."""
+    if source is None or "-qat-" not in str(source):
+        return False
+    from gemkit.hub.hf_cache import repo_of
+    from gemkit.hub.names import original_of
+
+    return original_of(repo_of(source) or "") is not None
+
+
+def _adapters(paths: Adapters | None) -> dict[str, LoraAdapter]:
+    """Reads the adapters, by name."""
+    if paths is None:
+        return {}
+    from gemkit.api.model import BASE, ONLY
+    from gemkit.weights.lora import read_peft
+
+    adapters = {}
+    for name, path in paths.items() if isinstance(paths, Mapping) else [(ONLY, paths)]:
+        if isinstance(paths, Mapping) and (name in (BASE, ONLY) or not isinstance(name, str)):
+            raise UsageError(f"an adapter is named {name!r}: give it another name")
+        _check_path("an adapter", path)
+        adapters[name] = read_peft(path)
+    return adapters
+
+
+def _check_adapters(adapters: Mapping[str, LoraAdapter], config: ModelConfig) -> None:
+    """Raises GemkitError for an adapter that does not fit the model."""
+    if adapters:
+        from gemkit.weights.lora import check_fits
+
+        for adapter in adapters.values():
+            check_fits(adapter, config)
+
+
+def load_tokenizer(path_or_name: str | os.PathLike[str], *, offline: bool = False) -> Tokenizer:
+    """Loads the tokenizer of a model, or a ``tokenizer.model`` or ``tokenizer.json``, without reading weights.
+
+    Raises GemkitError as `load` does.
+    """
+    path = find(path_or_name, offline)
+    if path.is_file() and (path.suffix == ".model" or path.name.endswith("tokenizer.json")):
+        from gemkit.text.tokenizer import Tokenizer
+
+        return Tokenizer.from_file(path)
+    if (tokenizer := _remembered_tokenizer(path)) is not None:
+        return tokenizer
+    from gemkit.weights.open import open_checkpoint
+
+    with open_checkpoint(path) as checkpoint:
+        return _tokenizer(checkpoint)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    from gemkit.text.tokenizer import Tokenizer
+
+    key = checkpoint.vocabulary_key
+    if key is None:
+        raise GemkitError(
+            f"{checkpoint.source} has no vocabulary: get the file again, or another conversion of the model"
+        )
+    try:
+        tokenizer = Tokenizer.from_cached(key, lambda: checkpoint.vocabulary)
+    except GemkitError as error:
+        if checkpoint.source is None or str(checkpoint.source) in str(error):
+            raise
+        raise GemkitError(f"{checkpoint.source}: {error}") from None
+    if checkpoint.source is not None and (record := _key_record(checkpoint.source)) is not None:
+        try_atomic_write(record, key.encode())
+    return tokenizer
+
+
+def _remembered_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of a file that was loaded before, found without opening it; None if it is not known."""
+    record = _key_record(path)
+    try:
+        key = record.read_text() if record is not None else None
+    except (OSError, ValueError):
+        return None
+    if key is None:
+        return None
+    from gemkit.text.tokenizer import Tokenizer
+
+    return Tokenizer.find_cached(key)
+
+
+def _key_record(path: Path) -> Path | None:
+    """The file with the checksum of a model's vocabulary, by name, size and time of the files that it comes from."""
+    try:
+        files = _vocabulary_files(path)
+        facts = [
+            f"{file.absolute()}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ino}"
+            for file in files
+            for status in (file.stat(),)
+        ]
+        name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+        return cache_dir() / "tokenizers" / f"{name}.key" if files else None
+    except (OSError, GemkitError):
+        return None
+
+
+def _vocabulary_files(path: Path) -> list[Path]:
+    """The files from which a model's vocabulary is read; none where only opening the model tells."""
+    if path.suffix == ".gguf" and path.is_file():
+        return [path]
+    if not path.is_dir():
+        return []
+    from gemkit.weights import folder
+
+    names = folder.top_level(path)
+    if not folder.is_hugging_face(names):
+        return [path / name for name in folder.ggufs_of(names)]
+    found = folder.tokenizer(names)
+    settings = [name for name in (folder.CONFIG, *folder.TOKENIZER_SETTINGS) if name in names]
+    return [path / name for name in (found, *settings)] if found else []

@@ -1,0 +1,573 @@
+"""The public face: load a model, then generate, stream, chat, score and embed.
+
+    m = gemkit.load("demo", threads=2)
+    print(m.generate("The capital of France is", max_tokens=16, temperature=0))
+
+A prompt is one of three things. A string is continued as it is, after one BOS. A list of messages, dictionaries with
+the keys "role" and "content", is a conversation and goes through the chat template. A list of ids is taken as given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemkit.engine.engine import Engine, check_max_tokens, check_stop
+from gemkit.engine.request import Sequence as Request
+from gemkit.engine.request import Token
+from gemkit.engine.sampling import Sampling
+from gemkit.errors import GemkitError, GemkitWarning, UsageError, brief, check_flag, listed
+from gemkit.text import fim, window
+from gemkit.text.chat_template import ChatTemplate
+from gemkit.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gemkit.arch.config import ModelConfig
+    from gemkit.engine.interface import Runner
+    from gemkit.models.native import PackedStore
+    from gemkit.weights.checkpoint import Checkpoint
+
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+TopLogprobs = tuple[tuple[int, float], ...]
+
+# Names of adapters: none at all, and the one that was loaded without a name.
+BASE, ONLY = "base", ""
+
+
+class NotCopiedError(GemkitError, TypeError):
+    """A model is asked to be copied or sent to another process."""
+
+
+class Piece(str):
+    """The text that one token added, possibly empty.
+
+    id: the token. logprob: natural logarithm of its probability, None unless logprobs were asked for. top_logprobs:
+    pairs (id, logprob), best first.
+    """
+
+    id: int
+    logprob: float | None
+    top_logprobs: TopLogprobs
+
+    @classmethod
+    def _of(cls, token: Token) -> Piece:
+        piece = cls(token.text)
+        piece.id, piece.logprob, piece.top_logprobs = token.id, token.logprob, token.top
+        return piece
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens and times of one request.
+
+    first_token_seconds: from the request to its first token. decode_rate: tokens per second after that one.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_seconds: float
+    decode_rate: float
+
+
+class Completion(str):
+    """A generated text: a string with its facts.
+
+    ids: the generated tokens, the model's stop token included if there was one (it adds no text).
+    finish_reason: "stop" (stop token or stop string), "length" (max_tokens or the context's end) or "cancelled".
+    logprobs: natural log-probability of each id; None unless they were asked for. top_logprobs: per id, pairs (id,
+    logprob), best first.
+    """
+
+    ids: list[int]
+    finish_reason: str
+    logprobs: list[float] | None
+    top_logprobs: list[TopLogprobs]
+    usage: Usage
+
+    @classmethod
+    def _of(cls, request: Request) -> Completion:
+        completion = cls("".join([token.text for token in request.tokens]))
+        completion.ids = [token.id for token in request.tokens]
+        completion.finish_reason = request.finish_reason or "cancelled"
+        asked = request.sampling.logprobs is not None
+        completion.logprobs = [token.logprob for token in request.tokens] if asked else None
+        completion.top_logprobs = [token.top for token in request.tokens]
+        completion.usage = Usage(
+            request.prompt_length, len(request.tokens), request.first_token_seconds, request.decode_rate
+        )
+        return completion
+
+    @property
+    def text(self) -> str:
+        return str.__str__(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """How likely a text is.
+
+    ids: all its tokens, BOS first if the text was a string.
+    logprobs: float32 [len(ids) - 1], natural log-probability of ids[1:], each given all before it.
+    """
+
+    ids: list[int]
+    logprobs: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability; infinity where that is too large for a float."""
+        return perplexity(float(self.logprobs.mean(dtype=np.float64)))
+
+
+def perplexity(mean: float) -> float:
+    """Returns exp(-mean) of a mean log-probability; infinity where that is too large for a float."""
+    try:
+        return math.exp(-mean)
+    except OverflowError:
+        return math.inf
+
+
+class Model:
+    """A loaded model; `load` makes one. It may be used from several threads, and as a context manager.
+
+    config, tokenizer, checkpoint, threads: what it was made of. ctx_size: the most tokens, prompt and answer together.
+    adapters: the numbers of its low-rank adapters by name; an only one, loaded without a name, serves all requests that
+    do not ask for another.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        threads: int = 1,
+        ctx_size: int | None = None,
+        adapters: Iterable[str] = (),
+        store: PackedStore | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.adapters = {name: number for number, name in enumerate(adapters)}
+        self._store = store
+        self.tokenizer = tokenizer
+        self.threads = threads
+        self.config: ModelConfig = runner.config
+        self._engine: Engine | None = Engine(runner, tokenizer, context_size=ctx_size)
+        self.ctx_size = self._engine.context_size
+        self._template = tokenizer.template = ChatTemplate.of(checkpoint, tokenizer)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine beneath, for requests of one's own."""
+        if self._engine is None:
+            raise GemkitError("the model is closed: load it again")
+        return self._engine
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: those that the model's files name and those of its vocabulary."""
+        return self.engine.stop_ids
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of `render`: the file's own, or the one that was set; None for Google's turns."""
+        return self._template.source
+
+    @chat_template.setter
+    def chat_template(self, source: str | None) -> None:
+        if not isinstance(source, str | None):
+            raise UsageError(f"chat_template is {brief(source)}; give a template in Jinja, or None for Google's turns")
+        self._template = self.tokenizer.template = self._template.replaced(source)
+
+    @property
+    def has_own_template(self) -> bool:
+        """The template renders other turns than Google's; the first look at an unknown one runs it on samples."""
+        return self._template.is_own
+
+    def settle(self) -> None:
+        """Waits until what a first load prepares for later ones, and what makes this one fast, is done; by itself it is
+        done beside the work."""
+        if self._store is not None:
+            self._store.settle()
+
+    def close(self) -> None:
+        """Frees the weights and the cache; the model cannot be used any more."""
+        store, self._store = self._store, None
+        try:
+            if store is not None:
+                store.finish()
+        finally:
+            self._engine = None
+            self.checkpoint = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        raise NotCopiedError(
+            "a model is not copied or pickled: load it in the process that uses it, and share it between threads"
+        )
+
+    def __repr__(self) -> str:
+        return f"<gemkit model {getattr(self.checkpoint, 'name', 'closed')!r}, context {self.ctx_size}>"
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 64,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
+        stop: str | Iterable[str] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        adapter: str | None = None,
+        suffix: str | None = None,
+        parse_special: bool = False,
+    ) -> Completion | list[Completion]:
+        """Writes an answer to a prompt, or to each of a list of prompts together, and returns it or them.
+
+        max_tokens: by default up to the end of the context. temperature, top_k, top_p: by default those that Google
+        publishes for Gemma; temperature 0 takes the likeliest token. min_p, penalties, logit_bias: see
+        `gemkit.engine.sampling.Sampling`. seed: the same seed gives the same text, alone or in a list; by default every
+        prompt gets a random one. stop: texts before which the answer ends. ignore_eos: do not end at the model's stop
+        tokens. logprobs: report each token's log-probability and so many of the likeliest, up to 20; by default none,
+        which is faster. adapter: which of the model's adapters to use, by name; "base" for none. suffix: the text after
+        the gap that is to be filled after the prompt (CodeGemma). parse_special: read the names of control tokens in
+        texts as those tokens, as a prompt that another program rendered needs; without it they are plain text, and a
+        GemkitWarning says so.
+        Raises UsageError for a bad value or a prompt that does not fit in the context.
+        """
+        single = _kind(prompt) != "batch"
+        prompts = [prompt] if single else prompt
+        requests, number, stop = [], self._adapter(adapter), check_stop(stop)
+        ignore_eos, parse_special = check_flag("ignore_eos", ignore_eos), check_flag("parse_special", parse_special)
+        if not parse_special:
+            self._warn_of_control([*prompts, suffix])
+        for one in prompts:
+            sampling = Sampling(
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                repetition_penalty,
+                presence_penalty,
+                frequency_penalty,
+                () if logit_bias is None else logit_bias,
+                _random_seed() if seed is None else seed,
+                logprobs,
+            )
+            ids = self._ids(one, parse_special) if suffix is None else self._fim(one, suffix, parse_special)
+            requests.append(
+                self.engine.prepare(
+                    ids, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, adapter=number
+                )
+            )
+        engine = self.engine
+        try:
+            for request in requests:
+                engine.submit(request)
+            while not all(request.finished for request in requests):
+                engine.step()
+        finally:
+            for request in requests:
+                engine.cancel(request)
+        completions = [Completion._of(request) for request in requests]
+        return completions[0] if single else completions
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 64,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
+        stop: str | Iterable[str] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        adapter: str | None = None,
+        suffix: str | None = None,
+        parse_special: bool = False,
+    ) -> Iterator[Piece]:
+        """Yields the answer to one prompt, a piece per token as it is found; closing the iterator cancels the rest.
+
+        The options are those of `generate`, but for the temperature: by default the likeliest token is taken. A piece
+        is empty while a character or a possible stop text is incomplete; together they are what `generate` returns.
+        """
+        if _kind(prompt) == "batch":
+            raise UsageError("stream takes one prompt: use generate for a list of them")
+        ignore_eos, parse_special = check_flag("ignore_eos", ignore_eos), check_flag("parse_special", parse_special)
+        sampling = Sampling(
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            () if logit_bias is None else logit_bias,
+            _random_seed() if seed is None else seed,
+            logprobs,
+        )
+        if not parse_special:
+            self._warn_of_control([prompt, suffix])
+        ids = self._ids(prompt, parse_special) if suffix is None else self._fim(prompt, suffix, parse_special)
+        number = self._adapter(adapter)
+        request = self.engine.prepare(
+            ids, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, adapter=number
+        )
+        return _pieces(self.engine, request)
+
+    def chat(self, system: str | None = None, *, context_shift: bool = False, **options: Any) -> Chat:
+        """Starts a conversation. system: instructions put before it. options: those of `generate`, for every answer.
+
+        context_shift: when the context is full, leave out the oldest messages, with a GemkitWarning each time; by
+        default that is an error.
+        """
+        return Chat(self, system, options, context_shift)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises UsageError for an option of a conversation that `generate` lacks, or does not take this value for."""
+        for name in options:
+            if name not in _CHAT_OPTIONS:
+                raise UsageError(f"there is no option {brief(name)}: choose from {', '.join(_CHAT_OPTIONS)}")
+        given = {name: value for name, value in options.items() if value is not None or name not in _OPTIONAL}
+        sampling = Sampling(**{name: value for name, value in given.items() if name in _SAMPLING})
+        sampling.check_vocabulary(self.config.vocab_size)
+        if "max_tokens" in given:
+            check_max_tokens(given["max_tokens"])
+        check_stop(given.get("stop", ()))
+        check_flag("ignore_eos", given.get("ignore_eos", False))
+        self._adapter(given.get("adapter"))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """Returns the ids of a conversation by the model's chat template, after exactly one BOS.
+
+        messages: dictionaries with "role" (user, assistant or system) and "content". Control tokens named in them stay
+        plain text. add_generation_prompt: open the assistant's next turn; where the last message is the assistant's, it
+        is left open instead, and generation continues it. Without it, every turn is closed. tools: JSON schemas of
+        functions, for a template that lists them.
+        Raises GemkitError for messages that the template refuses, and for a template that cannot be run.
+        """
+        return self._template.render(messages, add_generation_prompt, tools)
+
+    def score(
+        self, text: str | Sequence[int] | Sequence[str], adapter: str | None = None, parse_special: bool = False
+    ) -> Score | list[Score]:
+        """Returns how likely a text is, or each of a list of texts.
+
+        adapter, parse_special: as in `generate`.
+        Raises UsageError for an empty text and for one longer than the context.
+        """
+        kind = _kind(text)
+        if kind == "messages":
+            raise UsageError("score takes text or ids: render a conversation with Model.render first")
+        texts = text if kind == "batch" else [text]
+        if not check_flag("parse_special", parse_special):
+            self._warn_of_control(texts)
+        ids = [self.engine.check_ids(self._ids(one, parse_special)).tolist() for one in texts]
+        scores = [Score(row, values) for row, values in zip(ids, self.engine.score(ids, self._adapter(adapter)))]
+        return scores if kind == "batch" else scores[0]
+
+    def embed(self, texts: str | Sequence[str], adapter: str | None = None, parse_special: bool = False) -> np.ndarray:
+        """Returns one unit vector per text: float32 [n, D] for a list, [D] for a string.
+
+        It is the mean of the hidden states after the final norm over the text's tokens, BOS left out since it is the
+        same for all, divided by its length. Gemma was not trained for this: similar texts are near, that is all.
+        adapter, parse_special: as in `generate`.
+        Raises UsageError for an empty text and for one longer than the context.
+        """
+        single = isinstance(texts, str)
+        several = isinstance(texts, Sequence | Iterator) or (isinstance(texts, np.ndarray) and texts.ndim == 1)
+        if not several or isinstance(texts, bytes | bytearray):
+            raise UsageError(f"embed got {brief(texts)}: give a text or a list of texts")
+        texts = [texts] if single else list(texts)
+        if not check_flag("parse_special", parse_special):
+            self._warn_of_control(texts)
+        ids = []
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UsageError(f"text {number} is {brief(text)}: embed takes a string or a list of strings")
+            ids.append(self._ids(text, parse_special))
+            if len(ids[-1]) < 2:
+                raise UsageError(f"text {number} is empty: there is nothing to embed")
+        means = self.engine.mean_hidden(ids, [1] * len(ids), self._adapter(adapter))
+        vectors = (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-30)).astype(np.float32)
+        return vectors[0] if single else vectors
+
+    def _adapter(self, name: str | None) -> int:
+        """The engine's number for an adapter's name, -1 for none."""
+        if name is not None and not isinstance(name, str):
+            raise UsageError(f"adapter is {brief(name)}; give the name of one, a text")
+        if name == BASE or (name is None and list(self.adapters) != [ONLY]):
+            return -1
+        name = ONLY if name is None else name
+        if name not in self.adapters:
+            known = ", ".join([*self.adapters, BASE])
+            raise UsageError(f"there is no adapter {brief(name)}: choose from {known}")
+        return self.adapters[name]
+
+    def _fim(self, prefix: object, suffix: object, parse_special: bool) -> list[int]:
+        if not isinstance(prefix, str) or not isinstance(suffix, str):
+            raise UsageError("filling in the middle takes two texts: the prompt before the gap, the suffix after it")
+        return fim.render(self.tokenizer, prefix, suffix, parse_special)
+
+    def _warn_of_control(self, texts: Iterable[object]) -> None:
+        """Warns once of the control tokens whose names are about to be read as plain text."""
+        found = [self.tokenizer.find_control(text) for text in texts if isinstance(text, str)]
+        if names := list(dict.fromkeys(name for some in found for name in some)):
+            warnings.warn(
+                f"the text holds {listed(names)}, read as plain text and not as control tokens: pass "
+                "parse_special=True if another program rendered it, or give messages",
+                GemkitWarning,
+                stacklevel=3,
+            )
+
+    def _ids(self, prompt: Prompt, parse_special: bool = False) -> Sequence[int]:
+        """The token ids of one prompt."""
+        kind = _kind(prompt)
+        if kind == "text":
+            return self.tokenizer.encode(prompt, parse_special=parse_special)
+        if kind == "ids":
+            return prompt
+        if kind == "batch":
+            raise UsageError("a list of prompts holds another list of prompts: give one list")
+        if parse_special:
+            raise UsageError(
+                "parse_special is for texts, and the content of a message is always plain: drop one of them"
+            )
+        if getattr(self.checkpoint, "instruction_tuned", None) is False:
+            warnings.warn(
+                f"{self.checkpoint.name} is pretrained only and was not taught to answer: "
+                "give it a text to go on from, or load an instruction-tuned model",
+                GemkitWarning,
+                stacklevel=3,
+            )
+        return self.render(prompt)
+
+
+class Chat:
+    """A conversation with a model. ``messages`` is its history: dictionaries with "role" and "content".
+
+    dropped: how many of its oldest messages the model does not see, the system's not counted.
+    """
+
+    def __init__(self, model: Model, system: str | None, options: dict[str, Any], context_shift: bool = False) -> None:
+        if system is not None and not isinstance(system, str | list | tuple):
+            raise UsageError(f"system is {brief(system)}; give a text")
+        self.model = model
+        self.context_shift, self.dropped = check_flag("context_shift", context_shift), 0
+        model._check_options(options)
+        self.options = {"temperature": 1.0, **options}
+        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+
+    def send(self, text: str, **options: Any) -> Completion:
+        """Says something and returns the answer; both join the history, neither does after an error."""
+        self.model._check_options(options)
+        turn = {"role": "user", "content": text}
+        answer = self.model.generate(self._seen(turn, options), **self.options | options)
+        self.messages += [turn, {"role": "assistant", "content": answer.text}]
+        return answer
+
+    def stream(self, text: str, **options: Any) -> Iterator[Piece]:
+        """Says something and yields the answer piece by piece; what was said until the iterator is closed is kept."""
+        self.model._check_options(options)
+        turn = {"role": "user", "content": text}
+        return self._stream(turn, self.model.stream(self._seen(turn, options), **self.options | options))
+
+    def _seen(self, turn: dict[str, str], options: dict[str, Any]) -> list[Mapping[str, Any]]:
+        """The messages that the model sees, this one among them; warns when more of the oldest are left out."""
+        messages = [*self.messages, turn]
+        if not self.context_shift:
+            return messages
+
+        def count(some: list[Mapping[str, Any]]) -> int:
+            return len(self.model.render(some))
+
+        asked = (self.options | options).get("max_tokens")
+        dropped = window.shift(
+            messages, self.dropped, count, self.model.ctx_size, asked if isinstance(asked, int) else None
+        )
+        if dropped > self.dropped:
+            warnings.warn(
+                f"the context is full: the {dropped} oldest messages are left out from here on (context_shift)",
+                GemkitWarning,
+                stacklevel=3,
+            )
+        self.dropped = dropped
+        return window.visible(messages, dropped)
+
+    def _stream(self, turn: dict[str, str], pieces: Iterator[Piece]) -> Iterator[Piece]:
+        said = []
+        try:
+            for piece in pieces:
+                said.append(piece)
+                yield piece
+        finally:
+            pieces.close()
+            if said:
+                self.messages += [turn, {"role": "assistant", "content": "".join(said)}]
+
+
+# What `Chat` takes for its answers: all options of `generate` but those for texts.
+_CHAT_OPTIONS = [name for name in Model.generate.__kwdefaults__ if name not in ("suffix", "parse_special")]
+_SAMPLING = {field.name for field in dataclasses.fields(Sampling)}
+_OPTIONAL = {name for name, value in Model.generate.__kwdefaults__.items() if value is None}
+
+
+def _kind(prompt: object) -> str:
+    """Says what a prompt is: "text", "messages", "ids" or "batch" (a list of prompts)."""
+    if isinstance(prompt, str):
+        return "text"
+    if isinstance(prompt, np.ndarray) and prompt.ndim and prompt.dtype.kind in "iu":
+        return "ids" if prompt.ndim == 1 else "batch"
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise UsageError(
+            f"a prompt is {brief(prompt)}: give a text, a list of messages, a list of ids, or a list of these"
+        )
+    if prompt and all(isinstance(item, Mapping) for item in prompt):
+        return "messages"
+    if prompt and all(isinstance(item, int | np.integer) for item in prompt):
+        return "ids"
+    return "batch"
+
+
+def _pieces(engine: Engine, request: Request) -> Iterator[Piece]:
+    try:
+        engine.submit(request)
+        for token in engine.stream(request):
+            yield Piece._of(token)
+    finally:
+        engine.cancel(request)
+
+
+def _random_seed() -> int:
+    return int.from_bytes(os.urandom(8), "little")

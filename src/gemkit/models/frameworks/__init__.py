@@ -1,0 +1,1 @@
+"""Parts that the torch, JAX and Keras runners share."""

@@ -1,0 +1,1 @@
+"""Work on model files and machines: `check`, `convert`, `quantize`, `receipt`, `memory`, `doctor`."""

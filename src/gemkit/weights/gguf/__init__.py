@@ -1,0 +1,1 @@
+"""GGUF: the container, names, vocabulary; reading and writing."""

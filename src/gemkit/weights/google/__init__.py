@@ -1,0 +1,1 @@
+"""Google's own formats: Orbax with Flax names, PyTorch `.ckpt`."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders: safetensors, configuration, tokenizer files; reading and writing."""

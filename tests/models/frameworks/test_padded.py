@@ -1,0 +1,150 @@
+"""Ragged batches as padded arrays. Budget: 1 s."""
+
+import numpy as np
+import pytest
+
+from gemkit.engine.interface import Batch, StepResult
+from gemkit.engine.sampling import Sampling
+from gemkit.models.frameworks.padded import (
+    FAR,
+    TOP,
+    bucket,
+    greedy,
+    in_parts,
+    needs_whole,
+    pad,
+    part,
+    quarter,
+    split,
+    unpack,
+)
+
+NO_IDS = np.zeros(0, np.int32)
+
+
+def test_buckets_are_powers_of_two():
+    assert [bucket(n) for n in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]
+
+
+def test_slots_and_positions():
+    """Two sequences, pages of 4; the second group has lost its first page to the window."""
+    full = np.array([[0, 1, -1], [2, -1, -1]], np.int32)
+    window = np.array([[-1, 5, -1], [4, -1, -1]], np.int32)
+    batch = Batch(
+        tokens=np.array([10, 11, 12, 20], np.int32),
+        starts=np.array([0, 3, 4], np.int32),
+        positions=np.array([4, 2], np.int32),
+        pages=(full, window),
+        sample=np.zeros(2, bool),
+        sampling=(Sampling(),) * 2,
+        counters=np.zeros(2, np.int64),
+        history=(NO_IDS,) * 2,
+        prompt_lengths=np.zeros(2, np.int32),
+    )
+    step = pad(batch, 4)
+    assert step.tokens.shape == (2, 16)
+    assert step.tokens[:, :4].tolist() == [[10, 11, 12, 0], [20, 0, 0, 0]] and not step.tokens[:, 4:].any()
+    assert step.positions[:, :4].tolist() == [[4, 5, 6, FAR], [2, FAR, FAR, FAR]]
+    assert step.last.tolist() == [2, 0] and step.rows.tolist() == [0, 1, 2, 16]
+    # Page p of the batch is page p + 1 of the storage; page 0 takes what padding writes
+    assert step.write[0][:, :4].tolist() == [[8, 9, 10, 0], [14, 0, 0, 0]]
+    assert step.write[1][:, :4].tolist() == [[24, 25, 26, 0], [22, 0, 0, 0]]
+    for read, seen, pages in zip(step.read, step.seen, (full, window), strict=True):
+        assert read.shape == seen.shape and (seen == FAR).any(1).all()
+        for b, last in enumerate((6, 2)):
+            known = {int(s): int(p) for s, p in zip(read[b], seen[b], strict=True) if p != FAR}
+            first = 4 * int(np.flatnonzero(pages[b] >= 0)[0])
+            assert known == {4 * (int(pages[b, p // 4]) + 1) + p % 4: p for p in range(first, last + 1)}
+    assert set(step.read[1][1][4:]) <= set(range(4))
+
+
+@pytest.mark.parametrize(
+    "sampling, whole",
+    [
+        (Sampling(), False),
+        (Sampling(temperature=1.0, top_k=64), False),
+        (Sampling(temperature=1.0, top_k=TOP + 1), True),
+        (Sampling(temperature=1.0), True),
+        (Sampling(repetition_penalty=1.1), True),
+        (Sampling(logit_bias=((3, 1.0),)), True),
+    ],
+)
+def test_when_the_largest_logits_are_enough(sampling, whole):
+    assert needs_whole(sampling) == whole
+
+
+def test_only_the_likeliest_token_without_its_probability_is_greedy():
+    assert greedy(Sampling(logprobs=None)) and not greedy(Sampling(logprobs=0))
+    assert not greedy(Sampling(temperature=1.0, top_k=4, logprobs=None))
+    assert not greedy(Sampling(repetition_penalty=1.1, logprobs=None))
+
+
+def test_quarters():
+    sizes = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40]
+    assert sorted({quarter(n) for n in range(1, 41)}) == sizes
+    assert all(n <= quarter(n) <= 1.25 * n + 1 for n in range(1, 1000))
+
+
+def ragged(counts, firsts=None, page_size=4) -> Batch:
+    firsts = np.array(firsts if firsts is not None else [0] * len(counts), np.int32)
+    columns = int((firsts + counts).max() - 1) // page_size + 1
+    table = np.arange(len(counts) * columns, dtype=np.int32).reshape(len(counts), columns)
+    return Batch(
+        tokens=np.arange(sum(counts), dtype=np.int32),
+        starts=np.cumsum([0, *counts]).astype(np.int32),
+        positions=firsts,
+        pages=(table,),
+        sample=np.ones(len(counts), bool),
+        sampling=tuple(Sampling(seed=b) for b in range(len(counts))),
+        counters=np.arange(len(counts), dtype=np.int64),
+        history=(NO_IDS,) * len(counts),
+        prompt_lengths=np.arange(len(counts), dtype=np.int32),
+    )
+
+
+def test_one_array_holds_a_step():
+    step = pad(ragged([3, 1, 7], [5, 0, 2]), 4)
+    tokens, positions, last, places = unpack(step.flat(), step.sizes)
+    assert step.flat().dtype == np.int32 and step.sizes == (4, 16, (step.read[0].shape[1],))
+    for found, wanted in ((tokens, step.tokens), (positions, step.positions), (last, step.last)):
+        assert np.array_equal(found, wanted)
+    for found, wanted in zip(places[0], (step.write[0], step.read[0], step.seen[0]), strict=True):
+        assert np.array_equal(found, wanted)
+
+
+def test_a_window_needs_no_more_pages_than_it_spans():
+    """Position 40, a window of 16, pages of 4: at most 5 pages, and one for padding."""
+    batch = ragged([1], [40])
+    batch.pages[0][0, :6] = -1
+    assert pad(batch, 4).sizes == (1, 1, (32,))
+    assert pad(batch, 4, [16]).sizes == (1, 1, (24,))
+    assert pad(ragged([1], [40]), 4, [16]).sizes == (1, 1, (64,)), "a table that was not trimmed is read whole"
+    assert pad(ragged([1], [40]), 4, rounded=quarter).sizes == (1, 1, (48,))
+
+
+def test_tokens_are_split_from_long_chunks():
+    assert [rows.tolist() for rows in split(ragged([1, 200, 1]))] == [[1], [0, 2]]
+    for counts in ([1, 1, 1], [200, 100], [1, 30], [7]):
+        assert [rows.tolist() for rows in split(ragged(counts))] == [list(range(len(counts)))]
+
+
+def test_parts_are_put_together_again():
+    batch = ragged([1, 200, 1, 150], [3, 0, 9, 4])
+    seen = []
+
+    def step(some: Batch) -> StepResult:
+        seen.append(some)
+        width = 1 if len(seen) == 1 else 2
+        seeds = np.array([s.seed for s in some.sampling], np.int32)
+        tops = np.repeat(seeds[:, None], width, 1)
+        return StepResult(seeds, seeds / 2, tops, tops / np.float32(2))
+
+    whole = in_parts(step, batch)
+    assert [np.diff(some.starts).tolist() for some in seen] == [[200, 150], [1, 1]]
+    assert seen[0].tokens.tolist() == [*range(1, 201), *range(202, 352)] and seen[1].tokens.tolist() == [0, 201]
+    assert seen[1].positions.tolist() == [3, 9] and seen[1].prompt_lengths.tolist() == [0, 2]
+    assert whole.tokens.tolist() == [0, 1, 2, 3] and whole.logprobs.tolist() == [0, 0.5, 1, 1.5]
+    assert whole.top_ids.tolist() == [[0, 0], [1, -1], [2, 2], [3, -1]]
+    assert whole.top_logprobs[1].tolist() == [0.5, -np.inf]
+    again = part(batch, np.arange(4))
+    assert np.array_equal(again.tokens, batch.tokens) and np.array_equal(again.pages[0], batch.pages[0])
