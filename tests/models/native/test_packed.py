@@ -296,7 +296,7 @@ def test_a_real_interrupt_leaves_nothing_behind(cache, model):
     with subprocess.Popen(command, env=environment, **pipes) as process:
         assert process.stdout.readline() == "waits\n"
         until = time.monotonic() + 20
-        while not list(cache.glob(".packed-*")) and time.monotonic() < until:
+        while not list(cache.glob(".*")) and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
