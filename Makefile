@@ -32,11 +32,13 @@ ZIG_TARGETS := x86_64-windows-gnu x86_64-macos aarch64-macos
 export ZIG_GLOBAL_CACHE_DIR ?= $(CURDIR)/build/zig
 CTEST = $(BIN)/ctest --output-on-failure --no-tests=error --test-dir
 
-.PHONY: help run test test-native test-cross parity lint format bench constraints docs clean
+.PHONY: help run test test-native test-more test-sanitize test-cross parity lint format bench constraints docs clean
 help:
 	@echo "make run          install gemkit with the demo model and generate text: PROMPT='...'"
-	@echo "make test         native tests (plain, sanitizers, emulated AVX-512), test-cross, then pytest: PYTEST_ARGS='...' WORKERS=1"
-	@echo "make test-cross   native tests on emulated ARM; whether the code compiles for Windows and macOS"
+	@echo "make test         the native tests, then pytest: PYTEST_ARGS='...' WORKERS=1"
+	@echo "make test-more    the other tests of CI: the next two"
+	@echo "make test-sanitize  the native tests under sanitizers and on emulated AVX-512"
+	@echo "make test-cross   the native tests on emulated ARM; compiles for Windows and macOS"
 	@echo "make parity       every implementation against the reference, as a table, into docs/parity.md"
 	@echo "make lint         ruff and clang-format, check only; make format applies them"
 	@echo "make bench        speed beside other engines: installs them, measures for half an hour: BENCH_ARGS='...'"
@@ -48,14 +50,21 @@ help:
 run: $(VENV)/.run
 	$(BIN)/gemkit generate demo --prompt "$(PROMPT)" --max-tokens 64 --temp 0 --verbose
 
-test: $(VENV)/.test test-native test-cross
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+test: $(VENV)/.test test-native
+	$(BIN)/python -m pytest -p tests.plugins.budgets -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# The last configuration runs the AVX-512 kernels through SIMDe, where its headers are: Debian's libsimde-dev.
 test-native: $(VENV)/.test
 	$(CONFIGURE) -B build/plain -DCMAKE_BUILD_TYPE=Release
 	$(BIN)/cmake --build build/plain -j $(JOBS)
 	$(CTEST) build/plain -j $(JOBS)
+
+# One after the other: each uses all cores.
+test-more:
+	$(MAKE) test-sanitize
+	$(MAKE) test-cross
+
+# The last configuration runs the AVX-512 kernels through SIMDe, where its headers are: Debian's libsimde-dev.
+test-sanitize: $(VENV)/.test
 	$(CONFIGURE) -B build/asan -DGEMKIT_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/asan -j $(JOBS)
 	$(CTEST) build/asan -j $(JOBS)

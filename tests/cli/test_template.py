@@ -1,4 +1,4 @@
-"""A model's own chat template on the command line: followed and said, refused, or replaced."""
+"""A model's own chat template on the command line: followed and said, refused, or replaced. Budget: 20 s."""
 
 import io
 import json

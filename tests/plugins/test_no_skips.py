@@ -1,4 +1,4 @@
-"""The plugin that makes a skip a failure, in one process and in several. Budget: 10 s."""
+"""The plugin that makes a skip a failure, in one process and in several. Budget: 20 s."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A model's own chat template: the ids that transformers gives for it, and control tokens that none can forge."""
+"""A model's own chat template: the ids that transformers gives; no control token can be forged. Budget: 30 s."""
 
 import random
 import re

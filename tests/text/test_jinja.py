@@ -1,4 +1,4 @@
-"""The sandbox of chat templates: what it offers, what it forbids, and its bounds."""
+"""The sandbox of chat templates: what it offers, what it forbids, and its bounds. Budget: 10 s."""
 
 import threading
 import time

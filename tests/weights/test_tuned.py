@@ -1,4 +1,4 @@
-"""Which models expect turns."""
+"""Which models expect turns. Budget: 2 s."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Split GGUF models: read from any part and from their folder, as llama.cpp reads them; what is missing is named."""
+"""Split GGUF models: read from any part and from their folder, as llama.cpp reads them; refusals. Budget: 10 s."""
 
 import gguf as peer
 import numpy as np
