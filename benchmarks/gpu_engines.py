@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gemkit.arch.config import ModelConfig
+from gemkit.arch.hf_config import to_hf
 from gemkit.arch.tensors import manifest
 from gemkit.engine.interface import Batch, Runner
 from gemkit.engine.sampling import Sampling
@@ -151,7 +152,7 @@ class Transformers:
         import transformers
 
         self.name, self.static = name, static
-        data = config.to_hf()
+        data = to_hf(config)
         described = transformers.AutoConfig.for_model(data.pop("model_type"), **data)
         with torch.device(device):
             model = transformers.AutoModelForCausalLM.from_config(described, dtype=torch.bfloat16)

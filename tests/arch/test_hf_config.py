@@ -10,6 +10,7 @@ from parity.cases import CASES
 
 from gemkit.arch import hf_config
 from gemkit.arch.config import LayerSpec, ModelConfig
+from gemkit.arch.hf_config import from_hf, to_hf
 from gemkit.arch.presets import PRESETS
 from gemkit.errors import GemkitError
 
@@ -120,62 +121,62 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_files_read_as_their_presets(name):
     before = copy.deepcopy(PUBLISHED[name])
-    assert ModelConfig.from_hf(PUBLISHED[name]) == PRESETS[name].config
+    assert from_hf(PUBLISHED[name]) == PRESETS[name].config
     assert PUBLISHED[name] == before, "the caller's dictionary is left alone"
 
 
 @pytest.mark.parametrize(("kind", "name"), [("gemma", "gemma-7b"), ("gemma2", "gemma-2-2b")])
 def test_defaults_of_transformers_read_as_their_presets(kind, name):
-    assert ModelConfig.from_hf(hf.config_class(kind)().to_dict()) == PRESETS[name].config
+    assert from_hf(hf.config_class(kind)().to_dict()) == PRESETS[name].config
 
 
 def test_defaults_of_gemma3_are_those_of_transformers():
     """A file with the three sizes alone means the same in transformers and here."""
     short = {"model_type": "gemma3_text", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
-    assert ModelConfig.from_hf(short) == ModelConfig.from_hf(hf.config_class("gemma3_text")(**short).to_dict())
+    assert from_hf(short) == from_hf(hf.config_class("gemma3_text")(**short).to_dict())
 
 
 @every_config
 def test_round_trip(config):
-    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
 
 
 @every_config
 def test_round_trip_through_transformers(config):
-    theirs = hf.config_class(config.model_type)(**config.to_hf())
-    assert ModelConfig.from_hf(json.loads(theirs.to_json_string(use_diff=False))) == config
-    assert ModelConfig.from_hf(json.loads(theirs.to_json_string(use_diff=True))) == config
+    theirs = hf.config_class(config.model_type)(**to_hf(config))
+    assert from_hf(json.loads(theirs.to_json_string(use_diff=False))) == config
+    assert from_hf(json.loads(theirs.to_json_string(use_diff=True))) == config
 
 
 @every_config
 def test_the_words_of_transformers_4_mean_the_same(config):
     """Flat rope keys and a pattern, without rope_parameters: here and in transformers' own reader."""
-    old = config.to_hf()
+    old = to_hf(config)
     del old["rope_parameters"]
     if config.model_type == "gemma3_text" and old["layer_types"][:6].count("full_attention") < 2:
         del old["layer_types"]
         old["sliding_window_pattern"] = next(i for i, s in enumerate(config.layers) if s.sliding_window is None) + 1
-    assert ModelConfig.from_hf(old) == config
+    assert from_hf(old) == config
     theirs = hf.config_class(config.model_type)(**old)
-    assert ModelConfig.from_hf(theirs.to_dict()) == config
+    assert from_hf(theirs.to_dict()) == config
 
 
 def test_new_rope_parameters_beside_flat_bases():
     """Some published files split the facts: factors in rope_parameters, bases in the flat keys."""
-    data = PRESETS["gemma-3-4b-it"].config.to_hf()
+    data = to_hf(PRESETS["gemma-3-4b-it"].config)
     data["rope_parameters"] = {
         "full_attention": {"factor": 8.0, "rope_type": "linear"},
         "sliding_attention": {"rope_type": "default"},
     }
     data["rope_scaling"] = None
-    assert ModelConfig.from_hf(data) == PRESETS["gemma-3-4b-it"].config
-    assert ModelConfig.from_hf({**data, "rope_theta": 2e6}).layers[5] == LayerSpec(None, 2e6, 8.0)
+    assert from_hf(data) == PRESETS["gemma-3-4b-it"].config
+    assert from_hf({**data, "rope_theta": 2e6}).layers[5] == LayerSpec(None, 2e6, 8.0)
 
 
 def theirs(name: str, **changes) -> ModelConfig:
     """The configuration that transformers makes of the file, in its own form."""
     data = {**PUBLISHED[name], **changes}
-    return ModelConfig.from_hf(hf.config_class(data["model_type"])(**copy.deepcopy(data)).to_dict())
+    return from_hf(hf.config_class(data["model_type"])(**copy.deepcopy(data)).to_dict())
 
 
 @pytest.mark.parametrize(
@@ -197,16 +198,16 @@ def theirs(name: str, **changes) -> ModelConfig:
     ],
 )
 def test_keys_that_disagree_mean_what_they_mean_to_transformers(name, changes):
-    assert ModelConfig.from_hf({**PUBLISHED[name], **changes}) == theirs(name, **changes)
+    assert from_hf({**PUBLISHED[name], **changes}) == theirs(name, **changes)
 
 
 def test_caps_that_the_class_does_not_apply():
     """The attention cap of Gemma 3, and the final one in the multimodal class."""
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    config = ModelConfig.from_hf({**PUBLISHED["gemma-3-1b-it"], **caps})
+    config = from_hf({**PUBLISHED["gemma-3-1b-it"], **caps})
     assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (None, 30.0)
     data = PUBLISHED["gemma-3-4b-it"]
-    config = ModelConfig.from_hf({**data, "text_config": data["text_config"] | caps})
+    config = from_hf({**data, "text_config": data["text_config"] | caps})
     assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (None, None)
 
 
@@ -214,13 +215,13 @@ def test_caps_that_the_class_does_not_apply():
 def test_the_outer_level_decides_about_tying(outer, inner):
     data = copy.deepcopy(PUBLISHED["gemma-3-4b-it"])
     data["text_config"]["tie_word_embeddings"] = inner
-    assert ModelConfig.from_hf({**data, "tie_word_embeddings": outer}).tie_word_embeddings == (outer is not False)
+    assert from_hf({**data, "tie_word_embeddings": outer}).tie_word_embeddings == (outer is not False)
 
 
 def test_sizes_that_are_left_out_are_the_defaults():
     for kind in ("gemma", "gemma2", "gemma3_text"):
         theirs = hf.config_class(kind)().to_dict()
-        assert ModelConfig.from_hf({"model_type": kind}) == ModelConfig.from_hf(theirs)
+        assert from_hf({"model_type": kind}) == from_hf(theirs)
     assert hf_config.left_out({"model_type": "gemma", "hidden_size": 8}) == ["intermediate_size", "num_hidden_layers"]
     assert hf_config.left_out({"hidden_size": 8, "text_config": {"num_hidden_layers": 1, "intermediate_size": 2}}) == [
         "hidden_size"
@@ -229,22 +230,22 @@ def test_sizes_that_are_left_out_are_the_defaults():
 
 @pytest.mark.parametrize("act", ["gelu_new", "gelu_fast"])
 def test_other_spellings_of_the_activation(act):
-    assert ModelConfig.from_hf({**PUBLISHED["gemma-2-27b"], "hidden_activation": act}) == PRESETS["gemma-2-27b"].config
+    assert from_hf({**PUBLISHED["gemma-2-27b"], "hidden_activation": act}) == PRESETS["gemma-2-27b"].config
 
 
 def test_stop_ids_outside_the_vocabulary_are_left_out():
     small = {**PUBLISHED["gemma-3-1b-it"], "vocab_size": 64}
-    assert ModelConfig.from_hf({**small, "eos_token_id": [1, 5, 64, -1]}).stop_token_ids == (1, 5)
+    assert from_hf({**small, "eos_token_id": [1, 5, 64, -1]}).stop_token_ids == (1, 5)
 
 
 @pytest.mark.parametrize("eos", [1, [1], [1, 106], None])
 def test_stop_ids_always_hold_the_end_of_a_turn(eos):
-    assert ModelConfig.from_hf({**PUBLISHED["gemma-3-1b-it"], "eos_token_id": eos}).stop_token_ids == (1, 106)
+    assert from_hf({**PUBLISHED["gemma-3-1b-it"], "eos_token_id": eos}).stop_token_ids == (1, 106)
 
 
 @pytest.mark.parametrize("name", ["gemma-2-27b", "gemma-2b"])
 def test_a_null_cap_is_no_cap(name):
-    config = ModelConfig.from_hf({**PUBLISHED[name], "attn_logit_softcapping": None})
+    config = from_hf({**PUBLISHED[name], "attn_logit_softcapping": None})
     assert config.attn_logit_softcapping is None
 
 
@@ -281,7 +282,7 @@ def test_a_null_cap_is_no_cap(name):
 )
 def test_refused_files(name, changes, words):
     with pytest.raises(GemkitError, match=words) as caught:
-        ModelConfig.from_hf({**PUBLISHED[name], **changes})
+        from_hf({**PUBLISHED[name], **changes})
     assert "\n" not in str(caught.value)
 
 
@@ -303,7 +304,7 @@ def test_junk_in_any_place_is_refused_or_harmless(name):
                 {**PUBLISHED[name], "rope_parameters": {"full_attention": junk, "sliding_attention": {key: junk}}},
             ):
                 try:
-                    config = ModelConfig.from_hf(data)
+                    config = from_hf(data)
                 except GemkitError as error:
                     assert "\n" not in str(error) and len(str(error)) < 400
                 else:
@@ -313,7 +314,7 @@ def test_junk_in_any_place_is_refused_or_harmless(name):
 def test_refused_things():
     for thing in ([], "gemma", None, {}):
         with pytest.raises(GemkitError, match=r"config\.json"):
-            ModelConfig.from_hf(thing)
+            from_hf(thing)
 
 
 @pytest.mark.parametrize(
@@ -332,4 +333,4 @@ def test_refused_things():
 )
 def test_facts_that_a_model_type_cannot_express(name, changes):
     with pytest.raises(GemkitError, match="cannot express"):
-        dataclasses.replace(CASES[name].config, **changes).to_hf()
+        to_hf(dataclasses.replace(CASES[name].config, **changes))

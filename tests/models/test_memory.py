@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from weights.files import tiny_config
 
+from gemkit.arch.hf_config import to_hf
 from gemkit.arch.tensors import manifest
 
 SHARDS = 8
@@ -68,7 +69,7 @@ def folder(tmp_path_factory) -> tuple[Path, int]:
         index |= dict.fromkeys(shard, file)
     described = {"metadata": {"total_size": total}, "weight_map": index}
     (path / "model.safetensors.index.json").write_text(json.dumps(described))
-    (path / "config.json").write_text(json.dumps(config.to_hf()))
+    (path / "config.json").write_text(json.dumps(to_hf(config)))
     assert len(shards) >= 4 and total > 100e6
     return path, max(sizes)
 

@@ -8,6 +8,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 from gemkit.arch.config import ModelConfig
+from gemkit.arch.hf_config import to_hf
 from gemkit.arch.reference import inverse_frequencies
 
 _CLASSES = {
@@ -24,7 +25,7 @@ def config_class(model_type: str) -> type:
 def new_model(config: ModelConfig) -> torch.nn.Module:
     """The transformers model of a configuration with eager attention, freshly initialised."""
     configuration, model_class = _CLASSES[config.model_type]
-    hf_config = configuration(**config.to_hf())
+    hf_config = configuration(**to_hf(config))
     hf_config._attn_implementation = "eager"
     return model_class(hf_config).eval()
 

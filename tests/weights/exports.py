@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from parity.cases import random_params
 
-from gemkit.arch.config import ModelConfig
+from gemkit.arch.hf_config import from_hf
 from gemkit.text.spm_proto import read_model
 from gemkit.text.tokenizer_json import write_tokenizer_json
 from gemkit.weights.hf.safetensors import INDEX, SINGLE
@@ -243,7 +243,7 @@ def _config(rng, kind: str, rows: int, export: Export) -> dict:
 
 def _state(rng, kind: str, facts: dict, seed: int, export: Export) -> dict[str, torch.Tensor]:
     """The text model's tensors by canonical name, with what may be beside or in place of them."""
-    config = ModelConfig.from_hf({**facts, "tie_word_embeddings": False, "rope_scaling": None, "rope_parameters": None})
+    config = from_hf({**facts, "tie_word_embeddings": False, "rope_scaling": None, "rope_parameters": None})
     state = {key: torch.from_numpy(value) for key, value in random_params(config, seed).items()}
     tied = facts.get("tie_word_embeddings", True)
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from parity.cases import CASES
 
+from gemkit.arch.hf_config import to_hf
 from gemkit.engine.interface import Batch
 from gemkit.engine.sampling import Sampling
 from gemkit.models.native import NativeRunner
@@ -58,7 +59,7 @@ def multimodal(name: str = "gemma3", **changes) -> torch.nn.Module:
     }
     tokens = {"image_token_index": 500, "boi_token_index": 501, "eoi_token_index": 502}
     config = transformers.Gemma3Config(
-        text_config=hf.config_class("gemma3_text")(**case.config.to_hf()),
+        text_config=hf.config_class("gemma3_text")(**to_hf(case.config)),
         vision_config=vision | {"vision_use_head": False},
         mm_tokens_per_image=4,
         **tokens | changes,

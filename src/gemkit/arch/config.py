@@ -1,14 +1,13 @@
 """The facts of one Gemma model, with every layer pattern already expanded to one record per layer.
 
-Field names are the keys of a Hugging Face ``config.json``. `ModelConfig.from_hf` and `ModelConfig.to_hf` read and write
+Field names are the keys of a Hugging Face ``config.json``. `hf_config.from_hf` and `hf_config.to_hf` read and write
 that file's dictionary. Nothing outside this file asks for a layer's place in a pattern: it reads ``config.layers[i]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gemkit.errors import GemkitError
 
@@ -120,28 +119,6 @@ class ModelConfig:
     def parameter_count(self) -> int:
         """All parameters of the text model."""
         return self.parameter_counts().total
-
-    @classmethod
-    def from_hf(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """Reads the dictionary of a Hugging Face ``config.json``.
-
-        Accepts model types gemma, gemma2, gemma3_text and gemma3 (its ``text_config``), with the rope fields of
-        transformers 4 (``rope_theta``, ``rope_local_base_freq``, ``rope_scaling``) or 5 (``rope_parameters``), and the
-        layer types as ``layer_types`` or ``sliding_window_pattern``. A key that would change the mathematics in a way
-        gemkit does not have raises GemkitError; keys that say nothing about the model (dtype, cache) are not read.
-        """
-        from gemkit.arch import hf_config
-
-        return hf_config.read(data)
-
-    def to_hf(self) -> dict[str, Any]:
-        """Writes the dictionary of a ``config.json`` that transformers 4 and 5 read as the same model.
-
-        Raises GemkitError if the model type's Hugging Face class cannot express these facts.
-        """
-        from gemkit.arch import hf_config
-
-        return hf_config.write(self)
 
 
 def _validate(c: ModelConfig) -> None:

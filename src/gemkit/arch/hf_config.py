@@ -67,8 +67,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def read(data: Mapping[str, Any]) -> ModelConfig:
-    """See `ModelConfig.from_hf`."""
+def from_hf(data: Mapping[str, Any]) -> ModelConfig:
+    """Read the dictionary of a Hugging Face ``config.json``.
+
+    Accepts model types gemma, gemma2, gemma3_text and gemma3 (its ``text_config``), with the rope fields of
+    transformers 4 (``rope_theta``, ``rope_local_base_freq``, ``rope_scaling``) or 5 (``rope_parameters``), and the
+    layer types as ``layer_types`` or ``sliding_window_pattern``. A key that would change the mathematics in a way
+    gemkit does not have raises GemkitError; keys that say nothing about the model (dtype, cache) are not read.
+    """
     if not isinstance(data, Mapping):
         raise GemkitError(f"config.json holds a {type(data).__name__}; it must be an object with a model_type.")
     model_type = data.get("model_type")
@@ -226,8 +232,11 @@ def _rope(parameters: Mapping[str, Any], theta: float) -> tuple[float, float]:
     return float(theta), float(factor)
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
-    """See `ModelConfig.to_hf`. Rope is written in the words of transformers 4 and of 5; both readers agree on it."""
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Write the dictionary of a ``config.json`` that transformers 4 and 5 read as the same model.
+
+    Rope is written in the words of both. Raises GemkitError if the model type's Hugging Face class cannot express it.
+    """
     kind = config.model_type
     third = kind == "gemma3_text"
 

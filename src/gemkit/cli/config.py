@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -167,10 +168,8 @@ def _options(verb: str, params: Sequence[click.Parameter]) -> dict[str, click.Op
 
 def _every_key() -> set[str]:
     """The keys that may stand at the top: those of `generate` and `chat`, which have all of them."""
-    from gemkit.cli import chat, generate
-
-    modules = {"generate": generate, "chat": chat}
-    return {key for verb, module in modules.items() for key in _options(verb, module.command.params)} | {MODEL}
+    commands = {verb: import_module(f"gemkit.cli.{verb}").command for verb in ("generate", "chat")}
+    return {key for verb, command in commands.items() for key in _options(verb, command.params)} | {MODEL}
 
 
 def _plain(key: str) -> str:

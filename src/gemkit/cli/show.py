@@ -42,6 +42,7 @@ def command(model: str, load: dict, as_json: bool) -> None:
 
 
 def _record(model: "Model") -> dict:
+    from gemkit.arch.hf_config import to_hf
     from gemkit.tools.memory import plan
 
     checkpoint, config = model.checkpoint, model.config
@@ -55,7 +56,7 @@ def _record(model: "Model") -> dict:
         "file": str(checkpoint.source),
         "variant": variant(checkpoint),
         "instruction_tuned": checkpoint.instruction_tuned,
-        "config": config.to_hf(),
+        "config": to_hf(config),
         "parameters": {"embedding": counts.embedding, "non_embedding": counts.non_embedding, "total": counts.total},
         "stop_ids": sorted(config.stop_token_ids),
         "layers": _layers(config),

@@ -16,6 +16,7 @@ from pathlib import Path
 from gemkit import __version__
 from gemkit.api.load import Loading, find, wants_original
 from gemkit.api.model import Completion, Model
+from gemkit.arch.hf_config import to_hf
 from gemkit.arch.tensors import manifest
 from gemkit.cache import atomic_write
 from gemkit.errors import GemkitError, UsageError
@@ -137,7 +138,7 @@ def _weights(source: Path) -> str:
     """SHA-256 of a model's configuration and of its tensors as stored."""
     digest = hashlib.sha256()
     with open_checkpoint(source) as checkpoint:
-        digest.update(json.dumps(checkpoint.config.to_hf(), sort_keys=True).encode())
+        digest.update(json.dumps(to_hf(checkpoint.config), sort_keys=True).encode())
         for name in manifest(checkpoint.config):
             tensor = checkpoint.tensors[name]
             digest.update(f"{name} {tensor.type.name} {list(tensor.shape)} {tensor.add_one}\n".encode())

@@ -13,6 +13,7 @@ from weights import hf_files
 from weights.files import gguf, info, pair, tiny_config
 
 from gemkit.arch.config import ModelConfig
+from gemkit.arch.hf_config import to_hf
 from gemkit.arch.presets import preset
 from gemkit.arch.tensors import manifest
 from gemkit.text.spm_proto import write_model
@@ -139,7 +140,7 @@ def published_folder(folder: Path, name: str) -> Path:
     """The configuration and tokenizer of a published model, without its weights."""
     config = preset(name).config
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", config.to_hf())
+    write_json(folder / "config.json", to_hf(config))
     write_json(folder / "generation_config.json", {"bos_token_id": 2, "eos_token_id": list(config.stop_token_ids)})
     (folder / "NOTICE").write_text(TERMS, encoding="utf-8")
     return folder

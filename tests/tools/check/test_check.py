@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import gemkit
+from gemkit.arch.hf_config import to_hf
 from gemkit.errors import GemkitWarning, UsageError
 from gemkit.hub.demo import demo_path
 from gemkit.text.spm_proto import write_model
@@ -231,7 +232,7 @@ def test_googles_own_checkpoints_are_read_as_they_are_loaded(kind, tmp_path, mon
             state = official_files.torch_state(config)
             state["model.layers.3.mlp.down_proj.weight"][2, 5] = value
             folder = official_files.save_torch(tmp_path / name / "model.ckpt", state, config).parent
-        (folder / "config.json").write_text(json.dumps(config.to_hf()))
+        (folder / "config.json").write_text(json.dumps(to_hf(config)))
         (folder / "tokenizer.model").write_bytes(write_model(tokenizer))
         (folder / "NOTICE").write_text(files.TERMS)
         return folder / "model.ckpt" if kind == "ckpt file" else folder

@@ -16,6 +16,7 @@ import torch
 
 from gemkit.arch import reference
 from gemkit.arch.config import ModelConfig
+from gemkit.arch.hf_config import to_hf
 
 Array = np.ndarray
 
@@ -138,7 +139,7 @@ def save_orbax(folder: Path, tree: object, config: ModelConfig | None = None, **
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as saver:
         saver.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))
     if config is not None:
-        (folder / "config.json").write_text(json.dumps(config.to_hf()))
+        (folder / "config.json").write_text(json.dumps(to_hf(config)))
     return folder
 
 
@@ -208,5 +209,5 @@ def save_torch(path: Path, state: object, config: ModelConfig | None = None) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model_state_dict": state}, path)
     if config is not None:
-        (path.parent / "config.json").write_text(json.dumps(config.to_hf()))
+        (path.parent / "config.json").write_text(json.dumps(to_hf(config)))
     return path

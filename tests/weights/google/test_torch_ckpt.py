@@ -20,6 +20,7 @@ from parity.cases import CASES
 from parity.tolerances import REFERENCE_VS_TRANSFORMERS_F64, relative_error
 
 from gemkit.arch import reference
+from gemkit.arch.hf_config import to_hf
 from gemkit.arch.presets import PRESETS, Preset
 from gemkit.errors import GemkitError
 from gemkit.text.spm_proto import write_model
@@ -112,7 +113,7 @@ def test_a_folder_a_multimodal_model_and_shards(tmp_path):
         index |= dict.fromkeys(keys, file)
     facts = tmp_path / "shards" / "pytorch_model.bin.index.json"
     facts.write_text(json.dumps({"weight_map": index}))
-    (tmp_path / "shards" / "config.json").write_text(json.dumps(config.to_hf()))
+    (tmp_path / "shards" / "config.json").write_text(json.dumps(to_hf(config)))
     with open_checkpoint(path) as a, open_checkpoint(path.parent) as b, open_checkpoint(facts.parent) as c:
         assert "2 tensors for images" in a.metadata["ignored"]
         assert a.source == b.source == path and c.source is None

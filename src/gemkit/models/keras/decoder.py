@@ -23,6 +23,7 @@ from keras import KerasTensor as Tensor
 from keras import ops
 
 from gemkit.arch.config import LayerSpec, ModelConfig
+from gemkit.arch.hf_config import from_hf, to_hf
 from gemkit.arch.tensors import manifest
 from gemkit.models.keras.attention import LayerCache, attend
 from gemkit.models.keras.generate import Generator
@@ -264,9 +265,9 @@ class Decoder(keras.Model):
         return self._generator.steps.compilations
 
     def get_config(self) -> dict:
-        return {**super().get_config(), "config": self.config.to_hf(), "initializer_range": self.initializer_range}
+        return {**super().get_config(), "config": to_hf(self.config), "initializer_range": self.initializer_range}
 
     @classmethod
     def from_config(cls, config: dict, custom_objects: dict | None = None) -> Decoder:
         facts = dict(config)
-        return cls(ModelConfig.from_hf(facts.pop("config")), **facts)
+        return cls(from_hf(facts.pop("config")), **facts)

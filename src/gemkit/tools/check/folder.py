@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gemkit.arch.config import MODEL_TYPES
-from gemkit.arch.hf_config import read as read_config
+from gemkit.arch.hf_config import from_hf
 from gemkit.errors import GemkitError, listed
 from gemkit.text.encoding import decode
 from gemkit.text.spm_proto import read_model
@@ -117,7 +117,7 @@ def _fill_ids(subject: Subject) -> None:
 def fill_config(subject: Subject, raw: Mapping[str, object]) -> None:
     """`config`, or `config_fault`."""
     try:
-        subject.config = read_config(raw)
+        subject.config = from_hf(raw)
     except GemkitError as error:
         subject.config_fault = str(error)
     except (TypeError, ValueError, OverflowError, AttributeError, KeyError, RecursionError) as error:

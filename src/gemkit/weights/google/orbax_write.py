@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gemkit.arch.config import ModelConfig
+from gemkit.arch.hf_config import to_hf
 from gemkit.errors import GemkitError
 from gemkit.weights import tuned
 from gemkit.weights.checkpoint import Checkpoint, Tensor
@@ -139,7 +140,7 @@ def _handler(orbax: Any, total: int, progress: Callable[[int, int], None]) -> An
 
 
 def _write_texts(folder: Path, checkpoint: Checkpoint) -> None:
-    facts = checkpoint.config.to_hf()
+    facts = to_hf(checkpoint.config)
     if tuned.needs_mark(checkpoint):
         facts[tuned.CONFIG_KEY] = False
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 from gemkit.arch.config import ModelConfig
+from gemkit.arch.hf_config import from_hf
 from gemkit.errors import GemkitError, GemkitWarning, listed
 from gemkit.text.encoding import decode
 from gemkit.weights import tuned
@@ -79,7 +80,7 @@ def _config(folder: Path, facts: dict[str, object]) -> ModelConfig:
     path = folder / "config.json"
     refuse_quantised(path, facts)
     try:
-        config = ModelConfig.from_hf(facts)
+        config = from_hf(facts)
     except GemkitError as error:
         raise GemkitError(f"{path}: {error}") from None
     ids = dict.fromkeys([*config.stop_token_ids, *stop_ids(folder, config.vocab_size)])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gemkit.arch.hf_config import to_hf
 from gemkit.arch.tensors import manifest
 from gemkit.errors import GemkitError
 from gemkit.weights import tuned
@@ -152,7 +153,7 @@ def _header(entries: Mapping[str, tuple[GGMLType, tuple[int, ...], int]]) -> byt
 
 def _write_texts(folder: Path, checkpoint: Checkpoint) -> None:
     config = checkpoint.config
-    facts = config.to_hf()
+    facts = to_hf(config)
     if tuned.needs_mark(checkpoint):
         facts[tuned.CONFIG_KEY] = False
     facts["dtype"] = _NAMES[_DTYPES[_main_type(checkpoint.tensors)]]
