@@ -123,4 +123,4 @@ def test_other_backends_have_none(model, tmp_path, capsys):
 
 def test_a_place_that_cannot_be_written(model, capsys):
     assert generate(model, model / "receipt.json", *DRAWN) == 2
-    assert "does not exist" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err

@@ -329,7 +329,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gemkit.weights.staged.os.replace", full)
+    monkeypatch.setattr("gemkit.cache.os.replace", full)
     with pytest.raises(GemkitError, match="No space left"):
         write_gguf(old, checkpoint)
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"] and old.read_bytes() == b"old"
