@@ -239,15 +239,13 @@ def test_an_older_whole_copy_stands_in_for_a_half_newer_one(world: World, monkey
 def test_a_gguf_file_is_picked_by_name_glob_or_quantisation(world: World):
     folder = world.served / "hf/org/Gemma-GGUF"
     write(folder, {"m.Q4_0.gguf": gguf(1), "m.Q8_0.gguf": gguf(2), "sub/m-BF16.gguf": gguf(3), "mmproj-F16.gguf": b"x"})
-    write(folder, {"big-Q2_K-00001-of-00002.gguf": b"1", "big-Q2_K-00002-of-00002.gguf": b"2"})
-    message = fails("5 GGUF files", "hf:org/Gemma-GGUF", UsageError)
-    assert "m.Q4_0.gguf" in message and "mmproj" not in message
+    message = fails("3 GGUF files", "hf:org/Gemma-GGUF", UsageError)
+    assert "Q4_0, Q8_0, BF16" in message
     assert "Q4_0, Q8_0" in fails("means 2", "org/Gemma-GGUF:m.*", UsageError)
     for selector in ("Q4_0", "q4_0", "m.Q4_0.gguf", "*4_0*"):
         assert resolve(f"hf:org/Gemma-GGUF:{selector}").read_bytes() == gguf(1)
     assert resolve("org/Gemma-GGUF:bf16").read_bytes() == gguf(3)
     fails("no GGUF file 'Q5_0'", "org/Gemma-GGUF:Q5_0", UsageError)
-    fails("split", "org/Gemma-GGUF:Q2_K")
     assert {entry["path"].rsplit("/", 1)[1] for entry in world.log() if entry["on"] == "cdn"} == {
         "m.Q4_0.gguf",
         "m-BF16.gguf",
@@ -259,6 +257,30 @@ def test_a_gguf_file_is_picked_by_name_glob_or_quantisation(world: World):
     assert resolve("org/Gemma-GGUF", offline=True).read_bytes() == gguf(3)
     remove(named("org/Gemma-GGUF"))
     assert world.left(models=True) == []
+
+
+def test_all_parts_of_a_split_gguf_file_are_fetched_and_removed(world: World):
+    folder = world.served / "hf/org/Gemma-GGUF"
+    parts = {f"BF16/big-BF16-0000{number}-of-00003.gguf": gguf(number) for number in (1, 2, 3)}
+    write(folder, {"m.Q4_0.gguf": gguf(4), **parts})
+    assert "BF16, Q4_0" in fails("means 2 GGUF files", "hf:org/Gemma-GGUF", UsageError)
+    first = resolve("org/Gemma-GGUF:bf16")
+    assert first.name == "big-BF16-00001-of-00003.gguf"
+    assert {
+        path.relative_to(first.parents[1]).as_posix(): path.read_bytes() for path in first.parent.iterdir()
+    } == parts
+    assert resolve("org/Gemma-GGUF:*-00002-*", offline=True) == first == resolve("org/Gemma-GGUF", offline=True)
+    (entry,) = installed()
+    assert entry.name == "hf:org/Gemma-GGUF:BF16/big-BF16-00001-of-00003.gguf" and entry.path == first
+    assert entry.ready and entry.format == "gguf BF16" and entry.size == sum(map(len, parts.values()))
+    first.with_name("big-BF16-00003-of-00003.gguf").unlink()
+    assert not installed()[0].ready
+    fails("is not downloaded", "hf:org/Gemma-GGUF:bf16", offline=True)
+    assert resolve(entry.name) == first and installed()[0].ready
+    remove([entry])
+    assert world.left(models=True) == []
+    (folder / "BF16/big-BF16-00002-of-00003.gguf").unlink()
+    fails("lacks BF16/big-BF16-00002-of-00003.gguf of its 3 parts: choose another", "org/Gemma-GGUF:bf16")
 
 
 def test_googles_own_checkpoints_come_from_there_too(world: World):

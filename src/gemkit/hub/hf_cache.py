@@ -53,7 +53,7 @@ def whole(folder: Path, name: HfName) -> Path | None:
         chosen = select(files, name.selector, str(name))
     except GemkitError:
         return None
-    if len(chosen) == 1 and chosen[0].lower().endswith(".gguf"):
+    if all(file.lower().endswith(".gguf") for file in chosen):
         return folder / chosen[0]
     return folder if chosen == official(files) or is_whole(folder) else None
 

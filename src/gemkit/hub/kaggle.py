@@ -77,7 +77,7 @@ def whole(folder: Path) -> Path | None:
         chosen = select(files, None, str(folder))
     except GemkitError:
         return None
-    if len(chosen) == 1 and chosen[0].lower().endswith(".gguf"):
+    if all(file.lower().endswith(".gguf") for file in chosen):
         return folder / chosen[0]
     if chosen == official(files):
         # Whether all of a Flax tree is there, only the mark of the version tells

@@ -12,6 +12,7 @@ from gemkit.cache import cache_dir
 from gemkit.errors import GemkitError
 from gemkit.hub import hf_cache, kaggle
 from gemkit.hub.names import HfName, KaggleName, official, quantisation
+from gemkit.weights.folder import part_paths, unsplit
 
 _TYPES = {*STOP_TOKEN_IDS, "gemma3"}  # gemma3: the multimodal wrapper, whose text model gemkit reads
 
@@ -41,7 +42,8 @@ class Entry:
         if self.repo is not None:
             folder = hf_cache.repo_folder(self.repo)
             if self.path.is_file():
-                hf_cache.remove_file(self.path, folder)
+                for path in filter(Path.is_file, part_paths(self.path)):
+                    hf_cache.remove_file(path, folder)
             elif folder.is_dir():
                 hf_cache.remove(folder, self.commit)
         elif self.handle is not None:
@@ -108,8 +110,9 @@ def _models(folder: Path) -> Iterator[tuple[Path, bool, str]]:
     elif found := official(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()):
         yield folder, True, "torch" if any(name.endswith(".ckpt") for name in found) else "flax"
     for path in sorted(folder.rglob("*.gguf")):
-        if path.is_file() and _is_gemma(path):
-            yield path, True, _gguf_format(path)
+        parts = part_paths(path)
+        if path == parts[0] and path.is_file() and _is_gemma(path):
+            yield path, all(part.is_file() for part in parts), _gguf_format(path)
 
 
 def _is_gemma(path: Path) -> bool:
@@ -117,18 +120,18 @@ def _is_gemma(path: Path) -> bool:
     from gemkit.weights.gguf.read import ARCHITECTURES
 
     try:
-        with GGUFFile.open(path) as file:
+        with GGUFFile.open(path, part=True) as file:
             return file.metadata.get("general.architecture") in ARCHITECTURES
     except GemkitError:
         return False
 
 
 def _gguf_format(path: Path) -> str:
-    return f"gguf {quantisation(path.name) or ''}".strip()
+    return f"gguf {quantisation(unsplit(path.name)) or ''}".strip()
 
 
 def _size(path: Path) -> tuple[int, float]:
     """Bytes on disk, and when they last changed."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    files = [file for file in (part_paths(path) if path.is_file() else path.rglob("*")) if file.is_file()]
     facts = [file.stat() for file in files]
     return sum(fact.st_size for fact in facts), max((fact.st_mtime for fact in facts), default=0.0)

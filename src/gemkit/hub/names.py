@@ -12,16 +12,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from gemkit.errors import GemkitError, UsageError
+from gemkit.errors import GemkitError, UsageError, listed
 from gemkit.weights.folder import (
     CONFIG,
     INDEX,
     SINGLE,
     TOKENIZER_SETTINGS,
     TOKENIZERS,
-    are_parts,
     ggufs_of,
     is_shard,
+    part_names,
     pickles_of,
     stem,
     unsplit,
@@ -157,21 +157,22 @@ def kaggle_handle(repo: str) -> str | None:
 def select(files: Iterable[str], selector: str | None, label: str) -> list[str]:
     """Returns the files of a repository that gemkit needs: a Hugging Face model's, one GGUF file, or Google's own.
 
-    A repository with both means its safetensors, unless a selector picks a GGUF. label: the name, for messages.
+    A repository with both means its safetensors, unless a selector picks a GGUF. Of a split GGUF file, all parts are
+    returned. label: the name, for messages.
     Raises GemkitError, or UsageError where a selector is missing or matches no file or several.
     """
     files = sorted(files)
     top = [name for name in files if "/" not in name]
     ggufs = ggufs_of(files)
     if selector is not None:
-        return [_one(ggufs, selector, label)]
+        return _gguf(ggufs, selector, label)
     weights = [name for name in top if name == SINGLE]
     weights = weights or ([name for name in top if is_shard(name)] if INDEX in top else [])
     if weights and CONFIG in top:
         index = [INDEX] if SINGLE not in weights else []
         return [*(name for name in top if name in _SMALL), *index, *weights]
     if ggufs:
-        return [_one(ggufs, None, label)]
+        return _gguf(ggufs, None, label)
     if found := official(files):
         return found
     pickles = pickles_of(files)
@@ -200,7 +201,8 @@ def quantisation(name: str) -> str | None:
     return match[1] if match else None
 
 
-def _one(ggufs: list[str], selector: str | None, label: str) -> str:
+def _gguf(ggufs: list[str], selector: str | None, label: str) -> list[str]:
+    """Return the GGUF file that a selector means, or all parts of it."""
     found = ggufs
     if selector is not None:
         key = selector.lower()
@@ -211,16 +213,15 @@ def _one(ggufs: list[str], selector: str | None, label: str) -> str:
         )
     base = label.removesuffix(f":{selector}") if selector else label
     if not found:
-        listed = f"it has {_listed(ggufs)}" if ggufs else "it has no GGUF file"
-        raise UsageError(f"{base} has no GGUF file {selector!r}: {listed}")
-    if are_parts(found):
-        raise GemkitError(
-            f"{label} is split into several files: choose a whole GGUF file, or fetch the parts with 'hf download' and "
-            "give their folder"
-        )
-    if len(found) > 1:
-        raise UsageError(f"{label} means {len(found)} GGUF files; add :file or :quantisation: {_listed(found)}")
-    return found[0]
+        known = f"it has {_listed(ggufs)}" if ggufs else "it has no GGUF file"
+        raise UsageError(f"{base} has no GGUF file {selector!r}: {known}")
+    models = sorted({unsplit(name) for name in found})
+    if len(models) > 1:
+        raise UsageError(f"{label} means {len(models)} GGUF files; add :file or :quantisation: {_listed(models)}")
+    parts = list(part_names(found[0]))
+    if missing := [part for part in parts if part not in ggufs]:
+        raise GemkitError(f"{label} lacks {listed(missing)} of its {len(parts)} parts: choose another file")
+    return parts
 
 
 def _listed(names: list[str]) -> str:

@@ -32,6 +32,8 @@ _TRAINING = frozenset(
 )
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+MOST_PARTS = 9999
 _NO_MODEL = re.compile(r"mmproj|imatrix|(?:^|[-_.])lora(?:$|[-_.])|(?:^|[-_.])adapter(?:$|[-_.])")
 
 
@@ -96,6 +98,21 @@ def stem(name: str) -> str:
 def unsplit(name: str) -> str:
     """A GGUF file's name without the number of its part: `x-00001-of-00003.gguf` is a part of `x.gguf`."""
     return _SPLIT.sub("", stem(name)) + name[len(stem(name)) :]
+
+
+def part_names(name: str) -> tuple[str, ...]:
+    """Return the files of a GGUF model by the name of one of them, in order: itself alone if it is not split."""
+    found = _PART.fullmatch(name)
+    count = int(found[3]) if found else 1
+    if not found or not 1 < count <= MOST_PARTS or not 0 < int(found[2]) <= count:
+        return (name,)
+    return tuple(f"{found[1]}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1))
+
+
+def part_paths(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Return `part_names` in the folder of `path`."""
+    path = Path(path)
+    return tuple(path.with_name(name) for name in part_names(path.name))
 
 
 def are_parts(ggufs: Iterable[str]) -> bool:

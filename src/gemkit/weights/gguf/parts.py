@@ -6,14 +6,10 @@ The parts are ``NAME-00001-of-00003.gguf`` and so on. The first one holds the ke
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
 
 from gemkit.errors import GemkitError, listed
+from gemkit.weights.folder import MOST_PARTS, part_paths
 from gemkit.weights.gguf.container import GGUFFile, GGUFTensor, shown
-
-_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
-_MOST = 9999
 
 
 class GGUFParts:
@@ -35,16 +31,6 @@ class GGUFParts:
             file.close()
 
 
-def part_paths(path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """The files of a model by the name of one of them, in order: itself alone if that is not the name of a part."""
-    path = Path(path)
-    found = _NAME.fullmatch(path.name)
-    count = int(found[3]) if found else 1
-    if not found or not 1 < count <= _MOST or not 0 < int(found[2]) <= count:
-        return (path,)
-    return tuple(path.with_name(f"{found[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1))
-
-
 def open_parts(path: str | os.PathLike[str]) -> GGUFParts:
     """Opens the model of which `path` is the file or any part.
 
@@ -54,7 +40,7 @@ def open_parts(path: str | os.PathLike[str]) -> GGUFParts:
     try:
         files.append(GGUFFile.open(path, part=True))
         count = files[0].metadata.get("split.count", 1)
-        if type(count) is not int or not 0 <= count <= _MOST:
+        if type(count) is not int or not 0 <= count <= MOST_PARTS:
             raise GemkitError(f"{files[0].path}: split.count is {shown(count)}, not a number of parts; get it again")
         if count > 1:
             _open_others(files, count)
