@@ -110,8 +110,8 @@ format: $(VENV)/.lint
 	find native -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
-	.venv-bench/bin/python benchmarks/plots.py
+	$(BIN)/python benchmarks/cpu/run.py $(BENCH_ARGS)
+	.venv-bench/bin/python benchmarks/cpu/plots.py
 
 docs: $(VENV)/.test
 	$(BIN)/python tests/test_docs.py --write

@@ -1,4 +1,4 @@
-"""Worker: CTranslate2's generator in int8; the protocol is in ../engines.py."""
+"""Worker: CTranslate2's generator in int8; the protocol is in ../cpu/engines.py."""
 
 import json
 import sys

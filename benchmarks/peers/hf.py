@@ -1,4 +1,4 @@
-"""Worker: transformers in float32 on PyTorch; the protocol is in ../engines.py."""
+"""Worker: transformers in float32 on PyTorch; the protocol is in ../cpu/engines.py."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Worker: llama.cpp through llama-cpp-python's C functions; the protocol is in ../engines.py."""
+"""Worker: llama.cpp through llama-cpp-python's C functions; the protocol is in ../cpu/engines.py."""
 
 import ctypes
 import json

@@ -1,4 +1,4 @@
-"""Worker: OpenVINO GenAI's pipeline with 8-bit weights; the protocol is in ../engines.py."""
+"""Worker: OpenVINO GenAI's pipeline with 8-bit weights; the protocol is in ../cpu/engines.py."""
 
 import json
 import sys

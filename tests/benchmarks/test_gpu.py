@@ -14,9 +14,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     code = (
         "import sys, runpy\n"
         "sys.modules['gemkit._native'] = None\n"
-        f"sys.argv = ['gpu.py', *{list(arguments)!r}]\n"
-        f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
-        f"runpy.run_path({str(ROOT / 'benchmarks' / 'gpu.py')!r}, run_name='__main__')\n"
+        f"sys.argv = ['run.py', *{list(arguments)!r}]\n"
+        f"sys.path.insert(0, {str(ROOT / 'benchmarks' / 'gpu')!r})\n"
+        f"runpy.run_path({str(ROOT / 'benchmarks' / 'gpu' / 'run.py')!r}, run_name='__main__')\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)

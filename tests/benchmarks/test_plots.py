@@ -1,11 +1,11 @@
-"""benchmarks/plots.py and --scaling: pictures of figures that are known. Budget: 12 s."""
+"""benchmarks/cpu/plots.py and --scaling: pictures of figures that are known. Budget: 12 s."""
 
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "cpu"))
 
 import plots
 import run

@@ -1,4 +1,4 @@
-"""benchmarks/quality.py: what is measured once, kept and drawn; its worker on the demo. Budget: 15 s."""
+"""benchmarks/quality/perplexity.py: what is measured once, kept and drawn; its worker on the demo. Budget: 15 s."""
 
 import json
 import math
@@ -10,9 +10,9 @@ import pytest
 
 import gemkit
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
-import quality
+import perplexity
 
 
 @pytest.fixture
@@ -24,10 +24,10 @@ def measured(monkeypatch, tmp_path):
         asked.append((engine, path.name, python == sys.executable, len(ids)))
         return {"prefill": 500.0, "decode": 50.0 + len(asked), "perplexity": 16.0 + len(asked), "bytes": 250_000_000}
 
-    monkeypatch.setattr(quality, "measure", measure)
-    monkeypatch.setattr(quality, "make", lambda model, name, folder: folder / f"{name}.gguf")
-    monkeypatch.setattr(quality, "folders", lambda model, folder, python, engine: folder / engine)
-    monkeypatch.setattr(quality, "installed", lambda python: ["llama.cpp", "ctranslate2"])
+    monkeypatch.setattr(perplexity, "measure", measure)
+    monkeypatch.setattr(perplexity, "make", lambda model, name, folder: folder / f"{name}.gguf")
+    monkeypatch.setattr(perplexity, "folders", lambda model, folder, python, engine: folder / engine)
+    monkeypatch.setattr(perplexity, "installed", lambda python: ["llama.cpp", "ctranslate2"])
     return asked
 
 
@@ -36,14 +36,14 @@ def test_what_was_measured_is_kept_and_drawn(measured, tmp_path, capsys):
     text.write_text("One two three four five. " * 50, encoding="utf-8")
     base = ["--json", str(tmp_path / "q.json"), "--folder", str(tmp_path), "--tokens", "64"]
     ask = [*base, "--text", str(text), "--file", "q8_0", "q4_0"]
-    assert quality.main(ask) == 0
+    assert perplexity.main(ask) == 0
     ours, theirs = ("gemkit", "q8_0.gguf", True, 64), ("llama.cpp", "q8_0.gguf", False, 64)
     assert measured[:2] == [ours, theirs] and measured[-1][:2] == ("ctranslate2", "ctranslate2") and len(measured) == 5
     assert "left out: transformers" in capsys.readouterr().out
-    assert quality.main(ask) == 0 and len(measured) == 5
-    assert quality.main([*ask[:-1], "--again", "--no-peers"]) == 0 and len(measured) == 6
+    assert perplexity.main(ask) == 0 and len(measured) == 5
+    assert perplexity.main([*ask[:-1], "--again", "--no-peers"]) == 0 and len(measured) == 6
     picture = tmp_path / "docs" / "quality.svg"
-    assert quality.main([*base, "--plot", str(picture)]) == 0
+    assert perplexity.main([*base, "--plot", str(picture)]) == 0
     out = capsys.readouterr().out
     assert "| q8_0 | gemkit | 250 | 22.000 | 56.0 | 500 |" in out and out.count("| llama.cpp |") >= 2
     drawn = picture.read_text(encoding="utf-8")
@@ -53,17 +53,17 @@ def test_what_was_measured_is_kept_and_drawn(measured, tmp_path, capsys):
 
 def test_nothing_measured_or_too_little_text_is_said(measured, tmp_path):
     with pytest.raises(SystemExit, match="give --text"):
-        quality.main(["--json", str(tmp_path / "none.json")])
+        perplexity.main(["--json", str(tmp_path / "none.json")])
     text = tmp_path / "short.txt"
     text.write_text("Short.", encoding="utf-8")
     with pytest.raises(SystemExit, match="only"):
-        quality.main(["--json", str(tmp_path / "none.json"), "--text", str(text)])
+        perplexity.main(["--json", str(tmp_path / "none.json"), "--text", str(text)])
 
 
 def test_every_file_type_is_one_that_quantize_knows():
     from gemkit.tools.quantize import MIXES, TYPES
 
-    for name, arguments in quality.FILES.items():
+    for name, arguments in perplexity.FILES.items():
         assert set(arguments[1::2]) <= {*TYPES, *MIXES}, name
 
 
@@ -74,9 +74,9 @@ def test_the_worker_scores_in_windows(tmp_path):
     expected = math.exp(-sum(float(part.sum(dtype=float)) for part in parts) / 529)
     command = [
         sys.executable,
-        str(quality.HERE / "quality_worker.py"),
+        str(perplexity.HERE / "worker.py"),
         "gemkit",
-        str(quality.make("demo", quality.SOURCE, tmp_path)),
+        str(perplexity.make("demo", perplexity.SOURCE, tmp_path)),
         "2",
     ]
     done = subprocess.run(command, input=json.dumps(ids), capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""benchmarks/run.py with engines of known speed, and with gemkit beside one. Budget: 15 s."""
+"""benchmarks/cpu/run.py with engines of known speed, and with gemkit beside one. Budget: 15 s."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "cpu"))
 
 import engines
 import run

@@ -1,4 +1,4 @@
-"""benchmarks/shapes.py writes what gemkit reads. Budget: 5 s."""
+"""benchmarks/cpu/shapes.py writes what gemkit reads. Budget: 5 s."""
 
 import dataclasses
 import hashlib
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "cpu"))
 
 import shapes
 

@@ -1,6 +1,6 @@
 """How often the head's screen would choose another token than the whole head, and how many rows it leaves over.
 
-    python benchmarks/screen.py --text english.txt code.py … [--model FILE] [--tokens 20000]
+    python benchmarks/quality/screen.py --text english.txt code.py … [--model FILE] [--tokens 20000]
 
 Each text is read token by token, four windows of it side by side. At every position the same step runs twice, with the
 screen and without, for a greedy choice and for top-k 64 in turn; only the tokens that they choose are compared.

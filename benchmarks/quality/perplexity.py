@@ -1,8 +1,8 @@
 """What each file type costs: perplexity beside speed and size, ours and the peers'.
 
-    python benchmarks/quality.py --text FILE             # makes the files, measures, prints the table
-    python benchmarks/quality.py --text FILE --plot docs/images/quality.svg
-    python benchmarks/quality.py --plot docs/images/quality.svg         # of what was measured before
+    python benchmarks/quality/perplexity.py --text FILE             # makes the files, measures, prints the table
+    python benchmarks/quality/perplexity.py --text FILE --plot docs/images/quality.svg
+    python benchmarks/quality/perplexity.py --plot docs/images/quality.svg         # of what was measured before
 
 Perplexity is that of the first 2,048 tokens of the text (the documentation's figures: WikiText-2, validation), in
 windows of 512 with BOS in front. Every file is made of the demo model by `gemkit quantize` and kept in build/quality;
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 TOKENS = 2048
 SOURCE = "as published"  # Q4_K_M
 # By name, the arguments of `gemkit quantize`.
@@ -64,7 +64,7 @@ def folders(model: str, folder: Path, python: str, engine: str) -> Path:
         return plain
     target = folder / "ctranslate2-int8"
     if not target.exists():
-        subprocess.run([python, str(HERE / "peers" / "convert.py"), engine, str(plain), str(target)], check=True)
+        subprocess.run([python, str(HERE.parent / "peers" / "convert.py"), engine, str(plain), str(target)], check=True)
     return target
 
 
@@ -75,7 +75,7 @@ def size(path: Path, engine: str) -> int:
 
 
 def measure(engine: str, python: str, path: Path, threads: int, ids: list[int]) -> dict[str, float]:
-    command = [python, str(HERE / "quality_worker.py"), engine, str(path), str(threads)]
+    command = [python, str(HERE / "worker.py"), engine, str(path), str(threads)]
     done = subprocess.run(command, input=json.dumps(ids), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(

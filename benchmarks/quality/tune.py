@@ -1,8 +1,8 @@
 """Tunes the demo a little, all weights at once, to see what the head's screen makes of weights that moved.
 
-    python benchmarks/tune.py --text chat.txt german.txt --output build/tuned.gguf     # needs the extra `torch`
+    python benchmarks/quality/tune.py --text chat.txt german.txt --output build/tuned.gguf     # needs the extra `torch`
     gemkit quantize build/tuned.gguf build/tuned-q4_k_m.gguf --type q4_k_m
-    python benchmarks/screen.py --model build/tuned-q4_k_m.gguf --text …
+    python benchmarks/quality/screen.py --model build/tuned-q4_k_m.gguf --text …
 
 Plain AdamW at a constant rate, one piece of the texts a step: not how a model is tuned well, only far enough from
 where it was. Prints the loss, which must go down, and how far the embedding moved. On one thread a step takes seconds.

@@ -3,9 +3,9 @@
 Engines take turns, round after round, and each answer is on the host before the clock is read. Of every figure the
 median counts. A measurement that fails says why in its row, and the rest goes on.
 
-    PYTHONPATH=src python benchmarks/gpu.py                            # one CUDA device, all models, types and batches
-    PYTHONPATH=src python benchmarks/gpu.py --models gemma-2b --dtypes bfloat16 int4 --seconds 500 --output gpu.md
-    PYTHONPATH=src python benchmarks/gpu.py --device cpu --tiny          # to see that it runs
+    PYTHONPATH=src python benchmarks/gpu/run.py                        # one CUDA device, all models, types and batches
+    PYTHONPATH=src python benchmarks/gpu/run.py --models gemma-2b --dtypes bfloat16 int4 --seconds 500 --output gpu.md
+    PYTHONPATH=src python benchmarks/gpu/run.py --device cpu --tiny      # to see that it runs
 
 The limit of prefill is a large bfloat16 product of this device, that of decode a large copy (bytes read and written),
 both measured first; a decode step reads the weights and the cache. transformers runs in bfloat16 alone: the ratio of
@@ -31,9 +31,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import gpu_engines
 import torch
-from gpu_engines import Work
+from engines import ENGINES, Work
 
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.presets import preset
@@ -116,7 +115,7 @@ def measure(name: str, config: ModelConfig, dtype: str, options: argparse.Namesp
         if kind.startswith("transformers") and dtype != "bfloat16":
             continue
         with reported(rows, {"model": name, "dtype": dtype, "engine": kind, "work": "load"}):
-            engines.append(gpu_engines.ENGINES[kind](config, dtype, options.device))
+            engines.append(ENGINES[kind](config, dtype, options.device))
     for work in works:
         seconds: dict[str, list[float]] = {}
         broken = set()
@@ -203,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", nargs="+", help=f"presets: {' '.join(MODELS)} unless given")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--engines", nargs="+", default=list(gpu_engines.ENGINES), choices=list(gpu_engines.ENGINES))
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--batches", type=int, nargs="+", help="of decode: 1 8 32 unless given")
     parser.add_argument("--prefill", type=int, nargs="+", help="lengths: 512 2048 unless given")
     parser.add_argument("--depth", type=int, help="at which decode starts: 512 unless given")

@@ -1,7 +1,7 @@
 """Pictures of what run.py found: speed beside each peer, by batch and depth, and beside this machine's limits.
 
-    python benchmarks/plots.py                       # of build/bench.json and build/scaling.json, into docs/images/
-    python benchmarks/plots.py --json FILE --folder FOLDER
+    python benchmarks/cpu/plots.py                       # of build/bench.json and build/scaling.json, into docs/images/
+    python benchmarks/cpu/plots.py --json FILE --folder FOLDER
 
 Needs matplotlib, which the environment of `make bench` has; gemkit is not needed.
 """
@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 INK, PALE = "#22303c", "#d5dbe0"
 OURS, GOAL = "#0b7a75", "#c8553d"
 PEERS = {"llama.cpp": "#4062bb", "CTranslate2": "#a05195", "OpenVINO GenAI": "#7a8b99", "transformers": "#d08c2c"}

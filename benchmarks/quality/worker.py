@@ -1,4 +1,4 @@
-"""One engine on one model: quality_worker.py ENGINE PATH THREADS < ids (JSON) > perplexity and rates (JSON).
+"""One engine on one model: worker.py ENGINE PATH THREADS < ids (JSON) > perplexity and rates (JSON).
 
 ENGINE: gemkit or llama.cpp, with a GGUF file; ctranslate2 or transformers, with a folder. It runs under the
 interpreter that has the engine; only gemkit's needs gemkit. Perplexity: of all ids but the first, in windows of 512

@@ -1,7 +1,7 @@
 """One forward pass of a large model with random weights in bfloat16 on the CPU: how long, and the most memory it took.
 
-PYTHONPATH=src python benchmarks/big.py                              # the shape of Gemma 2B, in PyTorch
-PYTHONPATH=src python benchmarks/big.py --model gemma-7b --tokens 4  # Linux and macOS
+PYTHONPATH=src python benchmarks/cpu/big.py                              # the shape of Gemma 2B, in PyTorch
+PYTHONPATH=src python benchmarks/cpu/big.py --model gemma-7b --tokens 4  # Linux and macOS
 """
 
 from __future__ import annotations

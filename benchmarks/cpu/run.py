@@ -4,12 +4,12 @@ Each engine lives in a process of its own; only one works at a time, round after
 are swept first and its best are used. Run it on a machine that does nothing else (Linux or macOS):
 
     make bench                                        # installs the peers, then runs this file and plots.py
-    python benchmarks/run.py --resume                 # goes on where a run was interrupted
-    python benchmarks/run.py --work decode prefill --peers llama.cpp --threads 2
-    python benchmarks/run.py --write                  # adds the tables to benchmarks/RESULTS.md
-    python benchmarks/run.py --check                  # exit code 1 below the floors
-    python benchmarks/run.py --kernels                # only the quantised products, in GB/s and GOPS
-    python benchmarks/run.py --scaling                # gemkit alone: batch 1 to 32, depth 0 to 32,000
+    python benchmarks/cpu/run.py --resume                 # goes on where a run was interrupted
+    python benchmarks/cpu/run.py --work decode prefill --peers llama.cpp --threads 2
+    python benchmarks/cpu/run.py --write                  # adds the tables to benchmarks/RESULTS.md
+    python benchmarks/cpu/run.py --check                  # exit code 1 below the floors
+    python benchmarks/cpu/run.py --kernels                # only the quantised products, in GB/s and GOPS
+    python benchmarks/cpu/run.py --scaling                # gemkit alone: batch 1 to 32, depth 0 to 32,000
 
 The peers' interpreters are GEMKIT_PEER_PYTHON and GEMKIT_PEER_PYTHON_OPENVINO, by default those of .venv-bench and
 .venv-bench/openvino, which `make bench` makes.
@@ -314,7 +314,7 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="short prompts and no sweep: only to see that it runs")
     parser.add_argument("--resume", action="store_true", help="keep the rows of --json and measure what it lacks")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench.json", help="where the figures go")
-    parser.add_argument("--results", type=Path, default=HERE / "RESULTS.md", help="what --write adds to")
+    parser.add_argument("--results", type=Path, default=HERE.parent / "RESULTS.md", help="what --write adds to")
     parser.add_argument("--write", action="store_true", help="add the tables to RESULTS.md")
     parser.add_argument("--check", action="store_true", help="exit code 1 below the floors (2 threads)")
     parser.add_argument("--kernels", action="store_true", help="time the quantised products alone")

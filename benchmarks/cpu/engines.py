@@ -30,7 +30,7 @@ from pathlib import Path
 from works import GREEDY, SAMPLED, Session, Task
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = HERE.parents[1]
 # Sixteen tokens with <bos>.
 PROMPT = "The harbour was quiet that morning, and the boats lay still in the cool"
 
@@ -43,7 +43,7 @@ def gemkit_first(python: str, model: str, threads: int, ids: list[int]) -> list[
 
 def llamacpp_first(way: str) -> Callable[[str, str, int, list[int]], list[str]]:
     """See peers/llamacpp_first.py for the ways."""
-    script = str(HERE / "peers" / "llamacpp_first.py")
+    script = str(HERE.parent / "peers" / "llamacpp_first.py")
     return lambda python, model, threads, ids: [python, script, way, model, str(threads), *map(str, ids)]
 
 
@@ -92,7 +92,7 @@ def llamacpp(python: str) -> Engine:
     unified = [{**each, "unified": both} for each, both in itertools.product(few, (False, True))]
     return Engine(
         "llama.cpp",
-        HERE / "peers" / "llamacpp.py",
+        HERE.parent / "peers" / "llamacpp.py",
         {way: llamacpp_first(way) for way in ("minimal", "mapped", "class")},
         {"demo": (*flags, plain), "Q8_0": (*few, plain), "2B": few, "batch": tuple(unified)},
         python,
@@ -103,7 +103,7 @@ def llamacpp(python: str) -> Engine:
 def ctranslate2(python: str) -> Engine:
     return Engine(
         "CTranslate2",
-        HERE / "peers" / "ctranslate2_int8.py",
+        HERE.parent / "peers" / "ctranslate2_int8.py",
         python=python,
         convert="ctranslate2",
         deepest=2048,
@@ -114,7 +114,7 @@ def ctranslate2(python: str) -> Engine:
 def transformers(python: str) -> Engine:
     return Engine(
         "transformers",
-        HERE / "peers" / "hf.py",
+        HERE.parent / "peers" / "hf.py",
         python=python,
         convert="hf",
         deepest=512,
@@ -127,7 +127,7 @@ def transformers(python: str) -> Engine:
 def openvino(python: str) -> Engine:
     return Engine(
         "OpenVINO GenAI",
-        HERE / "peers" / "openvino_genai_int8.py",
+        HERE.parent / "peers" / "openvino_genai_int8.py",
         python=python,
         convert="openvino",
         deepest=2048,

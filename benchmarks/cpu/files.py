@@ -44,7 +44,7 @@ class Files:
         plain = _made(self.folder / "hf", [sys.executable, "-m", "gemkit", "convert", self.model, "{}", "--to", "hf"])
         if engine.convert == "hf":
             return plain
-        convert = [engine.python, str(HERE / "peers" / "convert.py"), engine.convert, plain, "{}"]
+        convert = [engine.python, str(HERE.parent / "peers" / "convert.py"), engine.convert, plain, "{}"]
         return _made(self.folder / engine.convert, convert)
 
 

@@ -1,6 +1,6 @@
 """A GGUF file in the shape of a published model with random weights, for speed alone; the same seed, the same file.
 
-    python benchmarks/shapes.py gemma-2b Q4_0 FILE [--layers 2] [--vocabulary 4096]
+    python benchmarks/cpu/shapes.py gemma-2b Q4_0 FILE [--layers 2] [--vocabulary 4096]
 
 Weights are normal with a deviation of 1/√(columns), drawn once for each type and width and then dealt out block by
 block: rounding every weight of two thousand million by itself would take minutes. The file is written tensor by tensor;

@@ -1,4 +1,4 @@
-"""What gpu.py compares: gemkit on torch and JAX, and transformers, each with random weights of its own.
+"""The engines that run.py compares: gemkit on torch and JAX, and transformers, each with random weights of its own.
 
 An engine runs a piece of work and returns seconds: of a prefill, or the median of a decode step.
 """
