@@ -1,197 +1,204 @@
-// Attention in a step: queries and keys rotated, keys and values cached, and who attends to what. Either blocks of
-// queries are dealt out, or, where there are few, the pages that they see.
+// Attention is divided among threads by blocks of queries, in a queue, or, where there are few queries, by the pages
+// that they see: partial sums per page, merged in the order of pages. Both give the same bits.
 //
 // H head width, N query heads, K kv heads, G = N/K, T new tokens of all sequences.
+#include "step.h"
+
 #include <algorithm>
 #include <cmath>
-
-#include "model.h"
 
 namespace gemkit {
 namespace {
 
-// Attention is divided by pages where there are fewer kv heads of sequences than this for each thread, and no sequence
+// Attention is split by pages where there are fewer kv heads of sequences than this for each thread, and no sequence
 // has more queries a kv head than that.
-constexpr int64_t kSpreadItems = 4, kSpreadQueries = 2 * kAttendQueries;
+constexpr int64_t kSplitItems = 4, kSplitQueries = 2 * kTileQueries;
+constexpr int64_t kBlockQueries = 48;  // most queries that pass over a page together
 
-}  // namespace
+// Queries [first, first + count) of a sequence: tokens by the heads of one kv head.
+struct QueryBlock {
+  int32_t sequence;
+  int64_t kv_head, first, count;
+};
 
-// Whether this step's attention is divided by pages, and the room that it then needs.
-std::string Model::prepare_attention() {
-  const int64_t size = team_.size(), G = plan_.heads / plan_.kv_heads, H = plan_.head_dim;
-  spread_ = size > 1 && input_.sequences * plan_.kv_heads < kSpreadItems * size;
-  for (int64_t s = 0; s < input_.sequences; s++)
-    spread_ &= (input_.starts[s + 1] - input_.starts[s]) * G <= kSpreadQueries;
-  if (!spread_) return {};
-  int64_t most = 0;
-  for (const LayerPlan& layer : plan_.layers) {
-    int64_t parts = 0;
-    for (int64_t s = 0; s < input_.sequences; s++) {
-      const int64_t count = input_.starts[s + 1] - input_.starts[s], first = input_.positions[s];
-      const Range pages = visible_pages(layer, first, first + count - 1);
-      parts += (pages.end - pages.begin) * count * plan_.heads;
-    }
-    most = std::max(most, parts);
-  }
-  if (static_cast<size_t>(most) <= parts_.size()) return {};
-  const int64_t grown = std::max<int64_t>(most, static_cast<int64_t>(parts_.size()) * 3 / 2);
-  const int64_t bytes = grown * H * static_cast<int64_t>(sizeof(float));
-  parts_.clear();
-  if (!part_outs_.allocate(static_cast<size_t>(bytes))) return out_of_memory("attention", bytes);
-  for (int64_t i = 0; i < grown; i++) parts_.push_back({0, 0, part_outs_.as<float>() + i * H});
-  return {};
+const CacheGroup& group_of(const Step& s, size_t layer) { return s.cache.groups[s.plan.layers[layer].group]; }
+
+// Pages that a sequence's new tokens see.
+Range pages_of(const Step& s, const CacheGroup& group, int64_t sequence) {
+  const int64_t first = s.input.positions[sequence];
+  return group.visible_pages(first, first + s.input.count(sequence) - 1);
 }
 
-// q and k: norm, rotation, query scale; k and v into their page. Dealt out by head.
-void Model::rotate_and_cache(const LayerPlan& layer, int64_t layer_in_group, int rank, int size) {
-  const int64_t H = plan_.head_dim, N = plan_.heads, K = plan_.kv_heads, half = H / 2, T = input_.tokens;
-  const int64_t q_ld = padded(N * H), kv_ld = padded(K * H);
-  const Range mine = share(T * (N + K), rank, size);
-  for (int64_t i = mine.begin; i < mine.end; i++) {
-    const int64_t t = i / (N + K), n = i % (N + K);
-    const float* cosine = cosine_ + (layer.rope * T + t) * half;
-    const float* sine = sine_ + (layer.rope * T + t) * half;
-    auto rotate = [&](float* x, int32_t norm) {
-      if (norm >= 0) kernels_.rms_norm(x, vector(norm), x, H, plan_.norm_eps);
-      kernels_.rope(x, cosine, sine, half);
-    };
-    if (n < N) {
-      float* q = q_ + t * q_ld + n * H;
-      rotate(q, layer.q_norm);
-      kernels_.scale(q, plan_.query_scale, H);
-      continue;
-    }
-    const int64_t head = n - N, keys = keys_offset(layer_in_group, head);
-    float* k = k_ + t * kv_ld + head * H;
-    rotate(k, layer.k_norm);
-    if (!all_finite(k, H) || !all_finite(v_ + t * kv_ld + head * H, H)) damaged_.store(true, std::memory_order_relaxed);
-    const int32_t s = token_sequence_[t];
-    const int64_t position = input_.positions[s] + (t - input_.starts[s]);
-    const auto& table = input_.tables[layer.group];
-    const int32_t id = table.pages[s * table.width + position / kPagePositions];
-    kernels_.write_cache({k, v_ + t * kv_ld + head * H, H, groups_[layer.group].pages[id], keys, keys + cache_block(),
-                          static_cast<int>(position % kPagePositions), !options_.float_activations});
-  }
+// The attention output of query q of a sequence and kv head.
+float* output_of(const Step& s, int64_t sequence, int64_t kv_head, int64_t q) {
+  const int64_t G = s.plan.heads / s.plan.kv_heads;
+  return s.scratch.attention.row(s.input.starts[sequence] + q / G) + (kv_head * G + q % G) * s.plan.head_dim;
 }
 
-// What a query at `position`, and later ones, see in a layer: the first position, and the pages up to one's own.
-int64_t Model::lowest_visible(const LayerPlan& layer, int64_t position) const {
-  const int64_t window = groups_[layer.group].window;
-  return window > 0 && position >= window ? position - window + 1 : 0;
-}
-Range Model::visible_pages(const LayerPlan& layer, int64_t first, int64_t last) const {
-  return {lowest_visible(layer, first) / kPagePositions, last / kPagePositions + 1};
-}
-
-// Joins some pages to the attention of some queries of one sequence and kv head: page after page, that all may pass
-// over it while it is in the cache.
-void Model::attend_pages(const LayerPlan& layer, int64_t layer_in_group, const QueryBlock& block, Range pages,
-                         Attended* attended, int64_t apart) {
-  const int64_t H = plan_.head_dim, N = plan_.heads, G = N / plan_.kv_heads, q_ld = padded(N * H);
-  const int64_t tiles = (block.count + kAttendQueries - 1) / kAttendQueries, tile = (block.count + tiles - 1) / tiles;
-  const uint8_t* const* table = pages_[layer.group].data() + block.sequence * input_.tables[layer.group].width;
-  const int64_t keys = keys_offset(layer_in_group, block.kv_head);
-  Attend a;
-  a.head_dim = H, a.window = groups_[layer.group].window, a.softcap = plan_.attention_softcap;
-  a.half = !options_.float_activations;
-  for (int64_t page = pages.begin; page < pages.end; page++, attended += apart) {
-    a.keys = table[page] + keys, a.values = a.keys + cache_block(), a.first = page * kPagePositions;
-    for (int64_t at = 0; at < block.count; at += tile) {
-      const float* queries[kAttendQueries];
-      int64_t positions[kAttendQueries];
-      a.count = static_cast<int>(std::min(tile, block.count - at));
-      for (int64_t i = 0; i < a.count; i++) {
-        const int64_t q = block.first + at + i, t = input_.starts[block.sequence] + q / G;
-        queries[i] = q_ + t * q_ld + (block.kv_head * G + q % G) * H;
-        positions[i] = input_.positions[block.sequence] + q / G;
+// Merges some pages into the partial attention of a block's queries: page after page, so that all queries read a page
+// while it is in the processor's cache. partials: [count], the next page's `stride` further on.
+void attend_pages(const Step& s, size_t layer, const QueryBlock& block, Range pages, PartialAttention* partials,
+                  int64_t stride) {
+  const int32_t group = s.plan.layers[layer].group;
+  const int64_t H = s.plan.head_dim, G = s.plan.heads / s.plan.kv_heads;
+  const int64_t tiles = (block.count + kTileQueries - 1) / kTileQueries, size = (block.count + tiles - 1) / tiles;
+  const uint8_t* const* table = s.pages[group].data() + block.sequence * s.input.tables[group].width;
+  const int64_t keys = s.cache.keys_offset(layer, block.kv_head);
+  AttentionTile tile{
+      .head_dim = H, .window = group_of(s, layer).window, .softcap = s.plan.attention_softcap, .half = s.cache.half};
+  for (int64_t page = pages.begin; page < pages.end; page++, partials += stride) {
+    tile.keys = table[page] + keys, tile.values = tile.keys + s.cache.block_bytes, tile.first = page * kPagePositions;
+    for (int64_t at = 0; at < block.count; at += size) {
+      const float* queries[kTileQueries];
+      int64_t positions[kTileQueries];
+      tile.count = static_cast<int>(std::min(size, block.count - at));
+      for (int64_t i = 0; i < tile.count; i++) {
+        const int64_t q = block.first + at + i, t = s.input.starts[block.sequence] + q / G;
+        queries[i] = s.scratch.q.row(t) + (block.kv_head * G + q % G) * H;
+        positions[i] = s.input.positions[block.sequence] + q / G;
       }
-      a.queries = queries, a.positions = positions, a.attended = attended + at;
-      a.next = page + 1 < pages.end && at + tile >= block.count ? table[page + 1] + keys : nullptr;
-      kernels_.attend(a);
+      tile.queries = queries, tile.positions = positions, tile.partials = partials + at;
+      tile.next = page + 1 < pages.end && at + size >= block.count ? table[page + 1] + keys : nullptr;
+      s.kernels.attend(tile);
     }
   }
 }
 
 // Divides by the sum of the weights, and quantises for the next product.
-void Model::finish_attention(const LayerPlan& layer, const Attended& attended) {
-  const int64_t H = plan_.head_dim, at = attended.out - attended_, ld = padded(plan_.heads * H);
-  kernels_.scale(attended.out, 1.0f / attended.sum, H);
-  if (quantised(layer.o_proj))
-    kernels_.quantise(attended.out, attended_int8_.row(at / ld) + at % ld / kBlock, H / kBlock);
+void finish(const Step& s, size_t layer, const PartialAttention& attention) {
+  const Rows& rows = s.scratch.attention;
+  const int64_t H = s.plan.head_dim, at = attention.out - rows.data;
+  s.kernels.scale(attention.out, 1.0f / attention.sum, H);
+  if (s.weights.quantised(s.plan.layers[layer].o_proj))
+    s.kernels.quantise(attention.out, rows.int8.row(at / rows.ld) + at % rows.ld / kBlock, H / kBlock);
 }
 
-// Blocks of queries (tokens by heads of one kv head) are dealt out in turn: later tokens see more and cost more. Where
-// there are too few for all threads, pages are divided instead.
-void Model::attend(const LayerPlan& layer, int64_t layer_in_group, size_t phase, int rank, int size) {
-  const int64_t H = plan_.head_dim, N = plan_.heads, K = plan_.kv_heads, G = N / K, q_ld = padded(N * H);
-  if (spread_) return attend_spread(layer, layer_in_group, rank, size);
-  const int64_t even = (input_.tokens * N + 4 * size - 1) / (4 * size);
-  const int64_t most = std::min(kBlockQueries, (even + kAttendQueries - 1) / kAttendQueries * kAttendQueries);
-  auto take = [&] { return dealt_[phase].fetch_add(1, std::memory_order_relaxed); };
-  int64_t item = 0, mine = deals(size) ? take() : rank;
-  for (int32_t s = 0; s < input_.sequences; s++) {
-    const int64_t count = (input_.starts[s + 1] - input_.starts[s]) * G;
+// Blocks of queries, in turn or from the queue: later tokens see more and cost more.
+void attend_blocks(Step& s, size_t layer, const Worker& w) {
+  const int64_t N = s.plan.heads, K = s.plan.kv_heads, G = N / K;
+  const int64_t even = (s.input.tokens * N + 4 * w.size - 1) / (4 * w.size);
+  const int64_t most = std::min(kBlockQueries, (even + kTileQueries - 1) / kTileQueries * kTileQueries);
+  auto next = [&](int64_t mine) {
+    return s.dynamic ? s.queue(layer, kAttention).fetch_add(1, std::memory_order_relaxed) : mine + w.size;
+  };
+  int64_t item = 0, mine = next(w.rank - w.size);
+  for (int32_t sequence = 0; sequence < s.input.sequences; sequence++) {
+    const int64_t count = s.input.count(sequence) * G, first = s.input.positions[sequence];
     for (int64_t n = 0; n < K; n++)
       for (int64_t at = 0; at < count; at += most) {
         if (item++ != mine) continue;
-        mine = deals(size) ? take() : mine + size;
-        const QueryBlock block{s, n, at, std::min(most, count - at)};
-        Attended attended[kBlockQueries];
-        for (int64_t i = 0; i < block.count; i++)
-          attended[i] = {-INFINITY, 0,
-                         attended_ + (input_.starts[s] + (at + i) / G) * q_ld + (n * G + (at + i) % G) * H};
-        const Range pages =
-            visible_pages(layer, input_.positions[s] + at / G, input_.positions[s] + (at + block.count - 1) / G);
-        attend_pages(layer, layer_in_group, block, pages, attended, 0);
-        for (int64_t i = 0; i < block.count; i++) finish_attention(layer, attended[i]);
+        mine = next(mine);
+        const QueryBlock block{sequence, n, at, std::min(most, count - at)};
+        PartialAttention partials[kBlockQueries];
+        for (int64_t i = 0; i < block.count; i++) partials[i] = {-INFINITY, 0, output_of(s, sequence, n, at + i)};
+        const Range pages = group_of(s, layer).visible_pages(first + at / G, first + (at + block.count - 1) / G);
+        attend_pages(s, layer, block, pages, partials, 0);
+        for (int64_t i = 0; i < block.count; i++) finish(s, layer, partials[i]);
       }
   }
 }
 
-// Each thread takes about as many positions, in whole pages, and leaves their sums in parts_; then the pages of each
-// query are joined in order.
-void Model::attend_spread(const LayerPlan& layer, int64_t layer_in_group, int rank, int size) {
-  const int64_t H = plan_.head_dim, N = plan_.heads, K = plan_.kv_heads, G = N / K, q_ld = padded(N * H);
-  auto queries = [&](int64_t s) { return (input_.starts[s + 1] - input_.starts[s]) * G; };
-  auto last = [&](int64_t s) { return input_.positions[s] + queries(s) / G - 1; };
-  auto visible = [&](int64_t s) { return visible_pages(layer, input_.positions[s], last(s)); };
+// Each thread takes about as many positions, in whole pages, and leaves their sums in s.partials; then the pages of
+// each query are merged in order.
+void attend_split(Step& s, size_t layer, const Worker& w) {
+  const int64_t H = s.plan.head_dim, N = s.plan.heads, K = s.plan.kv_heads, G = N / K;
+  const CacheGroup& group = group_of(s, layer);
+  auto lowest = [&](int64_t sequence) { return group.lowest_visible(s.input.positions[sequence]); };
+  auto end = [&](int64_t sequence) { return s.input.positions[sequence] + s.input.count(sequence); };
   int64_t total = 0;
-  for (int64_t s = 0; s < input_.sequences; s++)
-    total += K * (last(s) + 1 - lowest_visible(layer, input_.positions[s]));
+  for (int64_t i = 0; i < s.input.sequences; i++) total += K * (end(i) - lowest(i));
   int64_t before = 0;  // positions of the kv heads so far
-  Attended* part = parts_.data();
-  for (int32_t s = 0; s < input_.sequences; s++) {
-    const Range pages = visible(s);
-    const int64_t count = queries(s), lowest = lowest_visible(layer, input_.positions[s]), end = last(s) + 1;
-    for (int64_t n = 0; n < K; n++, before += end - lowest, part += (pages.end - pages.begin) * count) {
+  PartialAttention* partials = s.partials.data();
+  for (int32_t i = 0; i < s.input.sequences; i++) {
+    const Range pages = pages_of(s, group, i);
+    const int64_t count = s.input.count(i) * G, visible = end(i) - lowest(i);
+    for (int64_t n = 0; n < K; n++, before += visible, partials += (pages.end - pages.begin) * count) {
       Range mine{pages.end, pages.begin};
       for (int64_t page = pages.begin; page < pages.end; page++) {
         // A page belongs to the thread in whose share its middle lies
-        const int64_t from = std::max(lowest, page * kPagePositions), to = std::min(end, (page + 1) * kPagePositions);
-        if ((2 * (before - lowest) + from + to) * size / (2 * total) != rank) continue;
+        const int64_t from = std::max(lowest(i), page * kPagePositions),
+                      to = std::min(end(i), (page + 1) * kPagePositions);
+        if ((2 * (before - lowest(i)) + from + to) * w.size / (2 * total) != w.rank) continue;
         mine = {std::min(mine.begin, page), page + 1};
       }
       if (mine.begin >= mine.end) continue;
-      Attended* own = part + (mine.begin - pages.begin) * count;
-      for (int64_t i = 0; i < (mine.end - mine.begin) * count; i++) own[i].largest = -INFINITY;
-      attend_pages(layer, layer_in_group, {s, n, 0, count}, mine, own, count);
+      PartialAttention* own = partials + (mine.begin - pages.begin) * count;
+      for (int64_t p = 0; p < (mine.end - mine.begin) * count; p++) own[p].max = -INFINITY;
+      attend_pages(s, layer, {i, n, 0, count}, mine, own, count);
     }
   }
-  team_.barrier();
-  const Range heads = share(input_.tokens * N, rank, size);
-  part = parts_.data();
-  for (int64_t s = 0; s < input_.sequences; s++) {
-    const Range pages = visible(s);
-    const int64_t count = queries(s), width = pages.end - pages.begin;
-    for (int64_t n = 0; n < K; n++, part += width * count)
+  w.barrier();
+  const Range heads = w.share(s.input.tokens * N);
+  partials = s.partials.data();
+  for (int64_t i = 0; i < s.input.sequences; i++) {
+    const Range pages = pages_of(s, group, i);
+    const int64_t count = s.input.count(i) * G, width = pages.end - pages.begin;
+    for (int64_t n = 0; n < K; n++, partials += width * count)
       for (int64_t q = 0; q < count; q++) {
-        const int64_t t = input_.starts[s] + q / G, head = n * G + q % G;
-        if (t * N + head < heads.begin || t * N + head >= heads.end) continue;
-        Attended all{-INFINITY, 0, attended_ + t * q_ld + head * H};
-        for (int64_t page = 0; page < width; page++) kernels_.join(all, part[page * count + q], H);
-        finish_attention(layer, all);
+        const int64_t head = (s.input.starts[i] + q / G) * N + n * G + q % G;
+        if (head < heads.begin || head >= heads.end) continue;
+        PartialAttention all{-INFINITY, 0, output_of(s, i, n, q)};
+        for (int64_t page = 0; page < width; page++) s.kernels.merge(all, partials[page * count + q], H);
+        finish(s, layer, all);
       }
   }
+}
+
+}  // namespace
+
+std::string begin_attention(Step& s, int threads) {
+  const int64_t G = s.plan.heads / s.plan.kv_heads;
+  s.split_by_pages = threads > 1 && s.input.sequences * s.plan.kv_heads < kSplitItems * threads;
+  for (int64_t i = 0; i < s.input.sequences; i++) s.split_by_pages &= s.input.count(i) * G <= kSplitQueries;
+  if (!s.split_by_pages) return {};
+  int64_t most = 0;
+  for (const CacheGroup& group : s.cache.groups) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < s.input.sequences; i++) {
+      const Range pages = pages_of(s, group, i);
+      count += (pages.end - pages.begin) * s.input.count(i) * s.plan.heads;
+    }
+    most = std::max(most, count);
+  }
+  const int64_t size = static_cast<int64_t>(s.partials.size());
+  if (most <= size) return {};
+  const int64_t grown = std::max(most, size * 3 / 2), H = s.plan.head_dim;
+  const int64_t bytes = grown * H * static_cast<int64_t>(sizeof(float));
+  s.partials.clear();
+  if (!s.partial_outs.allocate(static_cast<size_t>(bytes))) return out_of_memory("attention", bytes);
+  for (int64_t i = 0; i < grown; i++) s.partials.push_back({0, 0, s.partial_outs.as<float>() + i * H});
+  return {};
+}
+
+void rotate_and_cache(Step& s, size_t layer, const Worker& w) {
+  const LayerPlan& l = s.plan.layers[layer];
+  const int64_t H = s.plan.head_dim, N = s.plan.heads, K = s.plan.kv_heads;
+  const StepInput::Table& table = s.input.tables[l.group];
+  const Range mine = w.share(s.input.tokens * (N + K));
+  for (int64_t i = mine.begin; i < mine.end; i++) {
+    const int64_t t = i / (N + K), n = i % (N + K), angles = l.rope * s.input.tokens + t;
+    auto rotate = [&](float* x, int32_t norm) {
+      if (norm >= 0) s.kernels.rms_norm(x, s.weights.vector(norm), x, H, s.plan.norm_eps);
+      s.kernels.rope(x, s.scratch.cosine.row(angles), s.scratch.sine.row(angles), H / 2);
+    };
+    if (n < N) {
+      float* q = s.scratch.q.row(t) + n * H;
+      rotate(q, l.q_norm);
+      s.kernels.scale(q, s.plan.query_scale, H);
+      continue;
+    }
+    const int64_t head = n - N, keys = s.cache.keys_offset(layer, head), position = s.position(t);
+    float *k = s.scratch.k.row(t) + head * H, *v = s.scratch.v.row(t) + head * H;
+    rotate(k, l.k_norm);
+    if (!all_finite(k, H) || !all_finite(v, H)) s.damaged.store(true, std::memory_order_relaxed);
+    const int32_t id = table.pages[s.token_sequence[t] * table.width + position / kPagePositions];
+    s.kernels.write_cache({k, v, H, s.cache.groups[l.group].pages[id], keys, keys + s.cache.block_bytes,
+                           static_cast<int>(position % kPagePositions), s.cache.half});
+  }
+}
+
+void attend(Step& s, size_t layer, const Worker& w) {
+  s.split_by_pages ? attend_split(s, layer, w) : attend_blocks(s, layer, w);
 }
 
 }  // namespace gemkit

@@ -1,5 +1,7 @@
 // Chooses the kernel table at run time. No instruction-set flags here: this file runs before the choice.
 #include <cstring>
+#include <iterator>
+#include <string>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -59,14 +61,6 @@ constexpr Path kPaths[] = {
     {"portable", always, portable_kernels},
 };
 
-#if defined(GEMKIT_X86)
-#define GEMKIT_PATHS "portable, avx2, avx512"
-#elif defined(GEMKIT_ARM64)
-#define GEMKIT_PATHS "portable, neon"
-#else
-#define GEMKIT_PATHS "portable"
-#endif
-
 #if defined(GEMKIT_SIMDE)  // emulated: only on demand
 constexpr int kFirstAutomatic = 1;
 #else
@@ -83,14 +77,15 @@ bool agrees_with_portable(const Kernels& k) {
   std::vector<float> x(kTokens * kCols);
   for (float& v : x) v = (static_cast<float>(random() % 2001) - 1000) / 250;
   for (int64_t t = 0; t < kTokens; t++) x[static_cast<size_t>(t * kCols + 37 * t % kCols)] = 60;  // outliers
-  for (GgmlType type : {kQ4_0, kQ5_0, kQ8_0, kQ4_K, kQ6_K}) {
+  for (const FormatInfo& format : kFormats) {
+    if (!format.quantised()) continue;
     Packed w;
-    w.format = find_format(type), w.rows = kRows, w.cols = kCols;
-    std::vector<uint8_t> file(static_cast<size_t>(kRows * kCols / w.format->file_elements * w.format->file_bytes));
+    w.format = &format, w.rows = kRows, w.cols = kCols;
+    std::vector<uint8_t> file(static_cast<size_t>(kRows * kCols / format.file_elements * format.file_bytes));
     for (uint8_t& byte : file) byte = static_cast<uint8_t>(random() & 0x3f);  // small codes, and scales that are finite
     Arena packed, blocks[2];
     if (!packed.allocate(w.bytes())) return true;
-    pack_panels(*w.format, file.data(), w, packed.data, 0, 1);
+    pack_panels(format, file.data(), w, packed.data, 0, 1);
     w.data = packed.data;
     std::vector<float> y[2] = {std::vector<float>(kTokens * kRows), std::vector<float>(kTokens * kRows)};
     for (int i = 0; i < 2; i++) {
@@ -117,7 +112,12 @@ const Kernels* select_kernels(const char* forced, const char** error) {
     }();
     return chosen;
   }
-  *error = "GEMKIT_ISA must be one of " GEMKIT_PATHS;
+  static const std::string unknown = [] {
+    std::string text = "GEMKIT_ISA must be one of ";
+    for (size_t i = std::size(kPaths); i-- > 0;) text += std::string(kPaths[i].name) + (i ? ", " : "");
+    return text;
+  }();
+  *error = unknown.c_str();
   for (const Path& path : kPaths) {
     if (std::strcmp(forced, path.name)) continue;
     if (path.runs()) return *error = nullptr, path.table();

@@ -1,5 +1,5 @@
-// The only file that includes Python: arrays and dictionaries in, plain structs to the core, its error text out as
-// ValueError.
+// The Python module, and the only file that includes Python: converts arrays and dictionaries to plain structs, and the
+// core's errors to ValueError.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <type_traits>
 
 #include "model.h"
 
@@ -31,6 +32,16 @@ void raise_if(const std::string& error) {
 void require(bool condition, const char* message) {
   if (!condition) throw nb::value_error(message);
 }
+// Whatever waits for a step runs so: a thread that forks holds steps up, and needs the lock of the interpreter.
+template <class Run>
+void without_gil(Run run) {
+  std::string error;
+  {
+    nb::gil_scoped_release release;
+    error = run();
+  }
+  raise_if(error);
+}
 
 const Kernels& kernels() {
   const char* error = nullptr;
@@ -49,58 +60,49 @@ T as(nb::handle h, const char* what) {
   }
 }
 
-template <class T>
-T field(const nb::dict& d, const char* key) {
+// Reads pairs of a key and a variable. Floats may come as any number type.
+template <class T, class... Rest>
+void read(const nb::dict& d, const char* key, T& to, Rest&&... rest) {
   if (!d.contains(key)) throw nb::value_error((std::string("the plan lacks ") + key).c_str());
-  return as<T>(d[key], key);
-}
-// Numbers may come as any number type.
-double real(const nb::dict& d, const char* key) {
-  if (!d.contains(key)) throw nb::value_error((std::string("the plan lacks ") + key).c_str());
-  try {
-    return nb::cast<double>(d[key]);
-  } catch (const nb::cast_error&) {
-    throw nb::type_error((std::string(key) + " has the wrong type").c_str());
+  if constexpr (std::is_floating_point_v<T>) {
+    try {
+      to = static_cast<T>(nb::cast<double>(d[key]));
+    } catch (const nb::cast_error&) {
+      throw nb::type_error((std::string(key) + " has the wrong type").c_str());
+    }
+  } else {
+    to = as<T>(d[key], key);
   }
+  if constexpr (sizeof...(rest) > 0) read(d, rest...);
 }
 
 gemkit::ModelPlan read_plan(const nb::dict& d) {
   gemkit::ModelPlan p;
-  p.hidden = field<int64_t>(d, "hidden"), p.ffn = field<int64_t>(d, "ffn"), p.heads = field<int64_t>(d, "heads");
-  p.kv_heads = field<int64_t>(d, "kv_heads"), p.head_dim = field<int64_t>(d, "head_dim"),
-  p.vocab = field<int64_t>(d, "vocab");
-  p.context = field<int64_t>(d, "context"), p.norm_eps = static_cast<float>(real(d, "norm_eps"));
-  p.embed_scale = static_cast<float>(real(d, "embed_scale")),
-  p.query_scale = static_cast<float>(real(d, "query_scale"));
-  p.attention_softcap = static_cast<float>(real(d, "attention_softcap")),
-  p.final_softcap = static_cast<float>(real(d, "final_softcap"));
-  p.embed = field<int32_t>(d, "embed"), p.head = field<int32_t>(d, "head"),
-  p.final_norm = field<int32_t>(d, "final_norm");
-  p.group_windows = field<std::vector<int64_t>>(d, "group_windows");
-  for (nb::handle h : field<nb::list>(d, "ropes")) {
-    nb::dict r = as<nb::dict>(h, "an entry of the plan");
-    p.ropes.push_back({real(r, "base"), real(r, "factor")});
+  nb::list ropes, layers, adapters, tensors;
+  read(d, "hidden", p.hidden, "ffn", p.ffn, "heads", p.heads, "kv_heads", p.kv_heads, "head_dim", p.head_dim);
+  read(d, "vocab", p.vocab, "context", p.context, "norm_eps", p.norm_eps, "embed_scale", p.embed_scale);
+  read(d, "query_scale", p.query_scale, "attention_softcap", p.attention_softcap, "final_softcap", p.final_softcap);
+  read(d, "embed", p.embed, "head", p.head, "final_norm", p.final_norm, "group_windows", p.group_windows);
+  read(d, "ropes", ropes, "layers", layers, "adapters", adapters, "tensors", tensors);
+  auto entry = [](nb::handle h) { return as<nb::dict>(h, "an entry of the plan"); };
+  for (nb::handle h : ropes) {
+    gemkit::RopePlan& r = p.ropes.emplace_back();
+    read(entry(h), "base", r.base, "factor", r.factor);
   }
-  for (nb::handle h : field<nb::list>(d, "layers")) {
-    nb::dict l = as<nb::dict>(h, "an entry of the plan");
-    gemkit::LayerPlan layer;
-    layer.group = field<int32_t>(l, "group"), layer.rope = field<int32_t>(l, "rope");
-    layer.input_norm = field<int32_t>(l, "input_norm"),
-    layer.post_attention_norm = field<int32_t>(l, "post_attention_norm");
-    layer.pre_ffn_norm = field<int32_t>(l, "pre_ffn_norm"), layer.post_ffn_norm = field<int32_t>(l, "post_ffn_norm");
-    layer.q_norm = field<int32_t>(l, "q_norm"), layer.k_norm = field<int32_t>(l, "k_norm");
-    layer.q_proj = field<int32_t>(l, "q_proj"), layer.k_proj = field<int32_t>(l, "k_proj");
-    layer.v_proj = field<int32_t>(l, "v_proj"), layer.o_proj = field<int32_t>(l, "o_proj");
-    layer.gate_proj = field<int32_t>(l, "gate_proj"), layer.up_proj = field<int32_t>(l, "up_proj");
-    layer.down_proj = field<int32_t>(l, "down_proj");
-    p.layers.push_back(layer);
+  for (nb::handle h : layers) {
+    gemkit::LayerPlan& l = p.layers.emplace_back();
+    const nb::dict e = entry(h);
+    read(e, "group", l.group, "rope", l.rope, "input_norm", l.input_norm);
+    read(e, "post_attention_norm", l.post_attention_norm, "pre_ffn_norm", l.pre_ffn_norm);
+    read(e, "post_ffn_norm", l.post_ffn_norm, "q_norm", l.q_norm, "k_norm", l.k_norm);
+    read(e, "q_proj", l.q_proj, "k_proj", l.k_proj, "v_proj", l.v_proj, "o_proj", l.o_proj);
+    read(e, "gate_proj", l.gate_proj, "up_proj", l.up_proj, "down_proj", l.down_proj);
   }
-  for (nb::handle h : field<nb::list>(d, "adapters")) {
-    nb::dict a = as<nb::dict>(h, "an entry of the plan");
-    p.adapters.push_back({field<int32_t>(a, "adapter"), field<int32_t>(a, "target"), field<int32_t>(a, "a"),
-                          field<int32_t>(a, "b"), static_cast<float>(real(a, "scale"))});
+  for (nb::handle h : adapters) {
+    gemkit::AdapterPart& a = p.adapters.emplace_back();
+    read(entry(h), "adapter", a.adapter, "target", a.target, "a", a.a, "b", a.b, "scale", a.scale);
   }
-  for (nb::handle h : field<nb::list>(d, "tensors")) {
+  for (nb::handle h : tensors) {
     nb::tuple t = as<nb::tuple>(h, "a tensor");
     require(t.size() == 4, "a tensor is (type, rows, cols, bytes)");
     auto data = as<Vector<uint8_t>>(t[3], "a tensor's bytes");
@@ -184,12 +186,7 @@ nb::tuple step(Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector
     most = std::max(most, std::clamp<int64_t>(q.top, 0, 1024));
   }
   std::vector<gemkit::SampleOutput> out;
-  std::string error;
-  {
-    nb::gil_scoped_release release;
-    error = model.step(b.input, requests, out);
-  }
-  raise_if(error);
+  without_gil([&] { return model.step(b.input, requests, out); });
   auto tokens = new_array<int32_t>({n});
   auto logprobs = new_array<float>({n});
   auto top_ids = new_array<int32_t>({n, static_cast<size_t>(most)});
@@ -205,17 +202,22 @@ nb::tuple step(Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector
   return nb::make_tuple(tokens, logprobs, top_ids, top_logprobs);
 }
 
-template <class Run>
-nb::ndarray<nb::numpy, float> per_token(Model& model, const Batch& b, size_t width, Run run) {
-  const size_t tokens = static_cast<size_t>(b.input.tokens);
-  auto out = width ? new_array<float>({tokens, width}) : new_array<float>({tokens});
-  std::string error;
-  {
-    nb::gil_scoped_release release;
-    error = run(model, out.data());
-  }
-  raise_if(error);
-  return out;
+// A method that gives plan.*width floats a token.
+auto per_token(int64_t gemkit::ModelPlan::* width, std::string (Model::*run)(const gemkit::StepInput&, float*)) {
+  return [=](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
+             Vector<int32_t> adapters) {
+    Batch b = read_batch(ids, starts, positions, tables, adapters);
+    auto out = new_array<float>({ids.shape(0), static_cast<size_t>(model.plan().*width)});
+    without_gil([&] { return (model.*run)(b.input, out.data()); });
+    return out;
+  };
+}
+
+// Defines a method whose first arguments are those of read_batch().
+template <class Function, class... Extra>
+void def_step(nb::class_<Model>& model, const char* name, Function function, const Extra&... extra) {
+  model.def(name, function, "ids"_a.noconvert(), "starts"_a.noconvert(), "positions"_a.noconvert(), "tables"_a,
+            "adapters"_a.noconvert(), extra...);
 }
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -272,7 +274,8 @@ NB_MODULE(_native, m) {
   m.def("measure_bandwidth", &measure_bandwidth, "threads"_a, "Read bandwidth of this machine in GB/s.");
   m.def("measure_int8_peak", &measure_int8_peak, "threads"_a,
         "Peak of int8 products of the path in use, in 10^9 operations a second.");
-  nb::class_<Model>(m, "Model")
+  auto model = nb::class_<Model>(m, "Model");
+  model
       .def_static(
           "create",
           [](nb::dict plan, int threads, bool float_activations, int64_t max_tokens, nb::object image,
@@ -280,21 +283,19 @@ NB_MODULE(_native, m) {
             const gemkit::ModelPlan p = read_plan(plan);
             const Kernels& k = kernels();
             gemkit::Options options{threads, float_activations, max_tokens};
-            if (!image.is_none()) {
-              auto bytes = as<Vector<uint8_t>>(image, "the packed image");
-              options.image = bytes.data(), options.image_bytes = static_cast<int64_t>(bytes.shape(0));
-            }
-            if (!screen.is_none()) {
-              auto bytes = as<Vector<uint8_t>>(screen, "the screen");
-              options.screen = bytes.data(), options.screen_bytes = static_cast<int64_t>(bytes.shape(0));
-            }
-            std::string error;
+            auto take = [](const nb::object& from, const char* what, const uint8_t*& data, int64_t& bytes) {
+              if (from.is_none()) return;
+              auto array = as<Vector<uint8_t>>(from, what);
+              data = array.data(), bytes = static_cast<int64_t>(array.shape(0));
+            };
+            take(image, "the packed image", options.image, options.image_bytes);
+            take(screen, "the screen", options.screen, options.screen_bytes);
             std::unique_ptr<Model> model;
-            {
-              nb::gil_scoped_release release;
+            without_gil([&] {
+              std::string error;
               model = Model::create(p, options, k, error);
-            }
-            raise_if(error);
+              return error;
+            });
             return model;
           },
           "plan"_a, "threads"_a, "float_activations"_a, "max_tokens"_a, "image"_a = nb::none(), "screen"_a = nb::none(),
@@ -308,17 +309,9 @@ NB_MODULE(_native, m) {
           "The packed matrices without adapters: what create takes as `image`.")
       .def(
           "reserve",
-          [](Model& model, int64_t group, int64_t pages) {
-            std::string error;
-            {
-              nb::gil_scoped_release release;  // as wherever a step is waited for: who forks holds steps up
-              error = model.reserve(group, pages);
-            }
-            raise_if(error);
-          },
+          [](Model& model, int64_t group, int64_t pages) { without_gil([&] { return model.reserve(group, pages); }); },
           "group"_a, "pages"_a)
-      .def("hold", &Model::hold, nb::call_guard<nb::gil_scoped_release>(),
-           "Before a fork: waits for the step under way.")
+      .def("hold", &Model::hold, nb::call_guard<nb::gil_scoped_release>(), "Before a fork: waits for the running step.")
       .def("release", &Model::release, "in_child"_a, "After a fork, by the thread that called hold, in both processes.")
       .def("page_bytes",
            [](Model& model, int64_t group) {
@@ -333,63 +326,38 @@ NB_MODULE(_native, m) {
           "make_screen",
           [](Model& model) {
             auto bytes = new_array<uint8_t>({static_cast<size_t>(model.screen_bytes())});
-            std::string error;
-            {
-              nb::gil_scoped_release release;
-              if (model.screen_bytes()) error = model.make_screen(bytes.data());
-            }
-            raise_if(error);
+            without_gil([&] { return model.screen_bytes() ? model.make_screen(bytes.data()) : std::string(); });
             return bytes;
           },
-          "The head's screen as bytes, empty where none is worth its while; slow.")
+          "The head's screen as bytes, empty where it would not help; slow.")
       .def(
           "attach_screen",
           [](Model& model, Vector<uint8_t> bytes) {
-            std::string error;
-            {
-              nb::gil_scoped_release release;
-              error = model.attach_screen(bytes.data(), static_cast<int64_t>(bytes.shape(0)));
-            }
-            raise_if(error);
+            without_gil([&] { return model.attach_screen(bytes.data(), static_cast<int64_t>(bytes.shape(0))); });
           },
           "screen"_a.noconvert(), nb::keep_alive<1, 2>())
-      .def("take_in", &Model::take_in, "mapped"_a, nb::call_guard<nb::gil_scoped_release>(),
-           "Moves what every token reads of a given image and screen into huge pages; the bytes moved.")
+      .def(
+          "take_in", &Model::take_in, "mapped"_a, nb::call_guard<nb::gil_scoped_release>(),
+          "Copies the matrices that every token reads, of a given image and screen, into huge pages; the bytes copied.")
       .def("use_screen", &Model::use_screen, "use"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("take_screen_counts", &Model::take_screen_counts, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("weight_bytes", &Model::weight_bytes)
       .def_prop_ro("scratch_bytes", &Model::scratch_bytes)
-      .def_prop_ro("path", [](Model& model) { return model.path(); })
-      .def("step", &step, "ids"_a.noconvert(), "starts"_a.noconvert(), "positions"_a.noconvert(), "tables"_a,
-           "adapters"_a.noconvert(), "wanted"_a.noconvert(), "integers"_a.noconvert(), "reals"_a.noconvert(),
+      .def_prop_ro("path", &Model::path);
+  def_step(model, "step", &step, "wanted"_a.noconvert(), "integers"_a.noconvert(), "reals"_a.noconvert(),
            "seeds"_a.noconvert(), "bias_starts"_a.noconvert(), "bias_ids"_a.noconvert(), "bias_values"_a.noconvert(),
-           "history_starts"_a.noconvert(), "history"_a.noconvert())
-      .def(
-          "logits",
-          [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
-             Vector<int32_t> adapters) {
-            Batch b = read_batch(ids, starts, positions, tables, adapters);
-            return per_token(model, b, static_cast<size_t>(model.plan().vocab),
-                             [&](Model& m, float* to) { return m.logits(b.input, to); });
-          },
-          "ids"_a.noconvert(), "starts"_a.noconvert(), "positions"_a.noconvert(), "tables"_a, "adapters"_a.noconvert())
-      .def(
-          "score",
-          [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
-             Vector<int32_t> adapters, Vector<int32_t> targets) {
-            Batch b = read_batch(ids, starts, positions, tables, adapters);
-            require(targets.shape(0) == ids.shape(0), "targets needs one element per token");
-            return per_token(model, b, 0, [&](Model& m, float* to) { return m.score(b.input, targets.data(), to); });
-          },
-          "ids"_a.noconvert(), "starts"_a.noconvert(), "positions"_a.noconvert(), "tables"_a, "adapters"_a.noconvert(),
-          "targets"_a.noconvert())
-      .def(
-          "hidden",
-          [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
-             Vector<int32_t> adapters) {
-            Batch b = read_batch(ids, starts, positions, tables, adapters);
-            return per_token(model, b, static_cast<size_t>(model.plan().hidden),
-                             [&](Model& m, float* to) { return m.hidden(b.input, to); });
-          },
-          "ids"_a.noconvert(), "starts"_a.noconvert(), "positions"_a.noconvert(), "tables"_a, "adapters"_a.noconvert());
+           "history_starts"_a.noconvert(), "history"_a.noconvert());
+  def_step(model, "logits", per_token(&gemkit::ModelPlan::vocab, &Model::logits));
+  def_step(model, "hidden", per_token(&gemkit::ModelPlan::hidden, &Model::hidden));
+  def_step(
+      model, "score",
+      [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
+         Vector<int32_t> adapters, Vector<int32_t> targets) {
+        Batch b = read_batch(ids, starts, positions, tables, adapters);
+        require(targets.shape(0) == ids.shape(0), "targets needs one element per token");
+        auto out = new_array<float>({ids.shape(0)});
+        without_gil([&] { return model.score(b.input, targets.data(), out.data()); });
+        return out;
+      },
+      "targets"_a.noconvert());
 }

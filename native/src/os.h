@@ -1,4 +1,4 @@
-// The one door to the operating system: big zeroed memory, the processor and its usable cores, waiting, denormals.
+// All calls to the operating system: large zeroed memory, the processor and its usable cores, waiting, denormals.
 #pragma once
 #include <atomic>
 #include <bit>
@@ -7,7 +7,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <thread>
+#include <utility>
 
 #if defined(_WIN32)
 #ifndef NOMINMAX
@@ -35,6 +37,19 @@ constexpr size_t kHugePage = size_t{2} << 20;
 // Kernels may prefetch or load a little past the end of a matrix.
 constexpr size_t kArenaSlack = 8192;
 
+// Bytes rounded up to whole cache lines, on which all buffers begin.
+constexpr int64_t kLine = 64;
+inline int64_t whole_lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+// The error for an allocation that failed.
+inline std::string out_of_memory(const char* what, int64_t bytes) {
+  char text[160];
+  std::snprintf(text, sizeof text,
+                "not enough memory for %s (%.2f GB); close other programs or use a smaller model or context", what,
+                static_cast<double>(bytes) / 1e9);
+  return text;
+}
+
 // Zeroed memory in huge pages where the system grants them. Empty (data == nullptr) when memory is short.
 struct Arena {
   uint8_t* data = nullptr;
@@ -43,13 +58,9 @@ struct Arena {
   Arena() = default;
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
-  Arena(Arena&& other) noexcept : data(other.data), size(other.size) { other.data = nullptr, other.size = 0; }
+  Arena(Arena&& other) noexcept { *this = std::move(other); }
   Arena& operator=(Arena&& other) noexcept {
-    if (this != &other) {
-      release();
-      data = other.data, size = other.size;
-      other.data = nullptr, other.size = 0;
-    }
+    std::swap(data, other.data), std::swap(size, other.size);
     return *this;
   }
   ~Arena() { release(); }
@@ -108,7 +119,7 @@ inline void populate(const uint8_t* data, size_t bytes) {
 #endif
 }
 
-// Lets go of a mapped file's whole pages; whoever reads them again brings them back.
+// Releases a mapped file's whole pages; reading them again brings them back.
 inline void let_go(const uint8_t* data, size_t bytes) {
 #if defined(__linux__)
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), at = reinterpret_cast<uintptr_t>(data);

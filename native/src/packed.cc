@@ -1,3 +1,4 @@
+// Packing matrices from a file's blocks, and rows of packed matrices as floats.
 #include "packed.h"
 
 #include <cstring>
@@ -6,16 +7,6 @@
 
 namespace gemkit {
 namespace {
-
-constexpr FormatInfo kFormats[] = {
-    // type  name   elements bytes  R  offset sub  k      min
-    {kF32, "F32", 1, 4, 0, -1, 1, false, false},     {kF16, "F16", 1, 2, 0, -1, 1, false, false},
-    {kBF16, "BF16", 1, 2, 0, -1, 1, false, false},   {kQ4_0, "Q4_0", 32, 18, 0, 3, 1, false, false},
-    {kQ4_1, "Q4_1", 32, 20, 0, -1, 1, false, true},  {kQ5_0, "Q5_0", 32, 22, 1, 4, 1, false, false},
-    {kQ5_1, "Q5_1", 32, 24, 1, -1, 1, false, true},  {kQ8_0, "Q8_0", 32, 34, 4, 7, 1, false, false},
-    {kQ4_K, "Q4_K", 256, 144, 0, -1, 1, true, true}, {kQ5_K, "Q5_K", 256, 176, 1, -1, 1, true, true},
-    {kQ6_K, "Q6_K", 256, 210, 2, 5, 2, true, false},
-};
 
 uint16_t read_u16(const uint8_t* p) {
   uint16_t v;
@@ -28,9 +19,9 @@ uint32_t read_u32(const uint8_t* p) {
   return v;
 }
 
-// One row's share of a block: 32 codes, its scales as the file holds them.
+// One row of a block: its codes, and its scales as the file holds them.
 struct RowBlock {
-  alignas(16) uint8_t codes[32];
+  alignas(16) uint8_t codes[kBlock];
   uint16_t scale = 0, minimum = 0;  // f16
   uint8_t sub_scale[2] = {0, 0};    // K-quants: 6 bits unsigned, or 8 signed
   uint8_t sub_minimum = 0;
@@ -46,67 +37,60 @@ void k_scales(const uint8_t* s, int j, uint8_t& scale, uint8_t& minimum) {
   }
 }
 
-void add_fifth_bits(uint32_t bits, uint8_t* codes) {
-  for (int i = 0; i < 32; i++) codes[i] = static_cast<uint8_t>(codes[i] | (bits >> i & 1) << 4);
+// Codes of kBlock nibbles: the low ones are the first half.
+void split_nibbles(const uint8_t* q, uint8_t* codes) {
+  for (int i = 0; i < kBlock / 2; i++) codes[i] = q[i] & 15, codes[i + kBlock / 2] = q[i] >> 4;
 }
 
-// Block b of one row; `row` is the row's first byte in the file.
-void decode_block(GgmlType type, const uint8_t* row, int64_t b, RowBlock& out) {
-  auto split_nibbles = [&](const uint8_t* q) {
-    for (int i = 0; i < 16; i++) out.codes[i] = q[i] & 15, out.codes[i + 16] = q[i] >> 4;
-  };
-  const uint8_t* s;
-  int j = static_cast<int>(b % 8), g = j / 2;
-  switch (type) {
-    case kQ4_0:
-      s = row + b * 18, out.scale = read_u16(s), split_nibbles(s + 2);
-      break;
-    case kQ4_1:
-      s = row + b * 20, out.scale = read_u16(s), out.minimum = read_u16(s + 2), split_nibbles(s + 4);
-      break;
-    case kQ5_0:
-      s = row + b * 22, out.scale = read_u16(s), split_nibbles(s + 6), add_fifth_bits(read_u32(s + 2), out.codes);
-      break;
-    case kQ5_1:
-      s = row + b * 24, out.scale = read_u16(s), out.minimum = read_u16(s + 2);
-      split_nibbles(s + 8), add_fifth_bits(read_u32(s + 4), out.codes);
-      break;
-    case kQ8_0:
-      s = row + b * 34, out.scale = read_u16(s);
-      for (int i = 0; i < 32; i++) out.codes[i] = s[2 + i] ^ 0x80;
-      break;
-    case kQ4_K:
-    case kQ5_K: {
-      s = row + b / 8 * (type == kQ4_K ? 144 : 176);
-      out.scale = read_u16(s), out.minimum = read_u16(s + 2);
-      k_scales(s + 4, j, out.sub_scale[0], out.sub_minimum);
-      const uint8_t* q = s + (type == kQ4_K ? 16 : 48) + 32 * g;
-      for (int i = 0; i < 32; i++) out.codes[i] = (q[i] >> 4 * (j & 1)) & 15;
-      if (type == kQ5_K)
-        for (int i = 0; i < 32; i++) out.codes[i] = static_cast<uint8_t>(out.codes[i] | (s[16 + i] >> j & 1) << 4);
-      break;
-    }
-    case kQ6_K: {
-      s = row + b / 8 * 210;
-      out.scale = read_u16(s + 208);
-      const uint8_t *low = s + 64 * (j / 4) + 32 * (j & 1), *high = s + 128 + 32 * (j / 4);
-      int shift = j % 4 >= 2 ? 4 : 0, two = 2 * (j % 4);
-      for (int i = 0; i < 32; i++)
-        out.codes[i] = static_cast<uint8_t>((low[i] >> shift & 15) | (high[i] >> two & 3) << 4);
-      out.sub_scale[0] = s[192 + 2 * j], out.sub_scale[1] = s[193 + 2 * j];
-      break;
-    }
-    default:
-      break;
+// Sub-block j of a Q4_K or Q5_K super-block: f16 scale and minimum, 12 bytes of sub-scales, fifth bits, nibbles.
+void decode_k(const FormatInfo& f, const uint8_t* s, int j, RowBlock& out) {
+  constexpr int kSubScales = 4, kBits = 16;
+  out.scale = read_u16(s), out.minimum = read_u16(s + 2);
+  k_scales(s + kSubScales, j, out.sub_scale[0], out.sub_minimum);
+  const uint8_t *bits = s + kBits, *q = bits + kBlock * (f.residual_bits + j / 2);
+  for (int i = 0; i < kBlock; i++) {
+    out.codes[i] = (q[i] >> 4 * (j & 1)) & 15;
+    if (f.residual_bits) out.codes[i] = static_cast<uint8_t>(out.codes[i] | (bits[i] >> j & 1) << 4);
   }
 }
 
+// Sub-block j of a Q6_K super-block: nibbles, pairs of high bits, sub-scales, f16 scale.
+void decode_q6_k(const uint8_t* s, int j, RowBlock& out) {
+  constexpr int kHigh = kSuper / 2, kSubScales = kHigh + kSuper / 4, kScale = kSubScales + 16;
+  out.scale = read_u16(s + kScale);
+  const uint8_t *low = s + 2 * kBlock * (j / 4) + kBlock * (j & 1), *high = s + kHigh + kBlock * (j / 4);
+  const int shift = j % 4 >= 2 ? 4 : 0, two = 2 * (j % 4);
+  for (int i = 0; i < kBlock; i++)
+    out.codes[i] = static_cast<uint8_t>((low[i] >> shift & 15) | (high[i] >> two & 3) << 4);
+  std::memcpy(out.sub_scale, s + kSubScales + 2 * j, 2);
+}
+
+// Block b of one row; `row` is the row's first byte in the file.
+void decode_block(const FormatInfo& f, const uint8_t* row, int64_t b, RowBlock& out) {
+  const uint8_t* s = row + b * kBlock / f.file_elements * f.file_bytes;
+  const int j = static_cast<int>(b % kSuperBlocks);
+  if (f.k_quant) return f.has_minimum ? decode_k(f, s, j, out) : decode_q6_k(s, j, out);
+  out.scale = read_u16(s), s += 2;
+  if (f.has_minimum) out.minimum = read_u16(s), s += 2;
+  if (f.residual_bits == 4) {  // signed bytes
+    for (int i = 0; i < kBlock; i++) out.codes[i] = s[i] ^ 0x80;
+  } else if (f.residual_bits == 1) {
+    const uint32_t fifth = read_u32(s);
+    split_nibbles(s + 4, out.codes);
+    for (int i = 0; i < kBlock; i++) out.codes[i] = static_cast<uint8_t>(out.codes[i] | (fifth >> i & 1) << 4);
+  } else {
+    split_nibbles(s, out.codes);
+  }
+}
+
+// Writes one row of a record; `super`: its super-scales, or null where they are written already.
 void place(const FormatInfo& f, const RowBlock& block, int row, uint8_t* record, uint8_t* super) {
   const int R = f.residual_bits;
-  uint32_t quads[8], planes[4], residual[4] = {0, 0, 0, 0};
-  std::memcpy(quads, block.codes, 32);
+  constexpr int kPlanes = kQuads / 2;
+  uint32_t quads[kQuads], planes[kPlanes], residual[kPlanes] = {};
+  std::memcpy(quads, block.codes, kBlock);
   constexpr uint32_t kLow = 0x0f0f0f0fu;
-  for (int j = 0; j < 4; j++) {
+  for (int j = 0; j < kPlanes; j++) {
     uint32_t a = quads[2 * j], b = quads[2 * j + 1];
     if (R == 4) {
       planes[j] = (a >> 4 & kLow) | (b & (kLow << 4));
@@ -115,27 +99,23 @@ void place(const FormatInfo& f, const RowBlock& block, int row, uint8_t* record,
       planes[j] = (a & kLow) | (b & kLow) << 4;
     }
   }
-  if (R == 1)
-    for (int q = 0; q < 8; q++) residual[0] |= (quads[q] >> 4 & 0x01010101u) << q;
-  if (R == 2)
-    for (int q = 0; q < 8; q++) residual[q / 4] |= (quads[q] >> 4 & 0x03030303u) << 2 * (q % 4);
-  for (int j = 0; j < 4; j++) std::memcpy(record + 64 * j + 4 * row, &planes[j], 4);
-  for (int j = 0; j < R; j++) std::memcpy(record + 256 + 64 * j + 4 * row, &residual[j], 4);
-  uint8_t* scales = record + 256 + 64 * R;
+  for (int q = 0; q < kQuads; q++) {
+    if (R == 1) residual[0] |= (quads[q] >> 4 & 0x01010101u) << q;
+    if (R == 2) residual[q / 4] |= (quads[q] >> 4 & 0x03030303u) << 2 * (q % 4);
+  }
+  for (int j = 0; j < kPlanes; j++) std::memcpy(record + kVector * j + kQuad * row, &planes[j], kQuad);
+  for (int j = 0; j < R; j++) std::memcpy(record + kPlane + kVector * j + kQuad * row, &residual[j], kQuad);
+  uint8_t *scales = record + f.scales_at(), *halves = f.k_quant ? super : scales;
   if (f.k_quant) {
     scales[row] = block.sub_scale[0];
-    scales[16 + row] = f.has_minimum ? block.sub_minimum : block.sub_scale[1];
-    if (super) {
-      std::memcpy(super + 2 * row, &block.scale, 2);
-      if (f.has_minimum) std::memcpy(super + 32 + 2 * row, &block.minimum, 2);
-    }
-  } else {
-    std::memcpy(scales + 2 * row, &block.scale, 2);
-    if (f.has_minimum) std::memcpy(scales + 32 + 2 * row, &block.minimum, 2);
+    scales[kPanelRows + row] = f.has_minimum ? block.sub_minimum : block.sub_scale[1];
   }
+  if (!halves) return;
+  std::memcpy(halves + 2 * row, &block.scale, 2);
+  if (f.has_minimum) std::memcpy(halves + kPanelHalves + 2 * row, &block.minimum, 2);
 }
 
-// scale and minimum of half h (16 columns) of a decoded block, as float32
+// Scale and minimum of half h of a decoded block, as float32.
 void block_scales(const FormatInfo& f, const RowBlock& block, int h, float& scale, float& minimum) {
   scale = half_to_float(block.scale), minimum = f.has_minimum ? half_to_float(block.minimum) : 0.0f;
   if (!f.k_quant) return;
@@ -151,36 +131,29 @@ void dequantise_block(const FormatInfo& f, const RowBlock& block, float* out, in
   for (int h = 0; h < 2; h++) {
     float scale, minimum;
     block_scales(f, block, h, scale, minimum);
-    for (int i = 16 * h; i < 16 * h + 16; i++) {
+    for (int i = kBlock / 2 * h; i < kBlock / 2 * (h + 1); i++) {
       float v = scale * static_cast<float>(block.codes[i] - f.offset());
       out[i * stride] = f.has_minimum ? v + minimum : v;
     }
   }
 }
 
-// Undo place(): the codes and scales of one row of a record.
+// Reads one row of a record that place() wrote.
 void unplace(const FormatInfo& f, const uint8_t* record, const uint8_t* super, int row, RowBlock& block) {
   const int R = f.residual_bits;
-  for (int k = 0; k < 32; k++) {
-    int q = k / 4, at = 4 * row + k % 4;
-    int nibble = record[64 * (q / 2) + at] >> 4 * (q & 1) & 15;
-    const uint8_t* r = record + 256;
-    int code = nibble;
-    if (R == 1) code |= (r[at] >> q & 1) << 4;
-    if (R == 2) code |= (r[64 * (q / 4) + at] >> 2 * (q % 4) & 3) << 4;
-    if (R == 4) code = nibble << 4 | (r[64 * (q / 2) + at] >> 4 * (q & 1) & 15);
+  const uint8_t* residual = record + kPlane;
+  for (int k = 0; k < kBlock; k++) {
+    int q = k / kQuad, at = kQuad * row + k % kQuad;
+    int code = record[kVector * (q / 2) + at] >> 4 * (q & 1) & 15;
+    if (R == 1) code |= (residual[at] >> q & 1) << 4;
+    if (R == 2) code |= (residual[kVector * (q / 4) + at] >> 2 * (q % 4) & 3) << 4;
+    if (R == 4) code = code << 4 | (residual[kVector * (q / 2) + at] >> 4 * (q & 1) & 15);
     block.codes[k] = static_cast<uint8_t>(code);
   }
-  const uint8_t* scales = record + 256 + 64 * R;
-  if (f.k_quant) {
-    block.sub_scale[0] = scales[row];
-    block.sub_scale[1] = block.sub_minimum = scales[16 + row];
-    block.scale = read_u16(super + 2 * row);
-    if (f.has_minimum) block.minimum = read_u16(super + 32 + 2 * row);
-  } else {
-    block.scale = read_u16(scales + 2 * row);
-    if (f.has_minimum) block.minimum = read_u16(scales + 32 + 2 * row);
-  }
+  const uint8_t *scales = record + f.scales_at(), *halves = f.k_quant ? super : scales;
+  if (f.k_quant) block.sub_scale[0] = scales[row], block.sub_scale[1] = block.sub_minimum = scales[kPanelRows + row];
+  block.scale = read_u16(halves + 2 * row);
+  if (f.has_minimum) block.minimum = read_u16(halves + kPanelHalves + 2 * row);
 }
 
 float read_float(GgmlType type, const uint8_t* p, int64_t i) {
@@ -218,13 +191,13 @@ void pack_panels(const FormatInfo& source, const uint8_t* file, const Packed& ou
     RowBlock block;
     for (int64_t b = 0; b < out.cols / kBlock; b++) {
       uint8_t* super = panel + static_cast<size_t>(b) * out.format->record_bytes() +
-                       static_cast<size_t>(b / 8) * out.format->super_bytes();
+                       static_cast<size_t>(b / kSuperBlocks) * out.format->super_bytes();
       for (int i = 0; i < rows; i++) {
-        decode_block(source.type, first + row_bytes * i, b, block);
+        decode_block(source, first + row_bytes * i, b, block);
         if (!out.format->quantised())
           dequantise_block(source, block, reinterpret_cast<float*>(panel) + b * kBlock * kPanelRows + i, kPanelRows);
         else
-          place(source, block, i, super + source.super_bytes(), source.k_quant && b % 8 == 0 ? super : nullptr);
+          place(source, block, i, super + source.super_bytes(), b % kSuperBlocks == 0 ? super : nullptr);
       }
     }
   }
@@ -240,8 +213,7 @@ void unpack_row(const Packed& w, int64_t r, float* out) {
   }
   RowBlock block;
   for (int64_t b = 0; b < w.blocks(); b++) {
-    const uint8_t* super = f.k_quant ? w.record(p, b / 8 * 8) - f.super_bytes() : nullptr;
-    unplace(f, w.record(p, b), super, row, block);
+    unplace(f, w.record(p, b), w.super(p, b), row, block);
     dequantise_block(f, block, out + b * kBlock, 1);
   }
 }

@@ -1,3 +1,4 @@
+// Validation of a plan.
 #include "plan.h"
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// What the core executes: sizes, layers and tensors as plain data, without any model's name. Built outside, so it is
-// validated here as untrusted input before anything is read through it.
+// The plan that the core executes: sizes, layers and tensors as plain data, without any model's name, and the options
+// of its execution. Built outside, so it is validated as untrusted input before anything is read through it.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -50,6 +50,18 @@ struct ModelPlan {
   std::vector<LayerPlan> layers;
   std::vector<AdapterPart> adapters;
   std::vector<TensorView> tensors;
+};
+
+struct Options {
+  int threads = 1;
+  bool float_activations = false;  // weights dequantised to float32, float activations and cache: for parity, slow
+  int64_t max_tokens = 512;        // new tokens in one step, all sequences together
+  // The matrices already packed, as Model::image() gave them; must outlive the model. Their plan entries need no data.
+  const uint8_t* image = nullptr;
+  int64_t image_bytes = 0;
+  // The head's screen as make_screen() gave it, or nothing; must outlive the model.
+  const uint8_t* screen = nullptr;
+  int64_t screen_bytes = 0;
 };
 
 // Tensors that belong to adapters, by index.

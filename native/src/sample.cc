@@ -1,3 +1,4 @@
+// Penalties, bias, top-k, top-p, min-p and the draw.
 #include "sample.h"
 
 #include <algorithm>
@@ -35,8 +36,7 @@ std::vector<Candidate> best(const float* logits, int64_t vocab, int64_t k) {
 }
 
 void penalise(float* logits, int64_t vocab, const SamplingParams& p) {
-  const bool any = p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0;
-  if (any) {
+  if (p.penalises()) {
     std::unordered_map<int32_t, int64_t> generated;  // 0: only in the prompt
     for (int64_t i = 0; i < p.history_length; i++) {
       if (p.history[i] < 0 || p.history[i] >= vocab) continue;
@@ -121,7 +121,7 @@ class Descending {
 int32_t pick(const float* logits, int64_t vocab, const SamplingParams& p, const Kernels& kernels) {
   const Extent largest = kernels.largest(logits, vocab);
   if (largest.arg < 0) return -1;
-  if (p.temperature <= 0 || p.top_k == 1 || !std::isfinite(largest.max)) return static_cast<int32_t>(largest.arg);
+  if (p.greedy() || !std::isfinite(largest.max)) return static_cast<int32_t>(largest.arg);
 
   Descending order(logits, vocab, p.top_k, largest.max, p.temperature);
   // Top-p and min-p both keep a prefix of the descending order.

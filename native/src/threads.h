@@ -1,8 +1,7 @@
 // A fixed team of threads that runs one function at a time, all members together, with barriers inside.
-// Waiting spins briefly (the next phase is usually microseconds away), then gives way to other threads for some
-// milliseconds, then sleeps. Long spins are poison where another program holds a core: two members then share the
-// other, and each would spin away the time that the one it waits for needs. Sleeping within a step costs a wake-up each
-// time.
+// Waiting spins briefly (the next phase is usually microseconds away), then yields for some milliseconds, then sleeps.
+// Long spins do harm where another program holds a core: two members share the other core, and each spins away the time
+// that the one it waits for needs. Sleeping within a step costs a wake-up each time.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -119,22 +118,33 @@ class Team {
   std::vector<std::thread> workers_;
 };
 
-// The share of [0, n) that belongs to rank of size, contiguous.
 struct Range {
   int64_t begin, end;
 };
+// The contiguous share of [0, n) of one of `size` threads.
 inline Range share(int64_t n, int rank, int size) { return {n * rank / size, n * (rank + 1) / size}; }
 
-// Runs each(range) over [0, n) on all threads of a team that call this with the same counter, zero at first: large
-// pieces first, so that there are few, and small ones last, so that all end together.
+// A member of a team within a run.
+struct Worker {
+  Team& team;
+  int rank, size;
+  Range share(int64_t n) const { return gemkit::share(n, rank, size); }
+  void barrier() const { team.barrier(); }
+};
+
+// Index of the next item that no thread has taken.
+using WorkQueue = std::atomic<int64_t>;
+
+// Dynamic scheduling: runs each(range) over [0, n) on all threads of a team that call this with the same queue, zero at
+// first. Large pieces come first, so that there are few, and small ones last, so that all threads end together.
 template <class Each>
-void deal_out(std::atomic<int64_t>& taken, int64_t n, int64_t least, int size, Each each) {
-  int64_t begin = taken.load(std::memory_order_relaxed);
+void guided_for(WorkQueue& queue, int64_t n, int64_t smallest, int size, Each each) {
+  int64_t begin = queue.load(std::memory_order_relaxed);
   while (begin < n) {
-    const int64_t end = std::min(n, begin + std::max(least, (n - begin) / (2 * size)));
-    if (!taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+    const int64_t end = std::min(n, begin + std::max(smallest, (n - begin) / (2 * size)));
+    if (!queue.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
     each(Range{begin, end});
-    begin = taken.load(std::memory_order_relaxed);
+    begin = queue.load(std::memory_order_relaxed);
   }
 }
 

@@ -360,26 +360,26 @@ void test_attention(bool half) {
       const float* queries[6];
       int64_t positions[6];
       for (int64_t i = 0; i < count; i++) queries[i] = &q[i * H], positions[i] = S - 1 - 40 * i;
-      // Queries [first, first + number) over all pages; `apart`: each page's sums begin anew and are joined later
+      // Queries [first, first + number) over all pages; `apart`: each page's sums are merged later
       auto attend = [&](int64_t first, int64_t number, bool apart, float* to) {
-        Attended all[6], part[6];
+        PartialAttention all[6], part[6];
         std::vector<float> part_out(count * H);
         for (int64_t i = 0; i < number; i++) all[i] = {-INFINITY, 0, to + i * H};
         for (size_t page = 0; page < pages.size(); page++) {
           for (int64_t i = 0; i < number; i++) part[i] = {-INFINITY, 0, &part_out[i * H]};
-          Attend a;
-          a.head_dim = H, a.queries = queries + first, a.positions = positions + first, a.attended = apart ? part : all,
+          AttentionTile a;
+          a.head_dim = H, a.queries = queries + first, a.positions = positions + first, a.partials = apart ? part : all,
           a.count = static_cast<int>(number), a.window = window, a.softcap = 20, a.keys = pages[page],
           a.values = pages[page] + page_bytes / 2, a.first = static_cast<int64_t>(page) * kPagePositions, a.half = half;
           k->attend(a);
-          for (int64_t i = 0; apart && i < number; i++) k->join(all[i], part[i], H);
+          for (int64_t i = 0; apart && i < number; i++) k->merge(all[i], part[i], H);
         }
         for (int64_t i = 0; i < number; i++) k->scale(all[i].out, 1.0f / all[i].sum, H);
       };
       attend(0, count, false, out.data());
-      std::vector<float> alone(H), joined(count * H);
-      attend(0, count, true, joined.data());
-      CHECK(joined == out, "%s attention differs when pages are joined later", k->name);
+      std::vector<float> alone(H), merged(count * H);
+      attend(0, count, true, merged.data());
+      CHECK(merged == out, "%s attention differs when pages are merged later", k->name);
       for (int64_t i = 0; i < count; i++) {
         std::vector<double> p, sum(H);
         double total = 0;

@@ -90,20 +90,20 @@ void test_shares() {
 }
 
 // Each piece goes to one member, none is left, and no piece but the last is smaller than asked for.
-void test_dealing(int size) {
+void test_dynamic_scheduling(int size) {
   for (int64_t n : {0, 1, 5, 64, 10007})
     for (int64_t least : {1, 2, 100}) {
       Team team(size);
-      std::atomic<int64_t> taken{0};
+      WorkQueue queue{0};
       std::vector<std::atomic<int>> times(static_cast<size_t>(n));
       auto body = [&](int, int count) {
-        deal_out(taken, n, least, count, [&](Range r) {
+        guided_for(queue, n, least, count, [&](Range r) {
           CHECK(r.end - r.begin >= least || r.end == n, "a piece of %d", int(r.end - r.begin));
           for (int64_t i = r.begin; i < r.end; i++) times[static_cast<size_t>(i)]++;
         });
       };
       team.run(body);
-      for (const auto& t : times) CHECK(t == 1, "%d members, %d dealt: one went out %d times", size, int(n), t.load());
+      for (const auto& t : times) CHECK(t == 1, "%d members, %d items: one was run %d times", size, int(n), t.load());
     }
 }
 
@@ -113,7 +113,7 @@ void test_dealing(int size) {
 int main(int argc, char** argv) {
   const bool whole = !short_run(argc, argv);
   test_shares();
-  for (int size : {1, 2, 3, 8}) test_dealing(size);
+  for (int size : {1, 2, 3, 8}) test_dynamic_scheduling(size);
   for (int size : {1, 2, 3, 8}) {
     {
       Team idle(size);

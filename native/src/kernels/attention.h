@@ -6,35 +6,9 @@
 
 namespace gemkit::GEMKIT_ISA {
 
-template <class Element>
-GEMKIT_INLINE f32x16 load_cache(const Element* p) {
-  if constexpr (sizeof(Element) == 2)
-    return load_f16(reinterpret_cast<const uint16_t*>(p));
-  else
-    return load(reinterpret_cast<const float*>(p));
-}
-
 // With few queries, several groups of lanes go together: each sum is one chain of dependent operations.
 template <int M>
-constexpr int kTogether = M == 1   ? 4
-                          : M <= 3 ? 2
-                                   : 1;
-
-// acc[u][m] = fma(w_u[k], x[m][k], acc[u][m]) for k in [0, n); load(u, k) gives sixteen lanes.
-template <int U, int M, class Load>
-GEMKIT_INLINE void accumulate_groups(f32x16 (&acc)[U][M], int64_t n, Load load_lanes, const float* const* x) {
-  for (int64_t k = 0; k < n; k++) {
-    f32x16 w[U];
-#pragma GCC unroll 4
-    for (int u = 0; u < U; u++) w[u] = load_lanes(u, k);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      const f32x16 v = set1(x[m][k]);
-#pragma GCC unroll 4
-      for (int u = 0; u < U; u++) acc[u][m] = fma(w[u], v, acc[u][m]);
-    }
-  }
-}
+constexpr int kTogether = M == 1 ? 4 : (M <= 3 ? 2 : 1);
 
 // The page's positions that some query sees, rounded out to sixteens.
 struct Span {
@@ -43,7 +17,7 @@ struct Span {
 
 // scores[m][i] for the positions of a span; those that a query does not see are −∞
 template <int M, class Element>
-GEMKIT_INLINE void score_page(const Attend& a, Span span, float (&scores)[M][kPagePositions]) {
+GEMKIT_INLINE void score_page(const AttentionTile& a, Span span, float (&scores)[M][kPagePositions]) {
   constexpr int U = kTogether<M>;
   const int64_t H = a.head_dim;
   for (int64_t i = span.begin / (16 * U) * (16 * U); i < span.end; i += 16 * U) {
@@ -53,11 +27,11 @@ GEMKIT_INLINE void score_page(const Attend& a, Span span, float (&scores)[M][kPa
     const Element* keys = reinterpret_cast<const Element*>(a.keys) + i * H;
     // The values of these positions are needed next, in strides that no hardware prefetcher follows
     const uint8_t* values = a.values + i * H * static_cast<int64_t>(sizeof(Element));
-    accumulate_groups<U, M>(
+    accumulate<U, M>(
         acc, H,
         [&](int u, int64_t k) {
           if (u == 0) prefetch(values + k * 16 * U * static_cast<int64_t>(sizeof(Element)));
-          return load_cache(keys + (u * H + k) * 16);
+          return load_element(keys + (u * H + k) * 16);
         },
         a.queries);
     for (int m = 0; m < M; m++) {
@@ -74,36 +48,36 @@ GEMKIT_INLINE void score_page(const Attend& a, Span span, float (&scores)[M][kPa
   }
 }
 
-// How the sums over two runs of positions become one: each is weighed by what exp(its largest − the larger) gives.
-struct Join {
-  float largest, to, later;
+// How the sums over two runs of positions become one: each is weighed by exp(its max − the larger max).
+struct Merge {
+  float max, to, later;
   bool begins;  // nothing was there before
 };
-GEMKIT_INLINE Join weigh_join(const Attended& to, float later) {
-  if (to.largest == -INFINITY) return {later, 0, 1, true};
-  const float largest = later > to.largest ? later : to.largest;
-  return {largest, reduce_max(exp(set1(to.largest - largest))), reduce_max(exp(set1(later - largest))), false};
+GEMKIT_INLINE Merge weigh_merge(const PartialAttention& to, float later) {
+  if (to.max == -INFINITY) return {later, 0, 1, true};
+  const float largest = later > to.max ? later : to.max;
+  return {largest, reduce_max(exp(set1(to.max - largest))), reduce_max(exp(set1(later - largest))), false};
 }
-GEMKIT_INLINE f32x16 join_lanes(const Join& j, f32x16 to, f32x16 later) {
+GEMKIT_INLINE f32x16 merge_lanes(const Merge& j, f32x16 to, f32x16 later) {
   return fma(later, set1(j.later), to * set1(j.to));
 }
-GEMKIT_INLINE void join_sums(const Join& j, Attended& to, float sum) {
+GEMKIT_INLINE void merge_sums(const Merge& j, PartialAttention& to, float sum) {
   to.sum = j.begins ? sum : fused(sum, j.later, to.sum * j.to);
-  to.largest = j.largest;
+  to.max = j.max;
 }
 
-static void join(Attended& to, const Attended& later, int64_t head_dim) {
-  if (later.largest == -INFINITY) return;
-  const Join j = weigh_join(to, later.largest);
-  join_sums(j, to, later.sum);
+static void merge(PartialAttention& to, const PartialAttention& later, int64_t head_dim) {
+  if (later.max == -INFINITY) return;
+  const Merge j = weigh_merge(to, later.max);
+  merge_sums(j, to, later.sum);
   for (int64_t h = 0; h < head_dim; h += 16) {
     const f32x16 v = load(later.out + h);
-    store(to.out + h, j.begins ? v : join_lanes(j, load(to.out + h), v));
+    store(to.out + h, j.begins ? v : merge_lanes(j, load(to.out + h), v));
   }
 }
 
 template <int M, class Element>
-static void attend_page(const Attend& a) {
+static void attend_page(const AttentionTile& a) {
   constexpr int U = M <= 3 ? 2 : 1;  // head_dim is a multiple of 32
   Span span{kPagePositions, 0};
   for (int m = 0; m < M; m++) {
@@ -117,7 +91,7 @@ static void attend_page(const Attend& a) {
   alignas(64) float scores[M][kPagePositions];
   score_page<M, Element>(a, span, scores);
 
-  Join joins[M] = {};
+  Merge merges[M] = {};
   bool seen[M];
   for (int m = 0; m < M; m++) {
     f32x16 most = set1(-INFINITY), sum = zero();
@@ -131,8 +105,8 @@ static void attend_page(const Attend& a) {
       sum = sum + e;
     }
     if (!seen[m]) continue;
-    joins[m] = weigh_join(a.attended[m], largest);
-    join_sums(joins[m], a.attended[m], reduce_add(sum));
+    merges[m] = weigh_merge(a.partials[m], largest);
+    merge_sums(merges[m], a.partials[m], reduce_add(sum));
   }
 
   const Element* values = reinterpret_cast<const Element*>(a.values) + span.begin * a.head_dim;
@@ -144,38 +118,20 @@ static void attend_page(const Attend& a) {
     f32x16 acc[U][M];
     for (int u = 0; u < U; u++)
       for (int m = 0; m < M; m++) acc[u][m] = zero();
-    accumulate_groups<U, M>(
+    accumulate<U, M>(
         acc, count,
         [&](int u, int64_t k) {
           if (u == 0) prefetch(next + k * a.head_dim * static_cast<int64_t>(sizeof(Element)) + h * sizeof(Element));
-          return load_cache(values + k * a.head_dim + h + 16 * u);
+          return load_element(values + k * a.head_dim + h + 16 * u);
         },
         weights);
     for (int m = 0; m < M; m++) {
       if (!seen[m]) continue;
       for (int u = 0; u < U; u++) {
-        float* out = a.attended[m].out + h + 16 * u;
-        store(out, joins[m].begins ? acc[u][m] : join_lanes(joins[m], load(out), acc[u][m]));
+        float* out = a.partials[m].out + h + 16 * u;
+        store(out, merges[m].begins ? acc[u][m] : merge_lanes(merges[m], load(out), acc[u][m]));
       }
     }
-  }
-}
-
-template <class Element>
-static void attend_as(const Attend& a) {
-  switch (a.count) {
-    case 1:
-      return attend_page<1, Element>(a);
-    case 2:
-      return attend_page<2, Element>(a);
-    case 3:
-      return attend_page<3, Element>(a);
-    case 4:
-      return attend_page<4, Element>(a);
-    case 5:
-      return attend_page<5, Element>(a);
-    default:
-      return attend_page<6, Element>(a);
   }
 }
 
@@ -200,6 +156,9 @@ static void write_cache(const CacheWrite& w) {
   }
 }
 
-static void attend(const Attend& a) { a.half ? attend_as<uint16_t>(a) : attend_as<float>(a); }
+static void attend(const AttentionTile& a) {
+  with_constant<kTileQueries>(a.count - 1,
+                              [&](auto i) { a.half ? attend_page<i + 1, uint16_t>(a) : attend_page<i + 1, float>(a); });
+}
 
 }  // namespace gemkit::GEMKIT_ISA

@@ -5,49 +5,44 @@
 
 namespace gemkit::GEMKIT_ISA {
 
-// Rows of 16 floats at stride `stride`: acc[m] = fma(w[k], x[m][k], acc[m]) for k in [0, n).
-template <int M, class Load>
-GEMKIT_INLINE void accumulate(f32x16 (&acc)[M], int64_t n, Load load_row, const float* const* x) {
+// acc[u][m] = fma(w_u[k], x[m][k], acc[u][m]) for k in [0, n); load(u, k) gives sixteen lanes.
+template <int U, int M, class Load>
+GEMKIT_INLINE void accumulate(f32x16 (&acc)[U][M], int64_t n, Load load_lanes, const float* const* x) {
   for (int64_t k = 0; k < n; k++) {
-    f32x16 w = load_row(k);
+    f32x16 w[U];
+#pragma GCC unroll 4
+    for (int u = 0; u < U; u++) w[u] = load_lanes(u, k);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) acc[m] = fma(w, set1(x[m][k]), acc[m]);
+    for (int m = 0; m < M; m++) {
+      const f32x16 v = set1(x[m][k]);
+#pragma GCC unroll 4
+      for (int u = 0; u < U; u++) acc[u][m] = fma(w[u], v, acc[u][m]);
+    }
   }
 }
 
+GEMKIT_INLINE f32x16 load_element(const float* p) { return load(p); }
+GEMKIT_INLINE f32x16 load_element(const uint16_t* p) { return load_f16(p); }
+
+// Rows [m, m + M) of panel p.
 template <int M, class Element, class Load>
-static void float_panels(const Product& product, int64_t m, int64_t p0, int64_t p1, Load load_lanes) {
-  const int64_t cols = product.w->cols;
+static void float_panel(const Product& product, int64_t m, int64_t p, Load load_lanes) {
+  const Element* w = reinterpret_cast<const Element*>(product.w->panel(p));
   const float* x[M];
-  for (int i = 0; i < M; i++) x[i] = product.x + (m + i) * product.ldx;
-  for (int64_t p = p0; p < p1; p++) {
-    const Element* w = reinterpret_cast<const Element*>(product.w->panel(p));
-    f32x16 acc[M];
-    for (int i = 0; i < M; i++) acc[i] = zero();
-    accumulate<M>(acc, cols, [&](int64_t k) { return load_lanes(w + k * kPanelRows); }, x);
-    for (int i = 0; i < M; i++) store(product.y + (m + i) * product.ldy + p * kPanelRows, acc[i]);
-  }
+  f32x16 acc[1][M];
+  for (int i = 0; i < M; i++) x[i] = product.x + (m + i) * product.ldx, acc[0][i] = zero();
+  accumulate<1, M>(acc, product.w->cols, [&](int, int64_t k) { return load_lanes(w + k * kPanelRows); }, x);
+  for (int i = 0; i < M; i++) store(product.y + (m + i) * product.ldy + p * kPanelRows, acc[0][i]);
 }
 
 template <class Element, class Load>
-static void float_matmul(const Product& product, int64_t m0, int64_t m1, int64_t p0, int64_t p1, Load load_lanes) {
+static void matmul_float(const Product& product, int64_t m0, int64_t m1, int64_t p0, int64_t p1, Load load_lanes) {
   // A panel stays in the cache while all rows pass over it
   for (int64_t p = p0; p < p1; p++) {
     int64_t m = m0;
-    for (; m + 6 <= m1; m += 6) float_panels<6, Element>(product, m, p, p + 1, load_lanes);
-    for (; m + 2 <= m1; m += 2) float_panels<2, Element>(product, m, p, p + 1, load_lanes);
-    for (; m < m1; m++) float_panels<1, Element>(product, m, p, p + 1, load_lanes);
-  }
-}
-
-static void matmul_float(const Product& product, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  switch (product.w->format->type) {
-    case kF32:
-      return float_matmul<float>(product, m0, m1, p0, p1, [](const float* p) { return load(p); });
-    case kF16:
-      return float_matmul<uint16_t>(product, m0, m1, p0, p1, [](const uint16_t* p) { return load_f16(p); });
-    default:
-      return float_matmul<uint16_t>(product, m0, m1, p0, p1, [](const uint16_t* p) { return load_bf16(p); });
+    for (; m + 6 <= m1; m += 6) float_panel<6, Element>(product, m, p, load_lanes);
+    for (; m + 2 <= m1; m += 2) float_panel<2, Element>(product, m, p, load_lanes);
+    for (; m < m1; m++) float_panel<1, Element>(product, m, p, load_lanes);
   }
 }
 
@@ -192,13 +187,13 @@ static double sum_exp(const float* x, int64_t n, float shift) {
 static uint32_t screen(const ScreenPanel& s) {
   f32x16 sum = zero();
   for (int64_t b = 0; b < s.blocks; b++) {
-    const f32x16 norm = from_u8(s.norms + 16 * b);
+    const f32x16 norm = from_u8(s.norms + kPanelRows * b);
     sum = fma(s.proven ? norm : norm * norm, set1(s.sizes[b]), sum);
   }
-  alignas(64) float sums[16];
+  alignas(64) float sums[kPanelRows];
   store(sums, sum);
   uint32_t mask = 0;
-  for (int i = 0; i < 16; i++) {
+  for (int i = 0; i < kPanelRows; i++) {
     const float bound = s.reach * (s.proven ? sums[i] : std::sqrt(sums[i]));
     mask |= static_cast<uint32_t>(!(s.approx[i] + bound < s.threshold)) << i;
   }
@@ -206,7 +201,7 @@ static uint32_t screen(const ScreenPanel& s) {
 }
 
 static void panel_largest(const float* y, int64_t panels, float* largest) {
-  for (int64_t p = 0; p < panels; p++) largest[p] = reduce_max(load(y + 16 * p));
+  for (int64_t p = 0; p < panels; p++) largest[p] = reduce_max(load(y + kPanelRows * p));
 }
 
 static uint64_t read_memory(const uint8_t* p, int64_t bytes) {

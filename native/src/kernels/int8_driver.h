@@ -1,41 +1,55 @@
 // Shape of the quantised product, shared by all instruction sets: few rows are multiplied straight from the packed
 // records, many rows pass over a panel whose codes were unpacked once into the first-level cache. The including file
-// sets GEMKIT_FUSED_ROWS and GEMKIT_TILE_ROWS, then defines fused_panels, unpack_chunk, tile and peak_int8.
+// sets GEMKIT_FUSED_ROWS and GEMKIT_TILE_ROWS, then defines fused_panels, unpack_codes, tile and peak_int8.
 #pragma once
-#include <utility>
-
 #include "attention.h"
 #include "float_kernels.h"
 #include "kernels.h"
 
 namespace gemkit::GEMKIT_ISA {
 
-// FormatInfo as compile-time constants.
-template <int R_, int OffsetLog2, int Sub, bool K, bool Minimum>
+// A row of the table of formats as compile-time constants.
+template <int Index>
 struct Format {
-  static constexpr int R = R_, kOffsetLog2 = OffsetLog2, kSub = Sub;
-  static constexpr bool kQuant = K, kMinimum = Minimum;
-  static constexpr int kScales = 256 + 64 * R;  // where a record's scales begin
-  static constexpr int kRecord = kScales + (!K && Minimum ? 64 : 32);
-  static constexpr int kSuperBytes = K ? (Minimum ? 64 : 32) : 0;
+  static constexpr FormatInfo kInfo = kFormats[Index];
+  static constexpr int R = kInfo.residual_bits, kOffsetLog2 = kInfo.offset_log2, kSub = kInfo.sub_blocks;
+  static constexpr bool kQuant = kInfo.k_quant, kMinimum = kInfo.has_minimum;
+  static constexpr int kScales = kInfo.scales_at(), kRecord = kInfo.record_bytes(), kSuperBytes = kInfo.super_bytes();
   static constexpr int kChunk = R == 4 ? 16 : 32;  // blocks unpacked at a time
 };
 
 // Unpacked blocks of one panel: codes by quad, then row; scales as floats.
+constexpr int kMaxChunk = 32;
 struct Chunk {
-  alignas(64) uint8_t codes[32 * 512];
-  alignas(64) float scale[32 * 2][16];
-  alignas(64) float minimum[32][16];
+  alignas(64) uint8_t codes[kMaxChunk * kUnpacked];
+  alignas(64) float scale[kMaxChunk * 2][kPanelRows];
+  alignas(64) float minimum[kMaxChunk][kPanelRows];
 };
+
+// Scales of sub-block h, and minima, of a record's sixteen rows; `super`: its super-scales.
+template <class F>
+GEMKIT_INLINE f32x16 record_scale(const uint8_t* record, const uint8_t* super, int h) {
+  const uint8_t* scales = record + F::kScales;
+  if constexpr (!F::kQuant) return load_f16(reinterpret_cast<const uint16_t*>(scales));
+  const f32x16 d = load_f16(reinterpret_cast<const uint16_t*>(super));
+  if constexpr (F::kMinimum) return d * from_u8(scales);
+  return d * from_i8(reinterpret_cast<const int8_t*>(scales + kPanelRows * h));
+}
+template <class F>
+GEMKIT_INLINE f32x16 record_minimum(const uint8_t* record, const uint8_t* super) {
+  const uint8_t* scales = record + F::kScales;
+  if constexpr (!F::kQuant) return load_f16(reinterpret_cast<const uint16_t*>(scales + kPanelHalves));
+  return load_f16(reinterpret_cast<const uint16_t*>(super + kPanelHalves)) * from_u8(scales + kPanelRows) * set1(-1.0f);
+}
 
 constexpr int kFusedRows = GEMKIT_FUSED_ROWS, kTileRows = GEMKIT_TILE_ROWS;
 
 // y[m..m+M) of panels [p0, p1), unpacking in registers.
 template <class F, int M>
 static void fused_panels(const Product& product, int64_t m, int64_t p0, int64_t p1);
-// Blocks [b0, b0 + count) of panel p.
+// Codes of a record, kUnpacked bytes. `next`: the same block of the next panel, which may be prefetched.
 template <class F>
-static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chunk& chunk);
+static void unpack_codes(const uint8_t* record, const uint8_t* next, uint8_t* codes);
 // Adds the chunk's blocks to sixteen outputs of each of M rows, or begins them where `first`.
 template <class F, int M>
 static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y, bool first);
@@ -43,24 +57,23 @@ static void tile(const Chunk& chunk, int count, const ActivationBlock* const* ro
 constexpr int32_t kMagicBits =
     0x4B400000;  // the float 1.5·2^23: an int32 sum that starts here is, as a float, 1.5·2^23 + sum
 
-template <class F, int... I>
-static void fused_rows(int rows, const Product& product, int64_t m, int64_t p0, int64_t p1,
-                       std::integer_sequence<int, I...>) {
-  (void)((rows == I + 1 && (fused_panels<F, I + 1>(product, m, p0, p1), true)) || ...);
-}
-
-template <class F, int... I>
-static void tile_rows(int rows, const Chunk& chunk, int count, const ActivationBlock* const* a, float* const* y,
-                      bool first, std::integer_sequence<int, I...>) {
-  (void)((rows == I + 1 && (tile<F, I + 1>(chunk, count, a, y, first), true)) || ...);
+// Blocks [b0, b0 + count) of panel p.
+template <class F>
+static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chunk& chunk) {
+  for (int b = 0; b < count; b++) {
+    const uint8_t *record = w.record(p, b0 + b), *super = w.super(p, b0 + b);
+    unpack_codes<F>(record, record + w.panel_bytes(), chunk.codes + kUnpacked * b);
+    for (int h = 0; h < F::kSub; h++) store(chunk.scale[b * F::kSub + h], record_scale<F>(record, super, h));
+    if constexpr (F::kMinimum) store(chunk.minimum[b], record_minimum<F>(record, super));
+  }
 }
 
 template <class F>
 static void matmul_int8(const Product& product, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   if constexpr (kFusedRows > 0) {
     if (m1 - m0 <= kFusedRows)
-      return fused_rows<F>(static_cast<int>(m1 - m0), product, m0, p0, p1,
-                           std::make_integer_sequence<int, kFusedRows>());
+      return with_constant<kFusedRows>(static_cast<int>(m1 - m0 - 1),
+                                       [&](auto i) { fused_panels<F, i + 1>(product, m0, p0, p1); });
   }
   const Packed& w = *product.w;
   const int64_t blocks = w.blocks();
@@ -82,7 +95,7 @@ static void matmul_int8(const Product& product, int64_t m0, int64_t m1, int64_t 
             a[i] = product.a->blocks + (m + i) * product.a->per_row + b;
             y[i] = product.y + (m + i) * product.ldy + p * kPanelRows;
           }
-          tile_rows<F>(rows, chunk, count, a, y, b == 0, std::make_integer_sequence<int, kTileRows>());
+          with_constant<kTileRows>(rows - 1, [&](auto i) { tile<F, i + 1>(chunk, count, a, y, b == 0); });
         }
       }
   }
@@ -90,32 +103,43 @@ static void matmul_int8(const Product& product, int64_t m0, int64_t m1, int64_t 
 
 static void matmul(const Product& product, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   if (m0 >= m1 || p0 >= p1) return;
-  switch (product.w->format->type) {
-    case kQ4_0:
-      return matmul_int8<Format<0, 3, 1, false, false>>(product, m0, m1, p0, p1);
-    case kQ4_1:
-      return matmul_int8<Format<0, -1, 1, false, true>>(product, m0, m1, p0, p1);
-    case kQ5_0:
-      return matmul_int8<Format<1, 4, 1, false, false>>(product, m0, m1, p0, p1);
-    case kQ5_1:
-      return matmul_int8<Format<1, -1, 1, false, true>>(product, m0, m1, p0, p1);
-    case kQ8_0:
-      return matmul_int8<Format<4, 7, 1, false, false>>(product, m0, m1, p0, p1);
-    case kQ4_K:
-      return matmul_int8<Format<0, -1, 1, true, true>>(product, m0, m1, p0, p1);
-    case kQ5_K:
-      return matmul_int8<Format<1, -1, 1, true, true>>(product, m0, m1, p0, p1);
-    case kQ6_K:
-      return matmul_int8<Format<2, 5, 2, true, false>>(product, m0, m1, p0, p1);
-    default:
-      return matmul_float(product, m0, m1, p0, p1);
-  }
+  with_constant<kFormatCount>(static_cast<int>(product.w->format - kFormats), [&](auto i) {
+    if constexpr (kFormats[i].quantised())
+      matmul_int8<Format<i>>(product, m0, m1, p0, p1);
+    else if constexpr (kFormats[i].type == kBF16)
+      matmul_float<uint16_t>(product, m0, m1, p0, p1, [](const uint16_t* p) { return load_bf16(p); });
+    else
+      matmul_float<std::conditional_t<kFormats[i].type == kF32, float, uint16_t>>(
+          product, m0, m1, p0, p1, [](const auto* p) { return load_element(p); });
+  });
 }
 
 }  // namespace gemkit::GEMKIT_ISA
 
-// Ends a translation unit: its table, from the functions above and the including file's peak_int8.
-#define GEMKIT_KERNEL_TABLE(path_name)                                                                  \
-  static const Kernels kTable = {path_name, quantise, matmul,  rms_norm,      add,       gelu_multiply, \
-                                 rope,      scale,    softcap, write_cache,   attend,    join,          \
-                                 largest,   sum_exp,  screen,  panel_largest, peak_int8, read_memory};
+// Ends a translation unit: the table of its functions.
+#define GEMKIT_KERNEL_TABLE(path)             \
+  namespace gemkit {                          \
+  const Kernels* path##_kernels() {           \
+    static constexpr Kernels kTable = {       \
+        .name = #path,                        \
+        .quantise = path::quantise,           \
+        .matmul = path::matmul,               \
+        .rms_norm = path::rms_norm,           \
+        .add = path::add,                     \
+        .gelu_multiply = path::gelu_multiply, \
+        .rope = path::rope,                   \
+        .scale = path::scale,                 \
+        .softcap = path::softcap,             \
+        .write_cache = path::write_cache,     \
+        .attend = path::attend,               \
+        .merge = path::merge,                 \
+        .largest = path::largest,             \
+        .sum_exp = path::sum_exp,             \
+        .screen = path::screen,               \
+        .panel_largest = path::panel_largest, \
+        .peak_int8 = path::peak_int8,         \
+        .read = path::read_memory,            \
+    };                                        \
+    return &kTable;                           \
+  }                                           \
+  }

@@ -1,7 +1,7 @@
-// The table of inner loops that every instruction set fills in, and the arguments they share.
+// The table of inner loops that every instruction set fills in, and their arguments.
 //
 // Contract of the quantised product, the same bits on every path and for every batch size. Activations are int8 with
-// one float scale per 32 columns. Gemma's activations have outliers, so the largest of a block may reach 254 steps: it
+// one float scale per block. Gemma's activations have outliers, so the largest of a block may reach 254 steps: it
 // is carried as the sum of two int8 numbers, its own and a spare one, which keeps the step of the other 31 small. Per
 // output, blocks in ascending order,
 //   dot = exact int32 sum of (code − offset) · q;   t = fl(dot · scale_w);   f = fma(t, scale_x, f)      (Q6_K: per 16
@@ -17,13 +17,13 @@ namespace gemkit {
 // One block of a quantised row: a line of the cache.
 struct ActivationBlock {
   int8_t q[kBlock];
-  int8_t spare[4];    // second part of the largest value, at its place in its quad; the other three are 0
-  int32_t quad;       // which quad of four columns that is
-  int32_t sum;        // of q and spare
-  int32_t first_sum;  // of the first 16 columns
+  int8_t spare[kQuad];  // second part of the largest value, at its index in its quad; the other three are 0
+  int32_t quad;         // index of that quad
+  int32_t sum;          // of q and spare
+  int32_t first_sum;    // of the first 16 columns
   float scale;
-  float scaled_sum;     // fl(scale · sum)
-  int8_t halves[2][4];  // spare for the 16 columns that it belongs to, zeros for the other 16
+  float scaled_sum;         // fl(scale · sum)
+  int8_t halves[2][kQuad];  // spare for the 16 columns that it belongs to, zeros for the other 16
 };
 
 // Quantised rows: blocks[m * per_row + b].
@@ -49,30 +49,30 @@ struct Product {
 //   values [kPagePositions][head_dim]
 constexpr int kPagePositions = 64;
 
-// What one query has seen so far: Σ exp(score − largest) · value in out[head_dim], and the sum of the weights.
-// largest = −∞: nothing yet, and out holds nothing. The attention is out / sum.
-struct Attended {
-  float largest = 0, sum = 0;
+// Attention of one query over some of its positions: Σ exp(score − max) · value in out[head_dim], and the sum of the
+// weights. max = −∞: over none, and out is undefined. The attention is out / sum.
+struct PartialAttention {
+  float max = 0, sum = 0;
   float* out = nullptr;
 };
 
-// One page's part in the attention of some queries of one sequence that share a kv head. Sums begin anew with each page
-// and are joined in the order of pages, so pages may be divided among threads.
-struct Attend {
+// One page for some queries of one sequence that share a kv head. Each page's sums are formed on their own and merged
+// in the order of pages, so pages may be split among threads.
+constexpr int kTileQueries = 6;
+struct AttentionTile {
   int64_t head_dim = 0;
   const float* const* queries = nullptr;  // count pointers to head_dim floats, already scaled
   const int64_t* positions = nullptr;     // count absolute positions
-  Attended* attended = nullptr;           // [count], to which the page is joined
-  int count = 0;                          // at most kAttendQueries
+  PartialAttention* partials = nullptr;   // [count], into which the page is merged
+  int count = 0;                          // at most kTileQueries
   int64_t window = 0;                     // 0: all earlier positions; W: 0 <= i - j < W
   float softcap = 0;                      // 0: none
   const uint8_t* keys = nullptr;          // of this layer and head in the page
   const uint8_t* values = nullptr;        // the same
-  const uint8_t* next = nullptr;          // keys that are wanted after these, or null
+  const uint8_t* next = nullptr;          // keys to prefetch, or null
   int64_t first = 0;                      // the page's first position
   bool half = false;                      // cache elements are f16
 };
-constexpr int kAttendQueries = 6;
 
 // One position's key and value into its page.
 struct CacheWrite {
@@ -111,9 +111,9 @@ struct Kernels {
   void (*scale)(float* x, float by, int64_t n);
   void (*softcap)(float* x, float cap, int64_t n);
   void (*write_cache)(const CacheWrite& w);
-  void (*attend)(const Attend& a);
-  void (*join)(Attended& to, const Attended& later,
-               int64_t head_dim);  // later pages, as if they had been joined to `to`
+  void (*attend)(const AttentionTile& tile);
+  // Later pages, with the bits that attend() over them would have given `to`.
+  void (*merge)(PartialAttention& to, const PartialAttention& later, int64_t head_dim);
   Extent (*largest)(const float* x, int64_t n);
   double (*sum_exp)(const float* x, int64_t n, float shift);  // sum of exp(x - shift)
   uint32_t (*screen)(const ScreenPanel& panel);
@@ -128,8 +128,8 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
 
-// Whether a table's quantised products have the portable ones' bits on this machine, for a few small ones: less than a
-// millisecond. Some paths were compiled for processors that their tests only had in emulation.
+// Whether a table's products in every quantised format have the portable ones' bits on this machine: a few small ones,
+// in a millisecond. Some paths were compiled for processors that their tests only had in emulation.
 bool agrees_with_portable(const Kernels& kernels);
 
 // The best table that this machine can run and whose products prove equal to the portable ones. `forced` (GEMKIT_ISA:

@@ -8,6 +8,9 @@
 
 namespace gemkit::avx2 {
 
+// A panel is two halves of kHalfRows rows, and so is a plane vector.
+constexpr int kHalfRows = kPanelRows / 2, kHalfVector = kVector / 2;
+
 GEMKIT_INLINE __m256i load256(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 GEMKIT_INLINE __m256i broadcast4(const int8_t* p) {
   int32_t v;
@@ -27,21 +30,21 @@ struct RecordCodes {
 
   inline __attribute__((always_inline)) void quads(int j, __m256i (&codes)[2], __m256i (&low)[2]) const {
     const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i v = load256(record + 64 * j + 32 * half);
+    const __m256i v = load256(record + kVector * j + kHalfVector * half);
     codes[0] = _mm256_and_si256(v, nibble);
     codes[1] = _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble);
     if constexpr (F::R == 1) {
-      const __m256i r = load256(record + 256 + 32 * half), bit = _mm256_set1_epi8(16);
+      const __m256i r = load256(record + kPlane + kHalfVector * half), bit = _mm256_set1_epi8(16);
       codes[0] = _mm256_or_si256(codes[0], _mm256_and_si256(shifted(r, 4 - 2 * j), bit));
       codes[1] = _mm256_or_si256(codes[1], _mm256_and_si256(shifted(r, 3 - 2 * j), bit));
     }
     if constexpr (F::R == 2) {
-      const __m256i r = load256(record + 256 + 64 * (j / 2) + 32 * half), bits = _mm256_set1_epi8(48);
+      const __m256i r = load256(record + kPlane + kVector * (j / 2) + kHalfVector * half), bits = _mm256_set1_epi8(48);
       codes[0] = _mm256_or_si256(codes[0], _mm256_and_si256(shifted(r, 4 - 4 * (j % 2)), bits));
       codes[1] = _mm256_or_si256(codes[1], _mm256_and_si256(shifted(r, 2 - 4 * (j % 2)), bits));
     }
     if constexpr (F::R == 4) {
-      const __m256i r = load256(record + 256 + 64 * j + 32 * half);
+      const __m256i r = load256(record + kPlane + kVector * j + kHalfVector * half);
       low[0] = _mm256_and_si256(r, nibble);
       low[1] = _mm256_and_si256(_mm256_srli_epi16(r, 4), nibble);
     }
@@ -51,29 +54,32 @@ struct RecordCodes {
 // Codes of any one quad of eight rows, `quad` not known in advance.
 template <class F>
 GEMKIT_INLINE void one_quad(const RecordCodes<F>& source, int quad, __m256i& codes, __m256i& low) {
-  const uint8_t *record = source.record, *residual = record + 256 + 32 * source.half;
+  const uint8_t *record = source.record, *residual = record + kPlane + kHalfVector * source.half;
   const __m256i nibble = _mm256_set1_epi8(15);
   const __m128i by = _mm_cvtsi32_si128(4 * (quad & 1));
-  codes = _mm256_and_si256(_mm256_srl_epi16(load256(record + 64 * (quad / 2) + 32 * source.half), by), nibble);
+  codes = _mm256_and_si256(_mm256_srl_epi16(load256(record + kVector * (quad / 2) + kHalfVector * source.half), by),
+                           nibble);
   if constexpr (F::R == 1) {
     const __m256i bit =
         _mm256_and_si256(_mm256_srl_epi16(load256(residual), _mm_cvtsi32_si128(quad)), _mm256_set1_epi8(1));
     codes = _mm256_or_si256(codes, _mm256_slli_epi16(bit, 4));
   }
   if constexpr (F::R == 2) {
-    const __m256i r = _mm256_srl_epi16(load256(residual + 64 * (quad / 4)), _mm_cvtsi32_si128(2 * (quad % 4)));
+    const __m256i r = _mm256_srl_epi16(load256(residual + kVector * (quad / 4)), _mm_cvtsi32_si128(2 * (quad % 4)));
     codes = _mm256_or_si256(codes, _mm256_slli_epi16(_mm256_and_si256(r, _mm256_set1_epi8(3)), 4));
   }
-  if constexpr (F::R == 4) low = _mm256_and_si256(_mm256_srl_epi16(load256(residual + 64 * (quad / 2)), by), nibble);
+  if constexpr (F::R == 4)
+    low = _mm256_and_si256(_mm256_srl_epi16(load256(residual + kVector * (quad / 2)), by), nibble);
 }
 
-// The same from an unpacked chunk, 64 bytes a quad; 8-bit codes lie there less their offset, whole (whole_sums).
+// The same from an unpacked chunk, a plane vector for each quad; 8-bit codes lie there less their offset, whole
+// (whole_sums).
 template <class F>
 struct ChunkCodes {
   const uint8_t* block;
   int half;
   inline __attribute__((always_inline)) __m256i quad(int q) const {
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(block + 64 * q + 32 * half));
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(block + kVector * q + kHalfVector * half));
   }
   inline __attribute__((always_inline)) void quads(int j, __m256i (&codes)[2], __m256i (&)[2]) const {
     for (int i = 0; i < 2; i++) codes[i] = quad(2 * j + i);
@@ -128,7 +134,7 @@ GEMKIT_INLINE void block_sums(const Codes (&source)[Halves], const ActivationBlo
       const bool fresh = j % kPerFlush == 0 && i == 0;
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
-        const __m256i x = broadcast4(a[m]->q + 8 * j + 4 * i);
+        const __m256i x = broadcast4(a[m]->q + kQuad * (2 * j + i));
 #pragma GCC unroll 4
         for (int h = 0; h < Halves; h++) {
           const __m256i s = _mm256_maddubs_epi16(codes[h][i], x);
@@ -168,13 +174,13 @@ GEMKIT_INLINE void whole_sums(const Codes (&source)[Halves], const ActivationBlo
     return _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(x, w)), ones);
   };
 #pragma GCC unroll 8
-  for (int q = 0; q < 8; q++) {
+  for (int q = 0; q < kQuads; q++) {
     __m256i w[Halves], size[Halves];
 #pragma GCC unroll 4
     for (int h = 0; h < Halves; h++) w[h] = source[h].quad(q), size[h] = _mm256_abs_epi8(w[h]);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      const __m256i x = broadcast4(a[m]->q + 4 * q);
+      const __m256i x = broadcast4(a[m]->q + kQuad * q);
 #pragma GCC unroll 4
       for (int h = 0; h < Halves; h++) {
         const __m256i s = product(w[h], size[h], x);
@@ -218,13 +224,15 @@ GEMKIT_INLINE __m256 bytes8(const uint8_t* p, bool is_signed) {
 // Scales of sub-block h and the minimum for eight rows of a record; `super` precedes the record's group of eight.
 template <class F>
 GEMKIT_INLINE __m256 record_scale(const uint8_t* record, const uint8_t* super, int h, int half) {
-  if constexpr (!F::kQuant) return half8(record + F::kScales + 16 * half);
-  return _mm256_mul_ps(half8(super + 16 * half), bytes8(record + F::kScales + 16 * h + 8 * half, !F::kMinimum));
+  if constexpr (!F::kQuant) return half8(record + F::kScales + kPanelHalves / 2 * half);
+  return _mm256_mul_ps(half8(super + kPanelHalves / 2 * half),
+                       bytes8(record + F::kScales + kPanelRows * h + kHalfRows * half, !F::kMinimum));
 }
 template <class F>
 GEMKIT_INLINE __m256 record_minimum(const uint8_t* record, const uint8_t* super, int half) {
-  if constexpr (!F::kQuant) return half8(record + F::kScales + 32 + 16 * half);
-  const __m256 m = _mm256_mul_ps(half8(super + 32 + 16 * half), bytes8(record + F::kScales + 16 + 8 * half, false));
+  if constexpr (!F::kQuant) return half8(record + F::kScales + kPanelHalves + kPanelHalves / 2 * half);
+  const __m256 m = _mm256_mul_ps(half8(super + kPanelHalves + kPanelHalves / 2 * half),
+                                 bytes8(record + F::kScales + kPanelRows + kHalfRows * half, false));
   return _mm256_xor_ps(m, _mm256_set1_ps(-0.0f));
 }
 
@@ -277,7 +285,7 @@ GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64
   for (int64_t b = 0; b < blocks; b++) {
 #pragma GCC unroll 2
     for (int n = 0; n < Panels; n++) {
-      if (F::kQuant && b % 8 == 0) super[n] = record[n], record[n] += F::kSuperBytes;
+      if (F::kQuant && b % kSuperBlocks == 0) super[n] = record[n], record[n] += F::kSuperBytes;
 #pragma GCC unroll 16
       for (int line = 0; line < F::kRecord; line += 64)
         _mm_prefetch(reinterpret_cast<const char*>(record[n] + kAhead + line), _MM_HINT_T0);
@@ -299,7 +307,7 @@ GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64
   }
   for (int i = 0; i < M; i++)
     for (int h = 0; h < 2 * Panels; h++)
-      _mm256_storeu_ps(product.y + (m + i) * product.ldy + (p + h / 2 * apart) * kPanelRows + 8 * (h % 2),
+      _mm256_storeu_ps(product.y + (m + i) * product.ldy + (p + h / 2 * apart) * kPanelRows + kHalfRows * (h % 2),
                        f[h / kHalves][h % kHalves][i]);
 }
 
@@ -315,31 +323,22 @@ static void fused_panels(const Product& product, int64_t m, int64_t p0, int64_t 
 }
 
 template <class F>
-static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chunk& chunk) {
-  for (int b = 0; b < count; b++) {
-    const uint8_t* record = w.record(p, b0 + b);
-    const uint8_t* super = F::kQuant ? w.record(p, (b0 + b) / 8 * 8) - F::kSuperBytes : nullptr;
-    // The same block of the next panel: this one's products take long enough
-    const uint8_t* next = record + w.panel_bytes();
+static void unpack_codes(const uint8_t* record, const uint8_t* next, uint8_t* to) {
+  // This panel's products take long enough
 #pragma GCC unroll 16
-    for (int line = 0; line < F::kRecord; line += 64) prefetch(next + line);
-    for (int half = 0; half < 2; half++) {
-      const RecordCodes<F> source{record, half};
-      for (int j = 0; j < 4; j++) {
-        __m256i codes[2], low[2];
-        source.quads(j, codes, low);
-        for (int i = 0; i < 2; i++) {
-          if constexpr (F::R == 4) {
-            const __m256i code = _mm256_or_si256(_mm256_slli_epi16(codes[i], 4), low[i]);
-            codes[i] = _mm256_xor_si256(code, _mm256_set1_epi8(-128));  // less 128
-          }
-          uint8_t* to = chunk.codes + 512 * b + 64 * (2 * j + i) + 32 * half;
-          _mm256_store_si256(reinterpret_cast<__m256i*>(to), codes[i]);
+  for (int line = 0; line < F::kRecord; line += 64) prefetch(next + line);
+  for (int half = 0; half < 2; half++) {
+    const RecordCodes<F> source{record, half};
+    for (int j = 0; j < kQuads / 2; j++) {
+      __m256i codes[2], low[2];
+      source.quads(j, codes, low);
+      for (int i = 0; i < 2; i++) {
+        if constexpr (F::R == 4) {
+          const __m256i code = _mm256_or_si256(_mm256_slli_epi16(codes[i], 4), low[i]);
+          codes[i] = _mm256_xor_si256(code, _mm256_set1_epi8(-128));  // less 128
         }
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + kVector * (2 * j + i) + kHalfVector * half), codes[i]);
       }
-      for (int h = 0; h < F::kSub; h++)
-        _mm256_store_ps(chunk.scale[b * F::kSub + h] + 8 * half, record_scale<F>(record, super, h, half));
-      if constexpr (F::kMinimum) _mm256_store_ps(chunk.minimum[b] + 8 * half, record_minimum<F>(record, super, half));
     }
   }
 }
@@ -349,15 +348,15 @@ GEMKIT_NOINLINE static void tile(const Chunk& chunk, int count, const Activation
                                  bool first) {
   constexpr int Halves = 2;
   const ActivationBlock* a[M];
-  alignas(32) float f[Halves][M][8];
+  alignas(32) float f[Halves][M][kHalfRows];
   for (int i = 0; i < M; i++) {
     a[i] = rows[i];
     for (int h = 0; h < Halves; h++)
-      _mm256_store_ps(f[h][i], first ? _mm256_setzero_ps() : _mm256_loadu_ps(y[i] + 8 * h));
+      _mm256_store_ps(f[h][i], first ? _mm256_setzero_ps() : _mm256_loadu_ps(y[i] + kHalfRows * h));
   }
   for (int b = 0; b < count; b++) {
     ChunkCodes<F> source[Halves];
-    for (int h = 0; h < Halves; h++) source[h] = {chunk.codes + 512 * b, h};
+    for (int h = 0; h < Halves; h++) source[h] = {chunk.codes + kUnpacked * b, h};
     __m256i sums[F::kSub][Halves][M];
     if constexpr (F::R == 4)
       whole_sums<M, Halves>(source, a, sums);
@@ -367,14 +366,14 @@ GEMKIT_NOINLINE static void tile(const Chunk& chunk, int count, const Activation
     for (int h = 0; h < Halves; h++)
       for (int i = 0; i < M; i++) g[h][i] = _mm256_load_ps(f[h][i]);
     fold_block<F, M, Halves, F::R == 4>(
-        g, sums, a, [&](int sub, int h) { return _mm256_load_ps(chunk.scale[b * F::kSub + sub] + 8 * h); },
-        [&](int h) { return _mm256_load_ps(chunk.minimum[b] + 8 * h); });
+        g, sums, a, [&](int sub, int h) { return _mm256_load_ps(chunk.scale[b * F::kSub + sub] + kHalfRows * h); },
+        [&](int h) { return _mm256_load_ps(chunk.minimum[b] + kHalfRows * h); });
     for (int h = 0; h < Halves; h++)
       for (int i = 0; i < M; i++) _mm256_store_ps(f[h][i], g[h][i]);
     for (int i = 0; i < M; i++) a[i]++;
   }
   for (int i = 0; i < M; i++)
-    for (int h = 0; h < Halves; h++) _mm256_storeu_ps(y[i] + 8 * h, _mm256_load_ps(f[h][i]));
+    for (int h = 0; h < Halves; h++) _mm256_storeu_ps(y[i] + kHalfRows * h, _mm256_load_ps(f[h][i]));
 }
 
 static int64_t peak_int8(int64_t rounds) {
@@ -391,10 +390,6 @@ static int64_t peak_int8(int64_t rounds) {
   return rounds * 8 * 64;
 }
 
-GEMKIT_KERNEL_TABLE("avx2")
-
 }  // namespace gemkit::avx2
 
-namespace gemkit {
-const Kernels* avx2_kernels() { return &avx2::kTable; }
-}  // namespace gemkit
+GEMKIT_KERNEL_TABLE(avx2)

@@ -13,6 +13,8 @@
 
 namespace gemkit::avx512 {
 
+constexpr int kAhead = 2048;  // bytes prefetched ahead of the record being read
+
 GEMKIT_INLINE __m512i load512(const uint8_t* p) { return _mm512_loadu_si512(reinterpret_cast<const __m512i*>(p)); }
 GEMKIT_INLINE __m512i shifted(__m512i v, int by) {
   return by >= 0 ? _mm512_sll_epi16(v, _mm_cvtsi32_si128(by)) : _mm512_srl_epi16(v, _mm_cvtsi32_si128(-by));
@@ -22,10 +24,10 @@ GEMKIT_INLINE __m512i shifted(__m512i v, int by) {
 template <class F>
 GEMKIT_INLINE __m512i quad_codes(const uint8_t* record, int q) {
   const __m512i nibble = _mm512_set1_epi8(15);
-  const __m512i v = load512(record + 64 * (q / 2));
-  const uint8_t* residual = record + 256;
+  const __m512i v = load512(record + kVector * (q / 2));
+  const uint8_t* residual = record + kPlane;
   if constexpr (F::R == 4) {
-    const __m512i w = load512(residual + 64 * (q / 2));
+    const __m512i w = load512(residual + kVector * (q / 2));
     return q & 1 ? _mm512_or_si512(_mm512_andnot_si512(nibble, v), _mm512_and_si512(shifted(w, -4), nibble))
                  : _mm512_or_si512(shifted(_mm512_and_si512(v, nibble), 4), _mm512_and_si512(w, nibble));
   }
@@ -34,7 +36,7 @@ GEMKIT_INLINE __m512i quad_codes(const uint8_t* record, int q) {
     codes = _mm512_or_si512(codes, _mm512_and_si512(shifted(load512(residual), 4 - q), _mm512_set1_epi8(16)));
   if constexpr (F::R == 2)
     codes = _mm512_or_si512(
-        codes, _mm512_and_si512(shifted(load512(residual + 64 * (q / 4)), 4 - 2 * (q % 4)), _mm512_set1_epi8(48)));
+        codes, _mm512_and_si512(shifted(load512(residual + kVector * (q / 4)), 4 - 2 * (q % 4)), _mm512_set1_epi8(48)));
   return codes;
 }
 
@@ -46,7 +48,7 @@ struct RecordCodes {
 template <class F>
 struct ChunkCodes {
   const uint8_t* block;
-  inline __attribute__((always_inline)) __m512i quad(int64_t q) const { return load512(block + 64 * q); }
+  inline __attribute__((always_inline)) __m512i quad(int64_t q) const { return load512(block + kVector * q); }
 };
 
 // sum += codes · q, one quad of activations for all sixteen rows.
@@ -64,8 +66,8 @@ GEMKIT_INLINE void add_products(__m512i& sum, __m512i codes, const int8_t* q) {
 // f[m] += (the block's product), with the roundings of the contract. Sums begin at the float 1.5·2^23 as bits, less the
 // offset's share, so that they need no conversion.
 template <class F, int M, class Codes, class Scale, class Minimum>
-GEMKIT_INLINE void add_block(const Codes& source, const ActivationBlock* const (&a)[M], Scale scale_of,
-                             Minimum minimum_of, f32x16 (&f)[M]) {
+GEMKIT_INLINE void add_block(f32x16 (&f)[M], const Codes& source, const ActivationBlock* const (&a)[M], Scale scale_of,
+                             Minimum minimum_of) {
   const __m512i start = _mm512_set1_epi32(kMagicBits);
 #pragma GCC unroll 2
   for (int sub = 0; sub < F::kSub; sub++) {
@@ -81,12 +83,12 @@ GEMKIT_INLINE void add_block(const Codes& source, const ActivationBlock* const (
         sums[m] = _mm512_sub_epi32(start, _mm512_slli_epi32(_mm512_set1_epi32(sum), F::kOffsetLog2));
       }
     }
-    constexpr int kQuads = 8 / F::kSub;
+    constexpr int kSubQuads = kQuads / F::kSub;
 #pragma GCC unroll 8
-    for (int q = sub * kQuads; q < (sub + 1) * kQuads; q++) {
+    for (int q = sub * kSubQuads; q < (sub + 1) * kSubQuads; q++) {
       const __m512i codes = source.quad(q);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; m++) add_products(sums[m], codes, a[m]->q + 4 * q);
+      for (int m = 0; m < M; m++) add_products(sums[m], codes, a[m]->q + kQuad * q);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
@@ -106,76 +108,9 @@ GEMKIT_INLINE void add_block(const Codes& source, const ActivationBlock* const (
 }
 
 template <class F>
-GEMKIT_INLINE f32x16 record_scale(const uint8_t* record, const uint8_t* super, int h) {
-  const uint8_t* scales = record + F::kScales;
-  if constexpr (!F::kQuant) return load_f16(reinterpret_cast<const uint16_t*>(scales));
-  const f32x16 d = load_f16(reinterpret_cast<const uint16_t*>(super));
-  if constexpr (F::kMinimum) return d * from_u8(scales);
-  return d * from_i8(reinterpret_cast<const int8_t*>(scales + 16 * h));
-}
-template <class F>
-GEMKIT_INLINE f32x16 record_minimum(const uint8_t* record, const uint8_t* super) {
-  if constexpr (!F::kQuant) return load_f16(reinterpret_cast<const uint16_t*>(record + F::kScales + 32));
-  const f32x16 m = load_f16(reinterpret_cast<const uint16_t*>(super + 32)) * from_u8(record + F::kScales + 16);
-  return m * set1(-1.0f);
-}
-
-template <class F, int M>
-GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64_t p) {
-  constexpr int kAhead = 2048;
-  const Packed& w = *product.w;
-  const ActivationBlock* a[M];
-  f32x16 f[M];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; i++) a[i] = product.a->blocks + (m + i) * product.a->per_row, f[i] = zero();
-  const uint8_t *record = w.panel(p), *super = record;
-  for (int64_t b = 0; b < w.blocks(); b++) {
-    if (F::kQuant && b % 8 == 0) super = record, record += F::kSuperBytes;
-    for (int line = 0; line < F::kRecord; line += 64) __builtin_prefetch(record + kAhead + line);
-    add_block<F, M>(
-        RecordCodes<F>{record}, a, [&](int sub) { return record_scale<F>(record, super, sub); },
-        [&] { return record_minimum<F>(record, super); }, f);
-    record += F::kRecord;
-#pragma GCC unroll 16
-    for (int i = 0; i < M; i++) a[i]++;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; i++) store(product.y + (m + i) * product.ldy + p * kPanelRows, f[i]);
-}
-
-template <class F, int M>
-static void fused_panels(const Product& product, int64_t m, int64_t p0, int64_t p1) {
-  for (int64_t p = p0; p < p1; p++) fused_panel<F, M>(product, m, p);
-}
-
-template <class F>
-static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chunk& chunk) {
-  for (int b = 0; b < count; b++) {
-    const uint8_t* record = w.record(p, b0 + b);
-    const uint8_t* super = F::kQuant ? w.record(p, (b0 + b) / 8 * 8) - F::kSuperBytes : nullptr;
-    for (int q = 0; q < 8; q++)
-      _mm512_storeu_si512(reinterpret_cast<__m512i*>(chunk.codes + 512 * b + 64 * q), quad_codes<F>(record, q));
-    for (int h = 0; h < F::kSub; h++) store(chunk.scale[b * F::kSub + h], record_scale<F>(record, super, h));
-    if constexpr (F::kMinimum) store(chunk.minimum[b], record_minimum<F>(record, super));
-  }
-}
-
-template <class F, int M>
-GEMKIT_NOINLINE static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y,
-                                 bool first) {
-  const ActivationBlock* a[M];
-  f32x16 f[M];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; i++) a[i] = rows[i], f[i] = first ? zero() : load(y[i]);
-  for (int b = 0; b < count; b++) {
-    add_block<F, M>(
-        ChunkCodes<F>{chunk.codes + 512 * b}, a, [&](int sub) { return load(chunk.scale[b * F::kSub + sub]); },
-        [&] { return load(chunk.minimum[b]); }, f);
-#pragma GCC unroll 16
-    for (int i = 0; i < M; i++) a[i]++;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; i++) store(y[i], f[i]);
+static void unpack_codes(const uint8_t* record, const uint8_t*, uint8_t* codes) {
+  for (int q = 0; q < kQuads; q++)
+    _mm512_storeu_si512(reinterpret_cast<__m512i*>(codes + kVector * q), quad_codes<F>(record, q));
 }
 
 static int64_t peak_int8(int64_t rounds) {
@@ -199,10 +134,8 @@ static int64_t peak_int8(int64_t rounds) {
   return rounds * kChains * 128;
 }
 
-GEMKIT_KERNEL_TABLE("avx512")
-
 }  // namespace gemkit::avx512
 
-namespace gemkit {
-const Kernels* avx512_kernels() { return &avx512::kTable; }
-}  // namespace gemkit
+#include "sixteen_rows.h"
+
+GEMKIT_KERNEL_TABLE(avx512)

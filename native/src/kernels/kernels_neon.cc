@@ -8,7 +8,9 @@
 
 namespace gemkit::neon {
 
-constexpr int kQuarters = 4;  // vectors of four rows in a panel
+constexpr int kAhead = 0;     // bytes prefetched ahead of the record being read
+constexpr int kQuarters = 4;  // registers of four rows in a panel, and in a plane vector
+constexpr int kQuarterVector = kVector / kQuarters;
 
 // v · 2^By in each byte, bits past either end lost.
 template <int By>
@@ -31,40 +33,44 @@ struct RecordCodes {
   // Quad Q of rows 4g … 4g + 3.
   template <int Q>
   GEMKIT_MEMBER int8x16_t quad(int g) const {
-    const uint8x16_t nibble = vdupq_n_u8(15), v = vld1q_u8(record + 64 * (Q / 2) + 16 * g);
-    const uint8_t* residual = record + 256 + 16 * g;
+    const uint8x16_t nibble = vdupq_n_u8(15), v = vld1q_u8(record + kVector * (Q / 2) + kQuarterVector * g);
+    const uint8_t* residual = record + kPlane + kQuarterVector * g;
     if constexpr (F::R == 4) {
-      const uint8x16_t w = vld1q_u8(residual + 64 * (Q / 2));
+      const uint8x16_t w = vld1q_u8(residual + kVector * (Q / 2));
       const uint8x16_t code = Q % 2 ? vsriq_n_u8(v, w, 4) : vsliq_n_u8(w, v, 4);
       return vreinterpretq_s8_u8(veorq_u8(code, vdupq_n_u8(128)));
     }
     uint8x16_t code = Q % 2 ? vshrq_n_u8(v, 4) : vandq_u8(v, nibble);
     if constexpr (F::R == 1) code = vorrq_u8(code, vandq_u8(shifted<4 - Q>(vld1q_u8(residual)), vdupq_n_u8(16)));
     if constexpr (F::R == 2)
-      code = vorrq_u8(code, vandq_u8(shifted<4 - 2 * (Q % 4)>(vld1q_u8(residual + 64 * (Q / 4))), vdupq_n_u8(48)));
+      code = vorrq_u8(code, vandq_u8(shifted<4 - 2 * (Q % 4)>(vld1q_u8(residual + kVector * (Q / 4))), vdupq_n_u8(48)));
     return vreinterpretq_s8_u8(code);
   }
 
   // The same of any one quad, `q` not known in advance.
   GEMKIT_MEMBER int8x16_t quad(int g, int q) const {
     const uint8x16_t nibble = vdupq_n_u8(15);
-    const uint8_t* residual = record + 256 + 16 * g;
-    uint8x16_t code = vandq_u8(shifted(vld1q_u8(record + 64 * (q / 2) + 16 * g), -4 * (q % 2)), nibble);
+    const uint8_t* residual = record + kPlane + kQuarterVector * g;
+    uint8x16_t code =
+        vandq_u8(shifted(vld1q_u8(record + kVector * (q / 2) + kQuarterVector * g), -4 * (q % 2)), nibble);
     if constexpr (F::R == 4) {
-      const uint8x16_t low = vandq_u8(shifted(vld1q_u8(residual + 64 * (q / 2)), -4 * (q % 2)), nibble);
+      const uint8x16_t low = vandq_u8(shifted(vld1q_u8(residual + kVector * (q / 2)), -4 * (q % 2)), nibble);
       code = veorq_u8(vsliq_n_u8(low, code, 4), vdupq_n_u8(128));
     }
     if constexpr (F::R == 1) code = vorrq_u8(code, vandq_u8(shifted(vld1q_u8(residual), 4 - q), vdupq_n_u8(16)));
     if constexpr (F::R == 2)
-      code = vorrq_u8(code, vandq_u8(shifted(vld1q_u8(residual + 64 * (q / 4)), 4 - 2 * (q % 4)), vdupq_n_u8(48)));
+      code = vorrq_u8(code, vandq_u8(shifted(vld1q_u8(residual + kVector * (q / 4)), 4 - 2 * (q % 4)), vdupq_n_u8(48)));
     return vreinterpretq_s8_u8(code);
   }
 };
 
-// The same from an unpacked chunk: 64 bytes a quad.
+// The same from an unpacked chunk: a plane vector for each quad.
+template <class F>
 struct ChunkCodes {
   const uint8_t* block;
-  GEMKIT_MEMBER int8x16_t quad(int g, int q) const { return vreinterpretq_s8_u8(vld1q_u8(block + 64 * q + 16 * g)); }
+  GEMKIT_MEMBER int8x16_t quad(int g, int q) const {
+    return vreinterpretq_s8_u8(vld1q_u8(block + kVector * q + kQuarterVector * g));
+  }
   template <int Q>
   GEMKIT_MEMBER int8x16_t quad(int g) const {
     return quad(g, Q);
@@ -98,7 +104,7 @@ template <int Q0, int M, class Codes>
 GEMKIT_INLINE void add_half(const Codes& source, const ActivationBlock* const* a, int32x4_t (&sums)[M][kQuarters]) {
   int8x16_t x[M];
 #pragma GCC unroll 4
-  for (int m = 0; m < M; m++) x[m] = vld1q_s8(a[m]->q + 4 * Q0);
+  for (int m = 0; m < M; m++) x[m] = vld1q_s8(a[m]->q + kQuad * Q0);
   add_quad<Q0>(source, x, sums);
   add_quad<Q0 + 1>(source, x, sums);
   add_quad<Q0 + 2>(source, x, sums);
@@ -161,69 +167,11 @@ GEMKIT_INLINE void add_block(f32x16 (&f)[M], const Codes& source, const Activati
 }
 
 template <class F>
-GEMKIT_INLINE f32x16 record_scale(const uint8_t* record, const uint8_t* super, int h) {
-  const uint8_t* scales = record + F::kScales;
-  if constexpr (!F::kQuant) return load_f16(reinterpret_cast<const uint16_t*>(scales));
-  const f32x16 d = load_f16(reinterpret_cast<const uint16_t*>(super));
-  if constexpr (F::kMinimum) return d * from_u8(scales);
-  return d * from_i8(reinterpret_cast<const int8_t*>(scales + 16 * h));
-}
-template <class F>
-GEMKIT_INLINE f32x16 record_minimum(const uint8_t* record, const uint8_t* super) {
-  if constexpr (!F::kQuant) return load_f16(reinterpret_cast<const uint16_t*>(record + F::kScales + 32));
-  const f32x16 m = load_f16(reinterpret_cast<const uint16_t*>(super + 32)) * from_u8(record + F::kScales + 16);
-  return m * set1(-1.0f);
-}
-
-template <class F, int M>
-GEMKIT_NOINLINE static void fused_panel(const Product& product, int64_t m, int64_t p) {
-  const Packed& w = *product.w;
-  const ActivationBlock* a[M];
-  f32x16 f[M];
-  for (int i = 0; i < M; i++) a[i] = product.a->blocks + (m + i) * product.a->per_row, f[i] = zero();
-  const uint8_t *record = w.panel(p), *super = record;
-  for (int64_t b = 0; b < w.blocks(); b++) {
-    if (F::kQuant && b % 8 == 0) super = record, record += F::kSuperBytes;
-    add_block<F, M>(
-        f, RecordCodes<F>{record}, a, [&](int h) { return record_scale<F>(record, super, h); },
-        [&] { return record_minimum<F>(record, super); });
-    record += F::kRecord;
-    for (int i = 0; i < M; i++) a[i]++;
-  }
-  for (int i = 0; i < M; i++) store(product.y + (m + i) * product.ldy + p * kPanelRows, f[i]);
-}
-
-template <class F, int M>
-static void fused_panels(const Product& product, int64_t m, int64_t p0, int64_t p1) {
-  for (int64_t p = p0; p < p1; p++) fused_panel<F, M>(product, m, p);
-}
-
-template <class F>
-static void unpack_chunk(const Packed& w, int64_t p, int64_t b0, int count, Chunk& chunk) {
-  for (int b = 0; b < count; b++) {
-    const RecordCodes<F> source{w.record(p, b0 + b)};
-    const uint8_t* super = F::kQuant ? w.record(p, (b0 + b) / 8 * 8) - F::kSuperBytes : nullptr;
-    uint8_t* to = chunk.codes + 512 * b;
-    for (int q = 0; q < 8; q++)
-      for (int g = 0; g < kQuarters; g++) vst1q_u8(to + 64 * q + 16 * g, vreinterpretq_u8_s8(source.quad(g, q)));
-    for (int h = 0; h < F::kSub; h++) store(chunk.scale[b * F::kSub + h], record_scale<F>(source.record, super, h));
-    if constexpr (F::kMinimum) store(chunk.minimum[b], record_minimum<F>(source.record, super));
-  }
-}
-
-template <class F, int M>
-GEMKIT_NOINLINE static void tile(const Chunk& chunk, int count, const ActivationBlock* const* rows, float* const* y,
-                                 bool first) {
-  const ActivationBlock* a[M];
-  f32x16 f[M];
-  for (int i = 0; i < M; i++) a[i] = rows[i], f[i] = first ? zero() : load(y[i]);
-  for (int b = 0; b < count; b++) {
-    add_block<F, M>(
-        f, ChunkCodes{chunk.codes + 512 * b}, a, [&](int h) { return load(chunk.scale[b * F::kSub + h]); },
-        [&] { return load(chunk.minimum[b]); });
-    for (int i = 0; i < M; i++) a[i]++;
-  }
-  for (int i = 0; i < M; i++) store(y[i], f[i]);
+static void unpack_codes(const uint8_t* record, const uint8_t*, uint8_t* codes) {
+  const RecordCodes<F> source{record};
+  for (int q = 0; q < kQuads; q++)
+    for (int g = 0; g < kQuarters; g++)
+      vst1q_u8(codes + kVector * q + kQuarterVector * g, vreinterpretq_u8_s8(source.quad(g, q)));
 }
 
 static int64_t peak_int8(int64_t rounds) {
@@ -244,10 +192,8 @@ static int64_t peak_int8(int64_t rounds) {
   return rounds * kChains * 32;
 }
 
-GEMKIT_KERNEL_TABLE("neon")
-
 }  // namespace gemkit::neon
 
-namespace gemkit {
-const Kernels* neon_kernels() { return &neon::kTable; }
-}  // namespace gemkit
+#include "sixteen_rows.h"
+
+GEMKIT_KERNEL_TABLE(neon)

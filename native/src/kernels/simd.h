@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "half.h"
 
@@ -75,31 +76,7 @@ GEMKIT_INLINE f32x16 scale_pow2(f32x16 a, f32x16 n) {
   return {
       _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_castps_si512(n.v), 23)))};
 }
-#if defined(GEMKIT_SIMDE)  // the emulation lacks these conversions
-GEMKIT_INLINE f32x16 load_f16(const uint16_t* p) {
-  alignas(64) float t[16];
-  for (int i = 0; i < 16; i++) t[i] = half_to_float(p[i]);
-  return load(t);
-}
-GEMKIT_INLINE void store_i8(int8_t* p, f32x16 a) {
-  alignas(64) float t[16];
-  store(t, a);
-  for (int i = 0; i < 16; i++) p[i] = t[i] >= -128.0f && t[i] <= 127.0f ? static_cast<int8_t>(t[i]) : int8_t{0};
-}
-#define GEMKIT_GATHER(expression)                   \
-  alignas(64) float t[16];                          \
-  for (int i = 0; i < 16; i++) t[i] = (expression); \
-  return load(t)
-GEMKIT_INLINE f32x16 load_bf16(const uint16_t* p) { GEMKIT_GATHER(bf16_to_float(p[i])); }
-GEMKIT_INLINE f32x16 from_i8(const int8_t* p) { GEMKIT_GATHER(static_cast<float>(p[i])); }
-GEMKIT_INLINE f32x16 from_u8(const uint8_t* p) { GEMKIT_GATHER(static_cast<float>(p[i])); }
-#undef GEMKIT_GATHER
-GEMKIT_INLINE void store_f16(uint16_t* p, f32x16 a) {
-  alignas(64) float t[16];
-  store(t, a);
-  for (int i = 0; i < 16; i++) p[i] = float_to_half(t[i]);
-}
-#else
+#if !defined(GEMKIT_SIMDE)  // the emulation lacks these conversions
 GEMKIT_INLINE void store_f16(uint16_t* p, f32x16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -317,20 +294,45 @@ GEMKIT_INLINE f32x16 scale_pow2(f32x16 a, f32x16 n) {
   }
   return r;
 }
-GEMKIT_INLINE f32x16 load_f16(const uint16_t* p) { GEMKIT_LANES(half_to_float(p[i])); }
-GEMKIT_INLINE f32x16 load_bf16(const uint16_t* p) { GEMKIT_LANES(bf16_to_float(p[i])); }
-GEMKIT_INLINE f32x16 from_i8(const int8_t* p) { GEMKIT_LANES(static_cast<float>(p[i])); }
-GEMKIT_INLINE f32x16 from_u8(const uint8_t* p) { GEMKIT_LANES(static_cast<float>(p[i])); }
-GEMKIT_INLINE void store_i8(int8_t* p, f32x16 a) {
-  // NaN stores 0, as the vector paths' saturating conversions do after truncation
-  for (int i = 0; i < 16; i++) p[i] = a.v[i] >= -128.0f && a.v[i] <= 127.0f ? static_cast<int8_t>(a.v[i]) : int8_t{0};
-}
-GEMKIT_INLINE void store_f16(uint16_t* p, f32x16 a) {
-  for (int i = 0; i < 16; i++) p[i] = float_to_half(a.v[i]);
-}
 #undef GEMKIT_LANES
 
 #endif
+
+#if defined(GEMKIT_SIMDE) || !(defined(GEMKIT_AVX512) || defined(GEMKIT_AVX2) || defined(GEMKIT_NEON))
+template <class T, class F>
+GEMKIT_INLINE f32x16 load_as(const T* p, F convert) {
+  alignas(64) float t[16];
+  for (int i = 0; i < 16; i++) t[i] = convert(p[i]);
+  return load(t);
+}
+GEMKIT_INLINE f32x16 load_f16(const uint16_t* p) { return load_as(p, half_to_float); }
+GEMKIT_INLINE f32x16 load_bf16(const uint16_t* p) { return load_as(p, bf16_to_float); }
+GEMKIT_INLINE f32x16 from_i8(const int8_t* p) {
+  return load_as(p, [](int8_t x) { return static_cast<float>(x); });
+}
+GEMKIT_INLINE f32x16 from_u8(const uint8_t* p) {
+  return load_as(p, [](uint8_t x) { return static_cast<float>(x); });
+}
+GEMKIT_INLINE void store_i8(int8_t* p, f32x16 a) {
+  alignas(64) float t[16];
+  store(t, a);
+  // NaN stores 0, as the vector paths' saturating conversions do after truncation
+  for (int i = 0; i < 16; i++) p[i] = t[i] >= -128.0f && t[i] <= 127.0f ? static_cast<int8_t>(t[i]) : int8_t{0};
+}
+GEMKIT_INLINE void store_f16(uint16_t* p, f32x16 a) {
+  alignas(64) float t[16];
+  store(t, a);
+  for (int i = 0; i < 16; i++) p[i] = float_to_half(t[i]);
+}
+#endif
+
+// Calls f with n, from 0 to Count − 1, as a constant.
+template <int Count, class F>
+GEMKIT_INLINE void with_constant(int n, F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    (void)((n == I && (f(std::integral_constant<int, I>()), true)) || ...);
+  }(std::make_integer_sequence<int, Count>());
+}
 
 GEMKIT_INLINE void prefetch(const uint8_t* p) {
 #if defined(__GNUC__)
