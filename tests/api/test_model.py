@@ -17,7 +17,8 @@ from engine.vocabulary import STOP, tokenizer
 from parity.cases import CASES
 
 import gemkit
-from gemkit.api.model import Completion, Model
+from gemkit.api.model import Model
+from gemkit.api.output import Completion
 from gemkit.arch import reference
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError, GemkitWarning, UsageError

@@ -10,7 +10,8 @@ from engine.fakes import FakeRunner
 from engine.vocabulary import tokenizer
 
 import gemkit
-from gemkit.api.model import Model, Score
+from gemkit.api.model import Model
+from gemkit.api.output import Score
 from gemkit.cli import common, main
 from gemkit.engine.interface import NOT_NUMBERS
 

@@ -10,21 +10,21 @@ the keys "role" and "content", is a conversation and goes through the chat templ
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemkit.api.chat import Chat
+from gemkit.api.output import Completion, Piece, Score
+from gemkit.api.prompt import Prompt, kind_of
 from gemkit.engine.engine import Engine, check_max_tokens, check_stop
 from gemkit.engine.request import Sequence as Request
-from gemkit.engine.request import Token
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError, GemkitWarning, UsageError, brief, check_flag, listed
-from gemkit.text import fim, window
+from gemkit.text import fim
 from gemkit.text.chat_template import ChatTemplate
 from gemkit.text.tokenizer import Tokenizer
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from gemkit.models.native import PackedStore
     from gemkit.weights.checkpoint import Checkpoint
 
-Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
-TopLogprobs = tuple[tuple[int, float], ...]
 
 # Names of adapters: none at all, and the one that was loaded without a name.
 BASE, ONLY = "base", ""
@@ -43,95 +41,6 @@ BASE, ONLY = "base", ""
 
 class NotCopiedError(GemkitError, TypeError):
     """A model is asked to be copied or sent to another process."""
-
-
-class Piece(str):
-    """The text that one token added, possibly empty.
-
-    id: the token. logprob: natural logarithm of its probability, None unless logprobs were asked for. top_logprobs:
-    pairs (id, logprob), best first.
-    """
-
-    id: int
-    logprob: float | None
-    top_logprobs: TopLogprobs
-
-    @classmethod
-    def _of(cls, token: Token) -> Piece:
-        piece = cls(token.text)
-        piece.id, piece.logprob, piece.top_logprobs = token.id, token.logprob, token.top
-        return piece
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens and times of one request.
-
-    first_token_seconds: from the request to its first token. decode_rate: tokens per second after that one.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    first_token_seconds: float
-    decode_rate: float
-
-
-class Completion(str):
-    """A generated text: a string with its facts.
-
-    ids: the generated tokens, the model's stop token included if there was one (it adds no text).
-    finish_reason: "stop" (stop token or stop string), "length" (max_tokens or the context's end) or "cancelled".
-    logprobs: natural log-probability of each id; None unless they were asked for. top_logprobs: per id, pairs (id,
-    logprob), best first.
-    """
-
-    ids: list[int]
-    finish_reason: str
-    logprobs: list[float] | None
-    top_logprobs: list[TopLogprobs]
-    usage: Usage
-
-    @classmethod
-    def _of(cls, request: Request) -> Completion:
-        completion = cls("".join([token.text for token in request.tokens]))
-        completion.ids = [token.id for token in request.tokens]
-        completion.finish_reason = request.finish_reason or "cancelled"
-        asked = request.sampling.logprobs is not None
-        completion.logprobs = [token.logprob for token in request.tokens] if asked else None
-        completion.top_logprobs = [token.top for token in request.tokens]
-        completion.usage = Usage(
-            request.prompt_length, len(request.tokens), request.first_token_seconds, request.decode_rate
-        )
-        return completion
-
-    @property
-    def text(self) -> str:
-        return str.__str__(self)
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """How likely a text is.
-
-    ids: all its tokens, BOS first if the text was a string.
-    logprobs: float32 [len(ids) - 1], natural log-probability of ids[1:], each given all before it.
-    """
-
-    ids: list[int]
-    logprobs: np.ndarray
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log-probability; infinity where that is too large for a float."""
-        return perplexity(float(self.logprobs.mean(dtype=np.float64)))
-
-
-def perplexity(mean: float) -> float:
-    """Returns exp(-mean) of a mean log-probability; infinity where that is too large for a float."""
-    try:
-        return math.exp(-mean)
-    except OverflowError:
-        return math.inf
 
 
 class Model:
@@ -254,7 +163,7 @@ class Model:
         GemkitWarning says so.
         Raises UsageError for a bad value or a prompt that does not fit in the context.
         """
-        single = _kind(prompt) != "batch"
+        single = kind_of(prompt) != "batch"
         prompts = [prompt] if single else prompt
         requests, number, stop = [], self._adapter(adapter), check_stop(stop)
         ignore_eos, parse_special = check_flag("ignore_eos", ignore_eos), check_flag("parse_special", parse_special)
@@ -317,7 +226,7 @@ class Model:
         The options are those of `generate`, but for the temperature: by default the likeliest token is taken. A piece
         is empty while a character or a possible stop text is incomplete; together they are what `generate` returns.
         """
-        if _kind(prompt) == "batch":
+        if kind_of(prompt) == "batch":
             raise UsageError("stream takes one prompt: use generate for a list of them")
         ignore_eos, parse_special = check_flag("ignore_eos", ignore_eos), check_flag("parse_special", parse_special)
         sampling = Sampling(
@@ -387,7 +296,7 @@ class Model:
         adapter, parse_special: as in `generate`.
         Raises UsageError for an empty text and for one longer than the context.
         """
-        kind = _kind(text)
+        kind = kind_of(text)
         if kind == "messages":
             raise UsageError("score takes text or ids: render a conversation with Model.render first")
         texts = text if kind == "batch" else [text]
@@ -453,7 +362,7 @@ class Model:
 
     def _ids(self, prompt: Prompt, parse_special: bool = False) -> Sequence[int]:
         """The token ids of one prompt."""
-        kind = _kind(prompt)
+        kind = kind_of(prompt)
         if kind == "text":
             return self.tokenizer.encode(prompt, parse_special=parse_special)
         if kind == "ids":
@@ -474,90 +383,10 @@ class Model:
         return self.render(prompt)
 
 
-class Chat:
-    """A conversation with a model. ``messages`` is its history: dictionaries with "role" and "content".
-
-    dropped: how many of its oldest messages the model does not see, the system's not counted.
-    """
-
-    def __init__(self, model: Model, system: str | None, options: dict[str, Any], context_shift: bool = False) -> None:
-        if system is not None and not isinstance(system, str | list | tuple):
-            raise UsageError(f"system is {brief(system)}; give a text")
-        self.model = model
-        self.context_shift, self.dropped = check_flag("context_shift", context_shift), 0
-        model._check_options(options)
-        self.options = {"temperature": 1.0, **options}
-        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
-
-    def send(self, text: str, **options: Any) -> Completion:
-        """Says something and returns the answer; both join the history, neither does after an error."""
-        self.model._check_options(options)
-        turn = {"role": "user", "content": text}
-        answer = self.model.generate(self._seen(turn, options), **self.options | options)
-        self.messages += [turn, {"role": "assistant", "content": answer.text}]
-        return answer
-
-    def stream(self, text: str, **options: Any) -> Iterator[Piece]:
-        """Says something and yields the answer piece by piece; what was said until the iterator is closed is kept."""
-        self.model._check_options(options)
-        turn = {"role": "user", "content": text}
-        return self._stream(turn, self.model.stream(self._seen(turn, options), **self.options | options))
-
-    def _seen(self, turn: dict[str, str], options: dict[str, Any]) -> list[Mapping[str, Any]]:
-        """The messages that the model sees, this one among them; warns when more of the oldest are left out."""
-        messages = [*self.messages, turn]
-        if not self.context_shift:
-            return messages
-
-        def count(some: list[Mapping[str, Any]]) -> int:
-            return len(self.model.render(some))
-
-        asked = (self.options | options).get("max_tokens")
-        dropped = window.shift(
-            messages, self.dropped, count, self.model.ctx_size, asked if isinstance(asked, int) else None
-        )
-        if dropped > self.dropped:
-            warnings.warn(
-                f"the context is full: the {dropped} oldest messages are left out from here on (context_shift)",
-                GemkitWarning,
-                stacklevel=3,
-            )
-        self.dropped = dropped
-        return window.visible(messages, dropped)
-
-    def _stream(self, turn: dict[str, str], pieces: Iterator[Piece]) -> Iterator[Piece]:
-        said = []
-        try:
-            for piece in pieces:
-                said.append(piece)
-                yield piece
-        finally:
-            pieces.close()
-            if said:
-                self.messages += [turn, {"role": "assistant", "content": "".join(said)}]
-
-
 # What `Chat` takes for its answers: all options of `generate` but those for texts.
 _CHAT_OPTIONS = [name for name in Model.generate.__kwdefaults__ if name not in ("suffix", "parse_special")]
 _SAMPLING = {field.name for field in dataclasses.fields(Sampling)}
 _OPTIONAL = {name for name, value in Model.generate.__kwdefaults__.items() if value is None}
-
-
-def _kind(prompt: object) -> str:
-    """Says what a prompt is: "text", "messages", "ids" or "batch" (a list of prompts)."""
-    if isinstance(prompt, str):
-        return "text"
-    if isinstance(prompt, np.ndarray) and prompt.ndim and prompt.dtype.kind in "iu":
-        return "ids" if prompt.ndim == 1 else "batch"
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-        raise UsageError(
-            f"a prompt is {brief(prompt)}: give a text, a list of messages, a list of ids, or a list of these"
-        )
-    if prompt and all(isinstance(item, Mapping) for item in prompt):
-        return "messages"
-    if prompt and all(isinstance(item, int | np.integer) for item in prompt):
-        return "ids"
-    return "batch"
 
 
 def _pieces(engine: Engine, request: Request) -> Iterator[Piece]:

@@ -35,7 +35,8 @@ from gemkit.cli.template import set_template, template_option
 from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from gemkit.api.model import Completion, Model, Piece, Usage
+    from gemkit.api.model import Model
+    from gemkit.api.output import Completion, Piece, Usage
     from gemkit.text.tokenizer import Tokenizer
 
 
@@ -180,7 +181,7 @@ def command(
 
 def _print_stream(pieces: "Iterator[Piece]", prompt_tokens: int) -> "tuple[Usage, list[int]]":
     """Print the pieces as they come; return what they took, and their tokens."""
-    from gemkit.api.model import Usage
+    from gemkit.api.output import Usage
 
     started = time.perf_counter()
     times, ids = [], []

@@ -60,7 +60,7 @@ def command(
         text = " ".join(words) if words and words != (STDIN,) else Prompt(words, None, ()).text()
 
     import gemkit
-    import gemkit.api.model
+    import gemkit.api.output
 
     with gemkit.load(model, **load) as loaded:
         if not as_json:
@@ -76,7 +76,7 @@ def command(
         for start in range(0, len(ids), window):
             total += float(sum(loaded.score([bos, *ids[start : start + window]]).logprobs))
         seconds = time.perf_counter() - started
-    perplexity = gemkit.api.model.perplexity(total / len(ids))
+    perplexity = gemkit.api.output.perplexity(total / len(ids))
     if as_json:
         record = {"perplexity": perplexity, "logprob": total, "tokens": len(ids), "window": window}
         print_json({**record, "seconds": seconds})

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from gemkit import __version__
 from gemkit.api.load import Loading, find, wants_original
-from gemkit.api.model import Completion, Model
+from gemkit.api.model import Model
+from gemkit.api.output import Completion
 from gemkit.arch.hf_config import to_hf
 from gemkit.arch.tensors import manifest
 from gemkit.cache import atomic_write

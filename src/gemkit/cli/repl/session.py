@@ -18,7 +18,8 @@ from gemkit.text import chat as template
 from gemkit.text import window
 
 if TYPE_CHECKING:
-    from gemkit.api.model import Model, Piece
+    from gemkit.api.model import Model
+    from gemkit.api.output import Piece
 
 # The settings of a conversation; those that were not given take the values of `gemkit.api.model.Model.generate`.
 DEFAULTS: dict[str, object] = {
