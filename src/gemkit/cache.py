@@ -1,4 +1,4 @@
-"""Where gemkit keeps what it can make again, and how it writes there. Deleting the folder costs only time."""
+"""Cache folder of data that gemkit can make again, and atomic writes to it. Deleting the folder costs only time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SECONDS = {"S": 1, "M": 60, "H": 3600, "D": 86400, "W": 7 * 86400}
 
 
 def cache_dir() -> Path:
-    """Returns gemkit's cache folder, which may not exist yet.
+    """Return gemkit's cache folder, which may not exist yet.
 
     GEMKIT_CACHE names it; else XDG_CACHE_HOME/gemkit; else ~/.cache/gemkit, on macOS ~/Library/Caches/gemkit, on
     Windows %LOCALAPPDATA%\\gemkit\\cache. Raises GemkitError if this user has no home folder.
@@ -78,7 +78,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes, private: bool = True
 
 
 def try_atomic_write(path: str | os.PathLike[str], data: bytes) -> bool:
-    """`atomic_write` for what can be made again: returns False if the disk is full or may not be written."""
+    """Write as `atomic_write` does; return False if the disk is full or not writable."""
     try:
         atomic_write(path, data)
     except OSError:
@@ -91,8 +91,8 @@ class Copy:
     """One copy, which may be removed alone.
 
     kind: such as "packed weights". files: what is deleted with it. size: in bytes. used: seconds since 1970.
-    sources: the models that it is of, as far as they are known. state: "there", "changed" or "gone", of the source;
-    "unknown" if it has none. busy: says whether a process writes it just now.
+    sources: the models that it was made from, as far as they are known. state of the source: "there", "changed" or
+    "gone"; "unknown" if it has none. busy: returns whether a process is writing it.
     """
 
     kind: str
@@ -105,7 +105,7 @@ class Copy:
 
     @property
     def is_dead(self) -> bool:
-        """True if nothing can use it any more."""
+        """True if it cannot be used any more."""
         return self.state in ("gone", "changed")
 
     def remove(self) -> bool:

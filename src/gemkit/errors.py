@@ -20,26 +20,26 @@ class GemkitWarning(UserWarning):
 
 
 def listed(names: Iterable[object], most: int = 4) -> str:
-    """Joins names for a message, the first few of many. Example: ``listed("abcdef", 2)`` is "a, b and 4 more"."""
+    """Join names for a message, the first few of many. Example: ``listed("abcdef", 2)`` is "a, b and 4 more"."""
     names = list(names)
     return ", ".join(map(str, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def brief(value: object) -> str:
-    """Returns a value for a message, on one line and not long."""
+    """Return a short text of a value for a message, on one line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_flag(name: str, value: object) -> bool:
-    """Returns True or False, of NumPy's too, and 1 or 0; raises UsageError for anything else."""
+    """Return True or False for a bool, NumPy's too, and for 1 or 0; raises UsageError for anything else."""
     if type(value).__name__ in ("bool", "bool_") or (type(value) is int and value in (0, 1)):
         return bool(value)
     raise UsageError(f"{name} is {brief(value)}; give True or False")
 
 
 def whole_number(value: object) -> int | None:
-    """Returns a whole number of any type, NumPy's too, as an int; None for a bool and for anything else."""
+    """Return a whole number of any type, NumPy's too, as an int; None for a bool and for anything else."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:

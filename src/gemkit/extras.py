@@ -1,4 +1,4 @@
-"""How to install gemkit's optional extras, by the way gemkit itself was installed."""
+"""Commands that install gemkit's optional extras, in the way gemkit itself was installed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _INTERNAL = frozenset({"test", "dev", "bench"})
 
 
 def install(*extras: str, force: bool = False) -> str:
-    """Returns the command that installs these extras here.
+    """Return the command that installs these extras here.
 
     From a checkout it names the folder, since an editable or local install knows its own extras; from a wheel or an
-    index it names the packages themselves. force: reinstall what is there already.
+    index it names the packages themselves. force: reinstall packages that are installed already.
     Example: ``install("torch")`` is ``pip install -e 'CHECKOUT[torch]'`` or ``pip install 'torch>=2.6'``.
     """
     options = "--force-reinstall " if force else ""
@@ -31,7 +31,7 @@ def install(*extras: str, force: bool = False) -> str:
 
 
 def reinstall() -> str:
-    """Returns the command that installs gemkit itself again."""
+    """Return the command that installs gemkit itself again."""
     if (source := _checkout()) is None:
         return "install gemkit's wheel again with pip install --force-reinstall, or in a checkout: pip install ."
     folder, editable = source
@@ -39,7 +39,7 @@ def reinstall() -> str:
 
 
 def requirements() -> dict[str, list[str]]:
-    """The requirements of each extra for users, such as ``{"torch": ["torch>=2.6"]}``; empty if pip knows no gemkit."""
+    """Return each extra's requirements, such as ``{"torch": ["torch>=2.6"]}``; empty if gemkit is not installed."""
     try:
         distribution = metadata.distribution("gemkit")
     except metadata.PackageNotFoundError:
@@ -53,7 +53,7 @@ def requirements() -> dict[str, list[str]]:
 
 
 def _checkout() -> tuple[Path, bool] | None:
-    """The folder that gemkit was installed from, if it is still there, and whether the install is editable."""
+    """Return the folder that gemkit was installed from, if it is still there, and whether the install is editable."""
     try:
         record = json.loads(metadata.distribution("gemkit").read_text("direct_url.json") or "null")
         url = urlsplit(record["url"])

@@ -1,7 +1,7 @@
-"""Models across `os.fork`, which copies memory at any moment and takes along no thread but the caller's.
+"""Fork handlers: `os.fork` copies memory at any moment and no thread but the caller's.
 
-Whoever has locks or threads of its own is tracked: `hold` is called before a fork, `release` after it in both.
-Nothing is asked at a step, and where there is no fork, as on Windows, nothing happens.
+Objects with locks or threads of their own are tracked: `hold` is called before a fork, `release` after it in both
+processes. A step costs nothing, and without fork, as on Windows, the handlers are never called.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class Forked(Protocol):
     """An object that outlives a fork."""
 
     def hold(self) -> None:
-        """Waits until the object is whole, and keeps it so."""
+        """Wait until the object's state is consistent, and lock it."""
 
     def release(self, in_child: bool) -> None:
-        """Lets it go on. in_child: in the new process, where other threads are missing."""
+        """Unlock it. in_child: in the new process, where other threads are missing."""
 
 
 _tracked: weakref.WeakSet[Forked] = weakref.WeakSet()
@@ -28,7 +28,7 @@ _held: list[Forked] = []
 
 
 def track(found: Forked) -> None:
-    """Includes an object in every fork from now on, for as long as others keep it."""
+    """Call an object's handlers at every fork from now on, while other references to it exist."""
     _tracked.add(found)
 
 

@@ -162,7 +162,7 @@ def test_the_words_of_transformers_4_mean_the_same(config):
 
 
 def test_new_rope_parameters_beside_flat_bases():
-    """Some published files split the facts: factors in rope_parameters, bases in the flat keys."""
+    """Published files may split the settings: factors in rope_parameters, bases in the flat keys."""
     data = to_hf(PRESETS["gemma-3-4b-it"].config)
     data["rope_parameters"] = {
         "full_attention": {"factor": 8.0, "rope_type": "linear"},

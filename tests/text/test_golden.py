@@ -39,7 +39,7 @@ def test_every_script_and_piece(gemma, own_pieces):
 def test_u2581_is_a_space_wherever_it_stands(gemma, own_pieces):
     """Sentencepiece takes the sign for a space; `tokenizers` does so too, but for runs of it.
 
-    It finds those as added tokens before it turns spaces into the sign, so they never join spaces beside them.
+    It finds those as added tokens before it turns spaces into the sign, so they never join adjacent spaces.
     """
     differ = 0
     texts = usual(gemma, strings(COUNT, 4, own_pieces, block=True))

@@ -145,7 +145,7 @@ def test_a_tokenizer_model_of_sentencepiece_itself(trained, tmp_path):
 
 
 def test_the_library_reads_a_written_model_as_it_was_meant(trained):
-    """What the library writes again of a model that was written by hand, read back by hand."""
+    """The library serialises a handwritten model again; read by hand, it is equal."""
     vocabulary = read_model(trained())
     library = sentencepiece.SentencePieceProcessor()
     library.LoadFromSerializedProto(write_model(vocabulary))

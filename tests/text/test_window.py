@@ -1,4 +1,4 @@
-"""Which of a conversation's oldest messages are left out when it outgrows the context. Budget: 1 s."""
+"""Oldest messages are left out when a conversation outgrows the context. Budget: 1 s."""
 
 import pytest
 from hypothesis import given

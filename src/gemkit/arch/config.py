@@ -1,7 +1,7 @@
-"""The facts of one Gemma model, with every layer pattern already expanded to one record per layer.
+"""Configuration of one Gemma model, with every layer pattern expanded to one record per layer.
 
 Field names are the keys of a Hugging Face ``config.json``. `hf_config.from_hf` and `hf_config.to_hf` read and write
-that file's dictionary. Nothing outside this file asks for a layer's place in a pattern: it reads ``config.layers[i]``.
+that file's dictionary. Other code never evaluates a layer pattern: it reads ``config.layers[i]``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GOOGLE_VOCABULARY = 256_000  # every published vocabulary has as many pieces or 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What differs from layer to layer.
+    """Per-layer settings.
 
     sliding_window: None for full attention; W lets position i attend j if and only if 0 <= i - j < W.
     rope_theta: base of the rotary frequencies.
@@ -33,7 +33,7 @@ class LayerSpec:
 
 
 class ParameterCounts(NamedTuple):
-    """Numbers of parameters, counted as in Table 2 of the Gemma report: a tied output matrix counts once."""
+    """Parameter counts, computed as in Table 2 of the Gemma report: a tied output matrix counts once."""
 
     embedding: int
     non_embedding: int
@@ -52,7 +52,7 @@ def layer_pattern(
     sliding_window: int | None = None,
     local_rope_theta: float | None = None,
 ) -> tuple[LayerSpec, ...]:
-    """Expands a repeating pattern: every ``period``-th layer is full, the ones before it slide.
+    """Expand a repeating pattern: every ``period``-th layer is full, the ones before it slide.
 
     With ``period`` 6 the layers 5, 11, 17, … attend to everything; with 2 layer 0 slides (Gemma 2); with 1 none does.
     Sliding layers use ``local_rope_theta`` (the same base if None) and never a ``rope_factor``, unless there is one
@@ -117,12 +117,12 @@ class ModelConfig:
         return ParameterCounts(tables * self.vocab_size * D, L * (attention + 3 * D * F + norms) + D)
 
     def parameter_count(self) -> int:
-        """All parameters of the text model."""
+        """Return all parameters of the text model."""
         return self.parameter_counts().total
 
 
 def _validate(c: ModelConfig) -> None:
-    """Raises GemkitError for the first field that cannot be right."""
+    """Raise GemkitError for the first field that cannot be right."""
 
     def need(ok: bool, message: str) -> None:
         if not ok:
@@ -183,5 +183,5 @@ def _is_int(value: object) -> bool:
 
 
 def is_positive(value: object) -> bool:
-    """A finite number above 0. The bound is a float, so that an integer of any length compares without overflow."""
+    """Return whether a value is a finite number above 0; an integer of any length compares without overflow."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e300

@@ -73,7 +73,7 @@ def from_hf(data: Mapping[str, Any]) -> ModelConfig:
     Accepts model types gemma, gemma2, gemma3_text and gemma3 (its ``text_config``), with the rope fields of
     transformers 4 (``rope_theta``, ``rope_local_base_freq``, ``rope_scaling``) or 5 (``rope_parameters``), and the
     layer types as ``layer_types`` or ``sliding_window_pattern``. A key that would change the mathematics in a way
-    gemkit does not have raises GemkitError; keys that say nothing about the model (dtype, cache) are not read.
+    gemkit does not have raises GemkitError; keys that do not describe the model (dtype, cache) are not read.
     """
     if not isinstance(data, Mapping):
         raise GemkitError(f"config.json holds a {type(data).__name__}; it must be an object with a model_type.")
@@ -110,7 +110,7 @@ def from_hf(data: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=f["max_position_embeddings"],
         rms_norm_eps=f["rms_norm_eps"],
         query_pre_attn_scalar=f["head_dim"] if first else f["query_pre_attn_scalar"],
-        # Gemma 1 has no caps, Gemma 3 none on attention, and the multimodal class none at all, whatever the file says
+        # Gemma 1 has no caps, Gemma 3 none on attention, and the multimodal class none at all, whatever the file has
         attn_logit_softcapping=f["attn_logit_softcapping"] if model_type == "gemma2" else None,
         final_logit_softcapping=None if first or multimodal else f["final_logit_softcapping"],
         qk_norm=model_type == "gemma3_text",
@@ -123,7 +123,7 @@ def from_hf(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def left_out(data: Mapping[str, Any]) -> list[str]:
-    """Names the sizes that a file leaves to the defaults of its class."""
+    """Return the names of sizes that a file leaves to the defaults of its class."""
     text = data.get("text_config")
     return [key for key in _SIZES if key not in (text if isinstance(text, Mapping) else data)]
 
@@ -137,7 +137,7 @@ def _other_model(model_type: Any) -> str:
 
 
 def _refuse_other_mathematics(model_type: str, data: Mapping[str, Any]) -> None:
-    """Raises for switches that transformers honours and gemkit does not have."""
+    """Raise for switches that transformers honours and gemkit does not have."""
     if data.get("use_bidirectional_attention"):
         raise GemkitError(
             "config.json sets use_bidirectional_attention: this is an embedding model, such as EmbeddingGemma, "
@@ -156,7 +156,7 @@ def _refuse_other_mathematics(model_type: str, data: Mapping[str, Any]) -> None:
 
 
 def _stop_ids(model_type: str, eos: Any, vocab_size: Any) -> tuple[int, ...]:
-    """The file's end ids and the end of a turn: base models list <eos> alone, yet tuned ones are built on them.
+    """Return the file's end ids and the end of a turn: base models list <eos> alone, yet tuned ones are built on them.
 
     Ids outside the vocabulary cannot be chosen and are left out. In a vocabulary smaller than Google's, which is
     another, the ids of Google's turns may be words.
@@ -192,9 +192,9 @@ def _read_layers(model_type: str, f: Mapping[str, Any]) -> tuple[LayerSpec, ...]
 
 
 def _read_rope(model_type: str, f: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """(theta, factor) per layer type, from rope_scaling, rope_parameters and the flat keys.
+    """Return (theta, factor) per layer type, from rope_scaling, rope_parameters and the flat keys.
 
-    Gemma 1 and 2 have one rope, in which rope_scaling goes before rope_parameters. Gemma 3 has two, of which
+    Gemma 1 and 2 have one rope, in which rope_scaling overrides rope_parameters. Gemma 3 has two, of which
     rope_scaling changes the full layers'; rope_parameters that are not nested by layer type have no effect in it.
     """
     parameters, scaling = f.get("rope_parameters"), f.get("rope_scaling")

@@ -28,7 +28,7 @@ class Preset:
 
 
 def _gemma1(*, D: int, F: int, N: int, K: int, L: int) -> ModelConfig:
-    """Gemma 1, Gemma 1.1 and CodeGemma: full attention in every layer."""
+    """Configure Gemma 1, Gemma 1.1 and CodeGemma: full attention in every layer."""
     return ModelConfig(
         model_type="gemma",
         vocab_size=256_000,
@@ -53,7 +53,7 @@ def _gemma1(*, D: int, F: int, N: int, K: int, L: int) -> ModelConfig:
 
 
 def _gemma2(*, D: int, F: int, N: int, K: int, H: int, L: int, query_scalar: int) -> ModelConfig:
-    """Gemma 2 and ShieldGemma: local and full layers alternate, the first one local; soft caps 50 and 30."""
+    """Configure Gemma 2 and ShieldGemma: local and full layers alternate, first a local one; soft caps 50 and 30."""
     return ModelConfig(
         model_type="gemma2",
         vocab_size=256_000,
@@ -80,7 +80,7 @@ def _gemma2(*, D: int, F: int, N: int, K: int, H: int, L: int, query_scalar: int
 def _gemma3(
     *, D: int, F: int, N: int, K: int, L: int, H: int = 256, query_scalar: int = 256, small: bool = False
 ) -> ModelConfig:
-    """Gemma 3: five local layers, one full; two rope bases.
+    """Configure Gemma 3: five local layers, one full; two rope bases.
 
     ``small`` are the text-only 270M and 1B: window 512, 32K context, no rope factor. The others are the text towers of
     the multimodal models: window 1024, 128K context, rope factor 8 on the full layers, 64 more rows of vocabulary.
@@ -127,7 +127,7 @@ _GEMMA3_12B = _gemma3(D=3840, F=15360, N=16, K=8, L=48)
 _GEMMA3_27B = _gemma3(D=5376, F=21504, N=32, K=16, H=128, L=62, query_scalar=168)
 
 _ROWS: tuple[tuple[str, bool, ModelConfig], ...] = (
-    # name (on Hugging Face under google/), instruction tuned, facts
+    # name (on Hugging Face under google/), instruction tuned, configuration
     ("gemma-2b", False, _GEMMA1_2B),
     ("gemma-2b-it", True, _GEMMA1_2B),
     ("gemma-7b", False, _GEMMA1_7B),
@@ -169,7 +169,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Preset:
-    """The published model of that name, with or without ``google/``; case does not matter.
+    """Return the published model of that name, with or without ``google/``; case does not matter.
 
     Raises GemkitError with the nearest names. Example: ``preset("gemma-3-270m").config.num_hidden_layers`` is 18.
     """

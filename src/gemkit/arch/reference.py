@@ -1,7 +1,7 @@
 """The Gemma forward pass in float64 NumPy: the specification that every backend is tested against.
 
-One sequence, no cache, nothing fast. Read it from top to bottom; what differs between the generations is in
-`gemkit.arch.config.ModelConfig`. Itself tested against Hugging Face transformers (``tests/parity/test_reference.py``).
+One sequence, no cache, no optimisation. Read it from top to bottom; the generations differ only in their
+`gemkit.arch.config.ModelConfig`. It is tested against Hugging Face transformers (``tests/parity/test_reference.py``).
 
 Letters: T tokens, S visible tokens (here S = T), D model width, F ffn width, N query heads, K key-value heads,
 G = N/K query heads per key-value head, H head width, V vocabulary. ``q_TKGH`` has the axes T, K, G, H.
@@ -22,18 +22,18 @@ Trace = Callable[[str, Array], None]
 
 
 def norm(x: Array, w: Array, eps: float) -> Array:
-    """Root-mean-square norm over the last axis. The stored weight is w, the gain 1 + w."""
+    """Apply the root-mean-square norm over the last axis. The stored weight is w, the gain 1 + w."""
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * (1.0 + w)
 
 
 def inverse_frequencies(head_dim: int, layer: LayerSpec) -> Array:
-    """Rotary frequencies float32 [H/2] in radians per position: theta^(-2i/H) rounded once, then divided in float32."""
+    """Return rotary frequencies float32 [H/2], radians per position: theta^(-2i/H) rounded once, divided in float32."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     return np.float32(layer.rope_theta**-exponent) / np.float32(layer.rope_factor)
 
 
 def rope(x: Array, positions: Array, layer: LayerSpec) -> Array:
-    """Rotates x [T, ..., H] by its positions int [T]; element i pairs with element i + H/2.
+    """Rotate x [T, ..., H] by its positions int [T]; element i pairs with element i + H/2.
 
     The angle is a float32 product, as in every published implementation: at position 100,000 a float64 angle would
     differ by thousandths of a radian. Its cosine and sine are exact to float64.
@@ -55,12 +55,12 @@ def softmax(x: Array) -> Array:
 
 
 def gelu(x: Array) -> Array:
-    """The tanh approximation (Hendrycks and Gimpel 2016), which Gemma was trained with."""
+    """Apply the tanh approximation (Hendrycks and Gimpel 2016), which Gemma was trained with."""
     return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
 
 
 def attention(x_TD: Array, p: Mapping[str, Array], positions: Array, layer: LayerSpec, c: ModelConfig) -> Array:
-    """Grouped-query attention; p holds the layer's parameters. Returns [T, D] before any post-norm."""
+    """Compute grouped-query attention; p holds the layer's parameters. Returns [T, D] before any post-norm."""
     T, K, H = len(x_TD), c.num_key_value_heads, c.head_dim
     G = c.num_attention_heads // K
     q_TKGH = (x_TD @ p["self_attn.q_proj"].T).reshape(T, K, G, H)
@@ -83,14 +83,14 @@ def attention(x_TD: Array, p: Mapping[str, Array], positions: Array, layer: Laye
 
 
 def mlp(x_TD: Array, p: Mapping[str, Array]) -> Array:
-    """Gated feed-forward with GELU."""
+    """Run the gated feed-forward network with GELU."""
     return (gelu(x_TD @ p["mlp.gate_proj"].T) * (x_TD @ p["mlp.up_proj"].T)) @ p["mlp.down_proj"].T
 
 
 def block(
     x_TD: Array, p: Mapping[str, Array], positions: Array, layer: LayerSpec, c: ModelConfig
 ) -> tuple[Array, Array]:
-    """One layer. Returns the residual stream after attention and after the feed-forward, each [T, D]."""
+    """Run one layer and return the residual stream after attention and after the feed-forward, each [T, D]."""
     eps = c.rms_norm_eps
     a = attention(norm(x_TD, p["input_layernorm"], eps), p, positions, layer, c)
     if not c.post_norms:
@@ -110,7 +110,7 @@ def hidden(
     embed_scale: float | None = None,
     trace: Trace | None = None,
 ) -> Array:
-    """Hidden states float64 [T, D] after the final norm.
+    """Return hidden states float64 [T, D] after the final norm.
 
     params: every name of `gemkit.arch.tensors.manifest`, any float type.  tokens: int [T].
     positions: int [T], rising; 0, 1, 2, … if None.
@@ -148,14 +148,14 @@ def forward(
     embed_scale: float | None = None,
     trace: Trace | None = None,
 ) -> Array:
-    """Logits float64 [T, V]; row t scores the token after ``tokens[t]``. Arguments as in `hidden`."""
+    """Return logits float64 [T, V]; row t scores the token after ``tokens[t]``. Arguments as in `hidden`."""
     x_TD = hidden(config, params, tokens, positions, embed_scale=embed_scale, trace=trace)
     head_VD = params["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     return softcap(x_TD @ np.asarray(head_VD, np.float64).T, config.final_logit_softcapping)
 
 
 def _checked(config: ModelConfig, params: Mapping[str, Array]) -> dict[str, Array]:
-    """The parameters in float64; raises GemkitError if one is missing, unknown or misshapen."""
+    """Return the parameters in float64; raises GemkitError if one is missing, unknown or misshapen."""
     specs = manifest(config)
     wrong = [f"{name} is missing" for name in specs.keys() - params.keys()]
     wrong += [f"{name} is not part of the model" for name in params.keys() - specs.keys()]

@@ -49,7 +49,7 @@ _PROJECTIONS = (
 
 
 def manifest(config: ModelConfig) -> dict[str, TensorSpec]:
-    """All parameters of ``config`` in the order of the forward pass, keyed by name.
+    """Return all parameters of ``config`` in the order of the forward pass, keyed by name.
 
     Example: ``manifest(config)["model.embed_tokens.weight"].shape == (config.vocab_size, config.hidden_size)``.
     """

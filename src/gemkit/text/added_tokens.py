@@ -29,7 +29,7 @@ class AddedToken:
 
     @classmethod
     def from_json(cls, row: Mapping[str, object], number: int | None = None, special: bool = False) -> AddedToken:
-        """Reads a row of ``added_tokens`` or of ``added_tokens_decoder``. Raises KeyError, TypeError or ValueError."""
+        """Read a row of ``added_tokens`` or of ``added_tokens_decoder``. Raises KeyError, TypeError or ValueError."""
         content = row["content"]
         if not isinstance(content, str) or not content:
             raise ValueError("a token without text")
@@ -43,7 +43,7 @@ class AddedToken:
 
 
 def with_added(vocabulary: Vocabulary, tokens: Iterable[AddedToken], rows: int | None = None) -> Vocabulary:
-    """A vocabulary with tokens added in their order.
+    """Return a vocabulary with tokens added in their order.
 
     A token that is a piece already keeps that id, any other gets the next one, whatever number its file gives it. Where
     that one would have no row in the embedding and the number is inside the vocabulary, the token takes that piece's
@@ -99,7 +99,7 @@ def _check(token: AddedToken, ids: Mapping[bytes, int]) -> None:
 
 
 def _hidden(found: Mapping[int, AddedToken], types: list[int], pieces: list[bytes]) -> list[int]:
-    """Tokens that text never gives: normalised ones in which another is found, which is looked for first."""
+    """Return tokens that text never gives: normalised ones in which another is found, which is looked for first."""
     defined = {number for number, kind in enumerate(types) if kind == PieceType.USER_DEFINED}
     late = [number for number in defined & found.keys() if found[number].normalized]
     if not late:

@@ -26,7 +26,7 @@ _BETWEEN = "\n\n"
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-    """Returns the ids of a conversation, after one BOS: by the chat template of the tokenizer's model, if it has one.
+    """Return the ids of a conversation, after one BOS: by the chat template of the tokenizer's model, if it has one.
 
     Without one, or where it renders Google's turns, they are as in `gemma_turns`.
     """
@@ -37,7 +37,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pro
 
 
 def gemma_turns(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-    """Returns the ids of a conversation in Google's turns, after one BOS.
+    """Return the ids of a conversation in Google's turns, after one BOS.
 
     messages: {"role": …, "content": …}; the role is user, model (or assistant), system (or developer); the content is a
     string or a list of {"type": "text", "text": …}. add_generation_prompt: open the model's next turn; where the last
@@ -61,7 +61,7 @@ def gemma_turns(tokenizer: Tokenizer, messages: Sequence[Message], add_generatio
 
 
 def turns(messages: Iterable[Message]) -> list[tuple[str, str]]:
-    """Returns (role, text) for each turn, role "user" or "model", users first and in alternation.
+    """Return (role, text) for each turn, role "user" or "model", users first and in alternation.
 
     System text goes in front of the next user's, messages of one role in a row become one turn, both with a blank line
     between. White space around a message is dropped, around system text kept, as the published template does.
@@ -98,7 +98,7 @@ def _append(out: list[tuple[str, list[str]]], role: str, text: str) -> None:
 
 
 def _read(number: int, message: Message) -> tuple[str, str]:
-    """Role ("user", "model" or "system") and text of a message."""
+    """Return role ("user", "model" or "system") and text of a message."""
     if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
         raise GemkitError(f"message {number} is {message!r:.80}: give {{'role': …, 'content': …}}")
     role = _ROLES.get(message["role"]) if isinstance(message["role"], str) else None

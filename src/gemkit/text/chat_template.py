@@ -1,8 +1,8 @@
-"""How a model's conversations become ids: by its file's own chat template.
+"""Chat templates: conversations to ids, by the template in the model's own file.
 
-Google's templates, and all that render the same turns, are not run: `gemkit.text.chat` makes those ids, and it has a
-place for what they refuse, such as system text in Gemma 1 and 2. Another template is run in a sandbox, and what a
-message says never becomes a control token.
+Google's templates, and all that render the same turns, are not run: `gemkit.text.chat` makes those ids, and
+accepts input that they refuse, such as system text in Gemma 1 and 2. Other templates run in a sandbox, and the
+content of a message never becomes a control token.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, checkpoint: Any, tokenizer: Tokenizer) -> ChatTemplate:
-        """Returns that of a checkpoint: its ``chat_template``, ``name``, ``special_tokens`` and ``metadata`` count."""
+        """Return that of a checkpoint: its ``chat_template``, ``name``, ``special_tokens`` and ``metadata`` count."""
         special = dict(getattr(checkpoint, "special_tokens", {}))
         end = getattr(checkpoint, "metadata", {}).get("tokenizer.ggml.eos_token_id")
         if type(end) is int and 0 <= end < tokenizer.vocab_size:
@@ -68,12 +68,12 @@ class ChatTemplate:
         return cls(source, tokenizer, getattr(checkpoint, "name", ""), special)
 
     def replaced(self, source: str | None) -> ChatTemplate:
-        """Returns one with another template; None for Google's turns."""
+        """Return one with another template; None for Google's turns."""
         return ChatTemplate(source, self._tokenizer, "", self._special)
 
     @cached_property
     def is_own(self) -> bool:
-        """The template renders other turns than Google's, and is run."""
+        """Return whether the template renders other turns than Google's, and so is run."""
         return self.source is not None and not renders_gemma_turns(self.source)
 
     def render(
@@ -82,7 +82,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """Returns the ids of a conversation, after exactly one BOS.
+        """Return the ids of a conversation, after exactly one BOS.
 
         add_generation_prompt: open the assistant's next turn; where the last message is the assistant's, leave that
         open instead, to be continued. tools: JSON schemas of functions, for a template that lists them.
@@ -130,10 +130,10 @@ class ChatTemplate:
         except GemkitError:
             if whole == messages:
                 raise
-        return self._ids(whole, add, tools)  # the template knows no content in parts
+        return self._ids(whole, add, tools)  # the template does not support content in parts
 
     def _warn(self, missing: list[str]) -> None:
-        """Warns once of control tokens that the template writes and the vocabulary lacks."""
+        """Warn once of control tokens that the template writes and the vocabulary lacks."""
         if missing and not self._warned:
             self._warned = True
             warnings.warn(
@@ -147,7 +147,7 @@ class ChatTemplate:
     def _ids(
         self, messages: list[dict[str, Any]], add: bool, tools: list | None, unlike: str | None = None
     ) -> list[int]:
-        """unlike: raise GemkitError for a text with this in it, which is how a list looks that was taken for text."""
+        """Encode rendered text. unlike: GemkitError if the text has this in it, the sign of a list rendered as text."""
         from gemkit.text.marks import Marks
 
         control, marks = self._control, Marks([self.source, *self._special.values(), *_strings([messages, tools])])
@@ -171,9 +171,9 @@ class ChatTemplate:
             raise GemkitError("it takes content for text")
         try:
             safe = render(True)
-        except GemkitError:  # it asks for brackets in a message
+        except GemkitError:  # it searches messages for brackets
             safe = text
-        # Where brackets in messages decide on control tokens, the template makes tokens of what messages say
+        # Where brackets in messages decide on control tokens, the template turns the content of messages into tokens
         if control.tokens(safe) != control.tokens(text):
             text = safe
         self._warn(control.missing(text))
@@ -181,7 +181,7 @@ class ChatTemplate:
 
 
 def renders_gemma_turns(source: str) -> bool:
-    """Says whether a template renders Google's turns: it is a published one, gemkit's, or does so in samples.
+    """Return whether a template renders Google's turns: it is a published one, gemkit's, or does so in samples.
 
     The verdict on an unknown template is kept in the cache folder. False for one that cannot be run.
     """
@@ -255,7 +255,7 @@ def _rendered(template: Template, messages: list[dict[str, str]], add: bool) -> 
 
 
 def _turns(messages: list[dict[str, str]], add: bool) -> str | None:
-    """Google's turns as text; None for messages that have none."""
+    """Return Google's turns as text; None for messages that have none."""
     try:
         rows = chat.turns(messages)
     except GemkitError:
@@ -268,7 +268,7 @@ def _turns(messages: list[dict[str, str]], add: bool) -> str | None:
 
 
 def _plain_messages(messages: object) -> list[dict[str, Any]]:
-    """Copies of the messages in plain data, without keys of no value; raises GemkitError for what is no message."""
+    """Return copies of the messages in plain data, without empty keys; raises GemkitError for anything else."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise GemkitError("messages is no list: give a list of {'role': …, 'content': …}")
     if not messages:
@@ -284,7 +284,7 @@ def _plain_messages(messages: object) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any, where: str = "a tool", depth: int = 0) -> Any:
-    """A copy in Python's own types, so that a template can reach nothing else."""
+    """Return a copy in Python's built-in types, so that a template cannot reach other objects."""
     if value is None or isinstance(value, bool):
         return value
     for kind in (str, int, float):
@@ -306,7 +306,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def _joined(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with content in parts as one text, if all of them are text."""
+    """Return the message with content in parts as one text, if all of them are text."""
     parts = message.get("content")
     if not isinstance(parts, list) or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         return message
@@ -326,7 +326,7 @@ def _append(message: dict[str, Any], end: str) -> None:
 
 
 def _cut(text: str, mark: str) -> str:
-    """The text up to the mark and one space after it; without white space before it where the template trims."""
+    """Return the text up to the mark and one space after it; without white space before it where the template trims."""
     at = text.rfind(mark)
     if at < 0:
         raise GemkitError("it leaves out the text of the last message, which is to be continued")

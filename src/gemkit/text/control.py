@@ -26,7 +26,7 @@ class ControlNames:
         self._search = re.compile("|".join(map(re.escape, sorted(lengths, key=len, reverse=True)))).search
 
     def split(self, text: str) -> list[str | int]:
-        """Returns the text's parts in order: an id for each control token, the text between them, none of it empty."""
+        """Return the text's parts in order: an id for each control token, the text between them, none of it empty."""
         parts: list[str | int] = []
         end = 0
         for start, stop, token in self.find(text):
@@ -35,7 +35,7 @@ class ControlNames:
         return [part for part in [*parts, text[end:]] if part != ""]
 
     def find(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """Yields start, end and id of each control token."""
+        """Yield start, end and id of each control token."""
         at = 0
         while found := self._search(text, at):
             at = found.start()

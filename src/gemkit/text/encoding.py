@@ -15,7 +15,7 @@ _MARKS = (
 
 
 def decode(data: bytes) -> str:
-    """Returns the text of bytes in UTF-8, or in UTF-16 or UTF-32 after a byte order mark, which is left out.
+    """Return the text of bytes in UTF-8, or in UTF-16 or UTF-32 after a byte order mark, which is left out.
 
     Line ends stay as they are. Raises UnicodeDecodeError for anything else: its `encoding` says which was tried, and
     UTF-16 without a mark, which would be UTF-8 full of zero bytes, counts as an error in UTF-8.

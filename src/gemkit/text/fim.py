@@ -13,7 +13,7 @@ from gemkit.text.tokenizer import Tokenizer
 
 
 def render(tokenizer: Tokenizer, prefix: str, suffix: str, parse_special: bool = False) -> list[int]:
-    """Returns the ids of a text with a gap; either part may be empty.
+    """Return the ids of a text with a gap; either part may be empty.
 
     parse_special: read the names of control tokens in both as those tokens, such as <|file_separator|>.
     Raises GemkitError if the vocabulary has no such tokens.

@@ -49,7 +49,7 @@ class Template:
         self.texts, self.names, self.assigned, self._compiled = _bounded(lambda: _compile(source), SECONDS)
 
     def render(self, variables: Mapping[str, Any], seconds: float = SECONDS) -> str:
-        """Returns the text for variables of plain data; raises GemkitError, also when it takes too long or too much."""
+        """Return the text for variables of plain data; raises GemkitError, also when it takes too long or too much."""
 
         def run() -> str:
             parts, size = [], 0
@@ -147,7 +147,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _check_text(name: str, text: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Raises SecurityError if a method or filter of text could make far more text."""
+    """Raise SecurityError if a method or filter of text could make far more text."""
     values = (*args, *kwargs.values())
     if any(isinstance(value, int) and abs(value) > MAX_COUNT for value in values):
         raise SecurityError(f"{name} is called with a number that is too large")
@@ -244,7 +244,7 @@ class _Stopped(BaseException):
 
 
 def _bounded(run: Callable[[], T], seconds: float) -> T:
-    """Returns run(); raises GemkitError in one line if it fails, or takes more time or memory than it may."""
+    """Return run(); raises GemkitError in one line if it fails, or takes more time or memory than it may."""
     guard = _Guard(seconds)
     try:
         with guard:
@@ -304,7 +304,7 @@ def _set_exception(thread: int, kind: type[BaseException] | None) -> None:
 
 
 def _memory() -> int:
-    """Bytes that the process holds; 0 where the system does not say."""
+    """Return bytes that the process holds; 0 where the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_bytes().split()[1]) * 4096
     except (OSError, ValueError, IndexError):

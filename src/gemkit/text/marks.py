@@ -16,7 +16,7 @@ from gemkit.text.control import ControlNames
 from gemkit.text.special import is_control_piece
 from gemkit.text.tokenizer import Tokenizer
 
-# What is a control token wherever a template writes it, and what may be one.
+# Control tokens wherever a template writes them, and possible control tokens.
 _CERTAIN = re.compile(r"<\|[^<>|\s]{1,64}\|>")
 _POSSIBLE = re.compile(r"[<\[][^<>\[\]\s]{1,64}[>\]]")
 _BRACKETS = frozenset("<>[]|&;")  # without them no name can be put together, HTML's escapes included
@@ -25,7 +25,7 @@ _MISSING = -1
 
 
 class Marks:
-    """Characters that stand for others, none of which occurs in the texts."""
+    """Placeholder characters, none of which occurs in the texts."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         used = set().union(*texts)
@@ -41,7 +41,7 @@ class Marks:
         return mark
 
     def new(self) -> str:
-        """A character that stands for nothing and occurs nowhere."""
+        """Return an unused character that occurs in none of the texts."""
         try:
             return next(self._free)
         except StopIteration:
@@ -67,7 +67,7 @@ class ControlTokens:
         self._marked = ControlNames(ids | dict.fromkeys(missing, _MISSING))
 
     def marked(self, value: Any, marks: Marks, brackets: bool = False) -> Any:
-        """Returns a copy of plain data, its strings marked where they name control tokens.
+        """Return a copy of plain data, its strings marked where they name control tokens.
 
         brackets: mark every bracket instead, so that no change of the text can make a name either.
         """
@@ -94,11 +94,11 @@ class ControlTokens:
         return _marked_at(text, [found.start() for found in _CERTAIN.finditer(text)], marks)
 
     def tokens(self, text: str) -> list[int]:
-        """The control tokens of a rendered text, in order."""
+        """Return the control tokens of a rendered text, in order."""
         return [token for _, _, token in self._names.find(text)]
 
     def encode(self, text: str, marks: Marks) -> list[int]:
-        """Returns the ids of a rendered text, with the marked characters put back."""
+        """Return the ids of a rendered text, with the marked characters put back."""
         ids: list[int] = []
         end = 0
         for start, stop, token in self._names.find(text):
@@ -107,13 +107,13 @@ class ControlTokens:
         return ids + self._encode(text[end:], marks)
 
     def missing(self, text: str) -> list[str]:
-        """The names in a rendered text that look like control tokens and are none in this vocabulary."""
+        """Return the names in a rendered text that look like control tokens and are none in this vocabulary."""
         names = [text[start:stop] for start, stop, token in self._marked.find(text) if token == _MISSING]
         names += [name for name in _CERTAIN.findall(text) if self._tokenizer.find(name) is None]
         return list(dict.fromkeys(names))
 
     def _encode(self, text: str, marks: Marks) -> list[int]:
-        """The ids of text without names that were known beforehand; a template may build others of parts."""
+        """Return the ids of text without names that were known beforehand; a template may build others of parts."""
         ids: list[int] = []
         end = 0
         for found in _CERTAIN.finditer(text):

@@ -41,7 +41,7 @@ _CONTROL = re.compile(
 
 
 def is_control_piece(piece: bytes) -> bool:
-    """Says whether a piece is a control token of some Gemma, whatever type its file gives it."""
+    """Return whether a piece is a control token of some Gemma, whatever type its file gives it."""
     return piece[:1] in (b"<", b"[") and _CONTROL.fullmatch(piece) is not None
 
 
@@ -68,7 +68,7 @@ class SpecialTokens:
 
 
 def find_special(find: Callable[[str], int | None]) -> SpecialTokens:
-    """Returns the control tokens of a vocabulary; ``find`` gives a piece's id or None.
+    """Return the control tokens of a vocabulary; ``find`` gives a piece's id or None.
 
     Raises GemkitError unless pad, eos, bos and unk have the ids that every Gemma gives them and the turn tokens come in
     a pair, start before end.

@@ -1,4 +1,4 @@
-"""sentencepiece's model file, written and read without protobuf.
+"""Reader and writer of sentencepiece's model file, without protobuf.
 
 Source: src/sentencepiece_model.proto of github.com/google/sentencepiece, from which the field numbers are. A message is
 a row of fields, each a key (number · 8 + wire type) and a value: a varint (0), a length and bytes (2), 4 bytes (5).
@@ -26,10 +26,10 @@ _NAME, _CHARSMAP, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 1, 2, 3, 4, 5
 
 
 def write_model(vocabulary: Vocabulary) -> bytes:
-    """Returns a sentencepiece model that splits text as Gemma does: byte-pair merges by score, then bytes.
+    """Return a sentencepiece model that splits text as Gemma does: byte-pair merges by score, then bytes.
 
-    Nothing is normalised but " " to U+2581, in pieces too. Every control token becomes CONTROL, so that text never
-    makes one. Raises GemkitError for a vocabulary that no file should have.
+    The only normalisation is " " to U+2581, in pieces too. Every control token becomes CONTROL, so that text never
+    makes one. Raises GemkitError for an invalid vocabulary.
     """
     pieces = vocabulary.pieces
     _check(vocabulary)
@@ -97,7 +97,7 @@ def _normalizer() -> bytes:
 
 
 def read_model(data: bytes) -> Vocabulary:
-    """Returns the vocabulary of a sentencepiece model, such as a published ``tokenizer.model``.
+    """Return the vocabulary of a sentencepiece model, such as a published ``tokenizer.model``.
 
     Raises GemkitError for broken data and for a model that splits text in another way than Gemma's.
     """
@@ -158,7 +158,7 @@ def _message(data: bytes, span: tuple[int, int]) -> dict[int, object]:
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, object]]:
-    """Yields number and value of each field in data[at:end]; bytes come as (start, end), 4 bytes as a float.
+    """Yield number and value of each field in data[at:end]; bytes come as (start, end), 4 bytes as a float.
 
     Raises IndexError, ValueError or struct.error where the data is broken.
     """

@@ -1,4 +1,4 @@
-"""Text as its tokens come: whole characters only, and nothing of a stop string."""
+"""Streaming decoder: whole characters only, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gemkit.errors import GemkitError
 
 
 class TokenBytes(Protocol):
-    """What a stream asks of a tokenizer."""
+    """Tokenizer interface of a stream."""
 
     def token_bytes(self, token: int, skip_control: bool = True) -> bytes: ...
 
 
 class StreamDecoder:
-    """Decodes ids one by one; a character made of several byte tokens is held back until it is whole.
+    """Decode ids one by one; a character of several byte tokens is held back until it is complete.
 
     All pushes and the flush together give what `Tokenizer.decode` gives for all the ids.
     """
@@ -29,18 +29,18 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """Returns the text that is whole with this token, often one word, sometimes nothing."""
+        """Return the text that this token completes, often one word, sometimes an empty string."""
         return self._decoder.decode(self._tokenizer.token_bytes(token, self._skip_control))
 
     def flush(self) -> str:
-        """Returns U+FFFD for a character that stayed incomplete, and starts anew."""
+        """Return U+FFFD for a character that stayed incomplete, and reset the decoder."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
 
 
 class StopMatcher:
-    """Passes text on until a stop string is complete; holds back what may be the start of one.
+    """Pass text on until a stop string is complete; hold back a possible start of one.
 
     stopped: whether one was found. The first to be complete counts, of several complete at once the longest, so that
     the result does not depend on how the text was cut. Raises GemkitError for an empty stop string.
@@ -56,7 +56,7 @@ class StopMatcher:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """Returns what can be passed on; after the stop string, nothing any more."""
+        """Return the text that can be passed on; after the stop string, an empty string."""
         if self.stopped:
             return ""
         text = self._held + text
@@ -70,11 +70,11 @@ class StopMatcher:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """Returns what was held back, at the end of the text."""
+        """Return what was held back, at the end of the text."""
         text, self._held = self._held, ""
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that is a proper start of the stop string."""
+    """Return the length of the longest end of the text that is a proper start of the stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

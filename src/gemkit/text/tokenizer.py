@@ -1,8 +1,8 @@
-"""Text to ids and back, with the sentencepiece library.
+"""Tokenizer: text to ids and back, with the sentencepiece library.
 
 Its model is written from a vocabulary, whichever file that came in, and kept in the cache folder under a checksum: a
 second start reads one file and never builds the list of pieces. That start imports neither NumPy nor the readers of
-vocabularies, so that it can begin before they are there.
+vocabularies, so that it can begin before they are loaded.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Tokenizer:
     """
 
     def __init__(self, model: bytes) -> None:
-        """Takes a model that `spm_proto.write_model` wrote; the classmethods are the usual way in."""
+        """Take a model that `spm_proto.write_model` wrote; the classmethods are the usual way in."""
         if not isinstance(model, bytes):
             raise GemkitError(f"a tokenizer's model is {brief(model)}: read a file with Tokenizer.from_file")
         self._model = sentencepiece.SentencePieceProcessor()
@@ -74,7 +74,7 @@ class Tokenizer:
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary) -> Tokenizer:
-        """Raises GemkitError if the vocabulary is broken or no Gemma's."""
+        """Raise GemkitError if the vocabulary is broken or not that of a Gemma model."""
         import numpy as np
 
         digest = hashlib.sha256()
@@ -89,7 +89,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Reads a ``tokenizer.model`` or a ``tokenizer.json``. Raises GemkitError if it cannot."""
+        """Read a ``tokenizer.model`` or a ``tokenizer.json``. Raises GemkitError if it cannot."""
         if not isinstance(path, str | os.PathLike):
             raise GemkitError(f"a tokenizer's file is {brief(path)}: give its path")
         try:
@@ -109,10 +109,10 @@ class Tokenizer:
 
     @classmethod
     def from_cached(cls, key: str, make: Callable[[], Vocabulary]) -> Tokenizer:
-        """Loads the tokenizer kept under ``key``; if there is none, asks ``make`` for the vocabulary and keeps it.
+        """Load the tokenizer kept under ``key``; if there is none, ask ``make`` for the vocabulary and keep it.
 
         key: anything that changes whenever the vocabulary does, such as the checksum of the bytes it is read from.
-        A cache that cannot be read or written costs time, nothing else.
+        A cache that cannot be read or written only costs time.
         Raises GemkitError if the vocabulary is broken or no Gemma's.
         """
         if (tokenizer := cls.find_cached(key)) is not None:
@@ -128,13 +128,13 @@ class Tokenizer:
 
     @classmethod
     def find_cached(cls, key: str) -> Tokenizer | None:
-        """Loads the tokenizer kept under ``key``; None if there is none or it is damaged."""
+        """Load the tokenizer kept under ``key``; None if there is none or it is damaged."""
         path = _cached(key)
         model = None if path is None else _read_cached(path)
         return None if model is None else cls(model)
 
     def encode(self, text: str, bos: bool = True, parse_special: bool = False) -> list[int]:
-        """Returns the ids of a text, after exactly one BOS.
+        """Return the ids of a text, after exactly one BOS.
 
         Plain text gives no control token: "<bos>" or "<start_of_turn>" in it are split like any other word. U+2581
         counts as a space, as sentencepiece has it, and is decoded as one.
@@ -152,7 +152,7 @@ class Tokenizer:
         return self.with_bos(ids) if bos else ids
 
     def find_control(self, text: str) -> list[str]:
-        """Returns the names of control tokens, in angle or square brackets, that a text holds, each once."""
+        """Return the names of control tokens, in angle or square brackets, that a text holds, each once."""
         _check_text(text)
         return [name for name in dict.fromkeys(SHAPE.findall(text)) if self._is_control_name(name)]
 
@@ -173,20 +173,20 @@ class Tokenizer:
         return ControlNames(self.control_names)
 
     def with_bos(self, ids: Iterable[int]) -> list[int]:
-        """Returns the ids after exactly one BOS, however many they had in front."""
+        """Return the ids after exactly one BOS, however many they had in front."""
         ids = _whole(ids)
         start = next((at for at, token in enumerate(ids) if token != self.bos_id), len(ids))
         return [self.bos_id, *ids[start:]]
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
-        """Returns the text of the ids, without control tokens unless told otherwise.
+        """Return the text of the ids, without control tokens unless told otherwise.
 
         Bytes that are no UTF-8 become U+FFFD. Raises GemkitError for an id outside the vocabulary.
         """
         return b"".join([self.token_bytes(token, skip_control) for token in _whole(ids)]).decode("utf-8", "replace")
 
     def token_bytes(self, token: int, skip_control: bool = True) -> bytes:
-        """Returns what one token adds to the text, in UTF-8: a part of a character for a byte token."""
+        """Return what one token adds to the text, in UTF-8: a part of a character for a byte token."""
         try:
             token = operator.index(token)
         except TypeError:
@@ -199,28 +199,28 @@ class Tokenizer:
         return piece.replace(SPACE, " ").encode()
 
     def id_to_piece(self, token: int) -> str:
-        """Returns a piece as the vocabulary has it, U+2581 for a space. Raises GemkitError for an id outside it."""
+        """Return a piece as the vocabulary has it, U+2581 for a space. Raises GemkitError for an id outside it."""
         try:
             return self._model.id_to_piece(operator.index(token))
         except (IndexError, OverflowError, TypeError):
             raise GemkitError(f"id {brief(token)} is not in the vocabulary of {self.vocab_size} pieces") from None
 
     def piece_to_id(self, piece: str) -> int:
-        """Returns the id of a whole piece, control tokens included. Raises GemkitError if there is none."""
+        """Return the id of a whole piece, control tokens included. Raises GemkitError if there is none."""
         found = self.find(piece)
         if found is None:
             raise GemkitError(f"the vocabulary has no piece {brief(piece)}")
         return found
 
     def is_control(self, token: int) -> bool:
-        """Says whether a token, <unk> among them, stands for no text. Raises GemkitError for an id outside."""
+        """Return whether a token, <unk> among them, has no text. Raises GemkitError for an id outside."""
         try:
             return self._model.is_control(operator.index(token)) or token == self.unk_id
         except (IndexError, OverflowError, TypeError):
             raise GemkitError(f"id {brief(token)} is not in the vocabulary of {self.vocab_size} pieces") from None
 
     def find(self, piece: str) -> int | None:
-        """Returns the id of a whole piece, control tokens included, or None."""
+        """Return the id of a whole piece, control tokens included, or None."""
         try:
             found = self._model.piece_to_id(piece)
         except (RuntimeError, TypeError):  # not Unicode
@@ -259,7 +259,7 @@ def _cached(key: str) -> Path | None:
 
 
 def _read_cached(path: Path) -> bytes | None:
-    """The model kept at ``path``, or None if there is none or it is damaged."""
+    """Return the model kept at ``path``, or None if there is none or it is damaged."""
     try:
         data = path.read_bytes()
     except OSError:

@@ -23,13 +23,13 @@ def read_tokenizer_json(
     rebuilt: bool = False,
     rows: int | None = None,
 ) -> Vocabulary:
-    """Returns the vocabulary of a Gemma ``tokenizer.json``.
+    """Return the vocabulary of a Gemma ``tokenizer.json``.
 
     A score is minus the rank of the first merge that makes the piece; pieces that no merge makes are UNUSED. Added
     tokens are CONTROL if special, else USER_DEFINED. Older exports of Gemma 1 list no tokens but four; in them runs of
     white space and pieces that no merge makes (HTML tags) are USER_DEFINED, as in its ``tokenizer.model``.
     choose: gets the file's added tokens and returns those to add, in their order. rebuilt: the program builds the
-    tokenizer from pieces and merges alone, as transformers' own class for Gemma does, so that nothing else counts.
+    tokenizer from pieces and merges alone, as transformers' own class for Gemma does, and ignores the rest.
     rows: see `with_added`.
     Raises GemkitError for broken data and for a tokenizer that splits text in another way than Gemma's.
     """
@@ -52,7 +52,7 @@ def read_tokenizer_json(
 
 
 def _as_gemma(file: Mapping[str, object], model: Mapping[str, object]) -> dict[str, bool]:
-    """Whether the parts of the file beside pieces and merges are those of a Gemma, by what they do."""
+    """Return whether the parts of the file besides pieces and merges behave as those of a Gemma."""
     spaces, cut = file.get("normalizer") or {}, file.get("pre_tokenizer")
     # Text has no spaces left when it is cut at them
     uncut = cut is None or (cut.get("type"), cut.get("pattern")) == ("Split", {"String": " "})
@@ -67,7 +67,7 @@ def _as_gemma(file: Mapping[str, object], model: Mapping[str, object]) -> dict[s
 
 
 def _vocabulary(vocab: dict[str, int], merges: list, added: set[str], old: bool) -> Vocabulary:
-    """The pieces without the added tokens. old: it is an export of Gemma 1 that lists four of them."""
+    """Return the pieces without the added tokens. old: it is an export of Gemma 1 that lists four of them."""
     pieces: list[str | None] = [None] * len(vocab)
     for piece, number in vocab.items():
         if not 0 <= number < len(pieces) or pieces[number] is not None:
@@ -98,7 +98,7 @@ def _vocabulary(vocab: dict[str, int], merges: list, added: set[str], old: bool)
 
 
 def _check_merges(pairs: list, rank: Mapping[str, int], vocab: Mapping[str, int], added: set[str]) -> None:
-    """Raises GemkitError unless any two pieces that make a third may be merged, as the sentencepiece library does.
+    """Raise GemkitError unless any two pieces that make a third may be merged, as the sentencepiece library does.
 
     Gemma's files list all such pairs; a tokenizer that `tokenizers` trained lists one for each piece.
     """
@@ -117,7 +117,7 @@ def _check_merges(pairs: list, rank: Mapping[str, int], vocab: Mapping[str, int]
 
 
 def write_tokenizer_json(vocabulary: Vocabulary, bos_id: int = 2) -> bytes:
-    """Returns the ``tokenizer.json`` of a vocabulary: the same ids as sentencepiece's, one <bos> before each text.
+    """Return the ``tokenizer.json`` of a vocabulary: the same ids as sentencepiece's, one <bos> before each text.
 
     The merges are all ways in which two pieces make a third, best piece first. Runs of white space come before all
     others, from long pieces first, so that a run is cut as sentencepiece cuts it.

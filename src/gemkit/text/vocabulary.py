@@ -9,7 +9,7 @@ import numpy as np
 
 
 class PieceType(IntEnum):
-    """What a piece is for; the numbers are those of sentencepiece and GGUF."""
+    """Types of pieces; the values are those of sentencepiece and GGUF."""
 
     NORMAL = 1
     UNKNOWN = 2

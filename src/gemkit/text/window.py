@@ -10,7 +10,7 @@ Message = Mapping[str, Any]
 
 
 def visible(messages: Sequence[Message], dropped: int) -> list[Message]:
-    """Returns the messages without the oldest `dropped`; a system message at the start stays and is not counted."""
+    """Return the messages without the oldest `dropped`; a system message at the start stays and is not counted."""
     system = _system(messages)
     return [*messages[:system], *messages[system + dropped :]]
 
@@ -22,7 +22,7 @@ def shift(
     context: int,
     max_tokens: int | None = None,
 ) -> int:
-    """Returns how many of the oldest messages to leave out: `dropped` as before while there is space for an answer.
+    """Return how many of the oldest messages to leave out: `dropped` as before while there is space for an answer.
 
     count: tokens of a prompt. The space is `max_tokens`, at most a quarter of the context. Where it is missing, the
     rest is to take half of the context: whatever follows a change has to be read again, so that it should be rare.
@@ -34,7 +34,7 @@ def shift(
 
 
 def drop_oldest(messages: Sequence[Message], count: Callable[[list[Message]], int], limit: int) -> int:
-    """Returns how many of the oldest messages to leave out so that the rest takes at most `limit` tokens.
+    """Return how many of the oldest messages to leave out so that the rest takes at most `limit` tokens.
 
     count: tokens of a list of messages. The rest begins with a user's message; the last of those always stays, so that
     the result may still be over the limit.
