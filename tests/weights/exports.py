@@ -242,7 +242,7 @@ def _config(rng, kind: str, rows: int, export: Export) -> dict:
 
 
 def _state(rng, kind: str, facts: dict, seed: int, export: Export) -> dict[str, torch.Tensor]:
-    """The text model's tensors by canonical name, with what may be beside or in place of them."""
+    """The text model's tensors by canonical name, with tensors next to or in place of them."""
     config = from_hf({**facts, "tie_word_embeddings": False, "rope_scaling": None, "rope_parameters": None})
     state = {key: torch.from_numpy(value) for key, value in random_params(config, seed).items()}
     tied = facts.get("tie_word_embeddings", True)

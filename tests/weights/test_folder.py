@@ -1,4 +1,4 @@
-"""Which file of a folder is the model: the same answer for loading, the hubs, check and the converters. Budget: 5 s."""
+"""The model's file in a folder: the same for loading, the hubs, check and the converters. Budget: 5 s."""
 
 import json
 

@@ -150,7 +150,7 @@ def test_multimodal_prefixes(tmp_path):
     expected = read_peft(tmp_path / "text")
     tensors = state(tmp_path / "now")
     assert any(".model.language_model.layers." in key for key in tensors) and any("vision" in key for key in tensors)
-    # As peft wrote them beside transformers 4
+    # As peft wrote them with transformers 4
     older = {
         key.replace(".model.language_model.", ".language_model.model.").replace(".model.vision", ".vision"): value
         for key, value in tensors.items()

@@ -9,7 +9,7 @@ from gemkit.errors import GemkitError
 from gemkit.weights.quant import BLOCKS, OTHER_TYPES, GGMLType, dequantise, nbytes, quantise
 
 EXACT = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
-# Where the scales of a block lie: float16, kept finite in random blocks
+# Offsets of a block's scales: float16, kept finite in random blocks
 SCALES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0]}
 SCALES |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
 

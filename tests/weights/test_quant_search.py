@@ -20,7 +20,7 @@ from gemkit.weights.quant_search import SEARCHED, search
 
 
 def ggml(kind: GGMLType, rows: np.ndarray) -> np.ndarray:
-    """What llama.cpp's quantiser makes of rows, without an importance matrix."""
+    """Return rows as llama.cpp's quantiser rounds them, without an importance matrix."""
     function = library().ggml_quantize_chunk
     function.restype = ctypes.c_size_t
     function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
@@ -31,7 +31,7 @@ def ggml(kind: GGMLType, rows: np.ndarray) -> np.ndarray:
 
 
 def squared_error(kind: GGMLType, stored: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Of each block, float64."""
+    """Return the squared error of each block, float64."""
     difference = (dequantise(kind, stored, rows.shape) - rows).astype(np.float64)
     return np.square(difference).reshape(-1, BLOCKS[kind].elements).sum(1)
 

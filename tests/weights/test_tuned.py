@@ -1,4 +1,4 @@
-"""Which models expect turns. Budget: 2 s."""
+"""Models that expect turns. Budget: 2 s."""
 
 import pytest
 

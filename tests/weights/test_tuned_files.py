@@ -76,7 +76,7 @@ def test_a_template_of_ones_own_stays(tmp_path):
 
 
 def test_a_fine_tuning_of_a_marked_folder_is_tuned(tmp_path):
-    """Whoever tunes it adds a chat template, and transformers keeps keys of config.json that it does not know."""
+    """Fine-tuning adds a chat template, and transformers keeps keys of config.json that it does not know."""
     from transformers import AutoConfig
 
     folder = write_hf(tmp_path / "base", model(False))

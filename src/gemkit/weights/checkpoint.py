@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Tensor:
     """One parameter as stored.
 
-    type: its block format. shape: [out, in] or [n]. add_one: the stored numbers are 1 + w, the parameter is w.
+    type: its block format. shape: [out, in] or [n]. add_one: the stored values are 1 + w, the parameter is w.
     data: its bytes, uint8, flat, possibly a view of a mapped file. Raises GemkitError if bytes and shape disagree.
     """
 
@@ -47,7 +47,7 @@ class Tensor:
         return nbytes(self.type, self.shape)
 
     def to_float32(self) -> np.ndarray:
-        """The parameter, float32 [*shape], in its canonical meaning: of a norm stored as 1 + w, w."""
+        """Return the parameter, float32 [*shape], in its canonical meaning: of a norm stored as 1 + w, w."""
         values = dequantise(self.type, self.data, self.shape)
         return values - np.float32(1) if self.add_one else values
 
@@ -56,13 +56,13 @@ class Tensor:
 
 
 class Checkpoint:
-    """A model. `Checkpoint` is a context manager; `close` lets the file go once the tensors were copied elsewhere.
+    """A model's weights and metadata; a context manager, whose `close` unmaps the file once tensors were copied.
 
     config; tensors: by canonical name, exactly those of `manifest(config)`.
-    name: for people. chat_template: the file's own, or None. special_tokens: the control tokens that the file names for
-    it, such as {"eos_token": "<end_of_turn>"}.
-    instruction_tuned: it expects chat turns; None if the file does not tell.
-    source: the file, or None. metadata: what else the file says (strings, numbers, truth values).
+    name: for display. chat_template: the file's own, or None. special_tokens: the control tokens that the file names
+    for it, such as {"eos_token": "<end_of_turn>"}.
+    instruction_tuned: it expects chat turns; None if unknown.
+    source: the file, or None. metadata: further keys of the file (strings, integers, floats, booleans).
 
     `vocabulary` may be given as a function, called at the first use. Raises GemkitError if tensors do not fit config.
     """
@@ -114,7 +114,7 @@ class Checkpoint:
         chat_template: str | None = None,
         instruction_tuned: bool | None = None,
     ) -> Checkpoint:
-        """Makes a checkpoint of float parameters by canonical name, each quantised to its type.
+        """Make a checkpoint of float parameters by canonical name, each quantised to its type.
 
         types: one for all matrices (vectors stay float32), or by name (F32 if absent), or a function of the name.
         """
@@ -154,7 +154,7 @@ class Checkpoint:
         )
 
     def close(self) -> None:
-        """Drops the tensors' bytes and closes the file. Types, shapes and a vocabulary that was read remain."""
+        """Drop the tensors' bytes and close the file. Types, shapes and a vocabulary that was read remain."""
         for tensor in self.tensors.values():
             tensor._data = None
         if self._close is not None:
@@ -176,7 +176,7 @@ def check(
     source: object = None,
     label: Callable[[str], str] = str,
 ) -> None:
-    """Raises GemkitError that names tensors that are missing, too many or of the wrong shape, and counts the rest.
+    """Raise GemkitError that names tensors that are missing, too many or of the wrong shape, and counts the rest.
 
     shapes: by canonical name. label: turns a canonical name into the file's own.
     """

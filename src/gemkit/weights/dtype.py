@@ -1,11 +1,11 @@
-"""Weights in another type than stored: `convert`. A tensor is converted when its bytes are asked for, piece by piece.
+"""Weights in another type than stored: `convert`. A tensor is converted when its bytes are read, piece by piece.
 
     dtype      matrices   bytes a parameter
     auto       as stored
     float32    F32        4
     bfloat16   BF16       2
-    float16    F16        2, numbers up to 65,504
-    int8       Q8_0       1.06, blocks of 32 numbers with one scale
+    float16    F16        2, values up to 65,504
+    int8       Q8_0       1.06, blocks of 32 elements with one scale
 
 Norms become F32, without loss. From a quantised GGUF, `float32` is exact, `bfloat16` and `int8` round what was rounded
 before: they change the size and speed, never for the better in quality.
@@ -37,7 +37,7 @@ _NONE = np.zeros(0, np.uint8)
 class Converted(Tensor):
     """A tensor that is converted from `original` at each use of `data`, in pieces of whole rows.
 
-    Beside the result, memory holds about ten pieces of 1 MB. add_one: the original's, as are the numbers.
+    Besides the result, memory holds about ten pieces of 1 MB. add_one: as in the original, and the values too.
     """
 
     __slots__ = ("_name", "original")
@@ -73,7 +73,7 @@ class Converted(Tensor):
 
 
 def convert(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """The checkpoint with its weights in a type of the table above; `auto` returns it as it is.
+    """Return the checkpoint with its weights in a type of the table above; `auto` returns it as it is.
 
     The new checkpoint reads from the old one, and closing it closes both. Raises UsageError for an unknown dtype,
     GemkitError where a row of a matrix is not a whole number of blocks.
@@ -90,7 +90,7 @@ def convert(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
 
 
 def narrow_head(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with a float embedding and output matrix in int8, where its other matrices are quantised.
+    """Return the checkpoint with a float embedding and output matrix in int8, where its other matrices are quantised.
 
     Google's 4-bit files keep the embedding in 16 bits. It is also the output matrix, so most of the bytes that a token
     reads are its; in 8 bits it is read twice as fast and can have a screen. Others are returned as they are.
@@ -106,7 +106,7 @@ def narrow_head(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """What the weights are, in a sentence. Example: "weights: int8 (Q8_0) from BF16, 1.06 bytes a parameter"."""
+    """Describe the weights' types in a sentence. Example: "weights: int8 (Q8_0) from BF16, 1.06 bytes a parameter"."""
     matrices = [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1]
     names = {type: name for name, type in TYPES.items()}
     types = _by_size(matrices)
@@ -120,7 +120,7 @@ def describe(checkpoint: Checkpoint) -> str:
 
 
 def _by_size(tensors: Iterable[Tensor]) -> list[GGMLType]:
-    """The types, the one with the most numbers first."""
+    """Return the types, the one with the most elements first."""
     counts: dict[GGMLType, int] = {}
     for tensor in tensors:
         numbers = tensor.nbytes // BLOCKS[tensor.type].bytes * BLOCKS[tensor.type].elements

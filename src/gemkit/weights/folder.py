@@ -1,9 +1,9 @@
-"""Which files of a folder or repository are the model, and which is the tokenizer. Only names are looked at.
+"""Choice of the model's and the tokenizer's files in a folder or repository, by their names alone.
 
 One rule for loading, the hubs, `check` and the converters:
 
-- Safetensors beside a ``config.json`` are the model: ``model.safetensors``, or else the shards of its index, or else
-  the only other file that is no adapter's. GGUF files beside them are left alone.
+- Safetensors next to a ``config.json`` are the model: ``model.safetensors``, or else the shards of its index, or else
+  the only other file that is not an adapter. GGUF files next to them are ignored.
 - Otherwise the only GGUF file that is a model: not an image encoder (mmproj), an importance matrix or an adapter.
 - ``tokenizer.json`` is the tokenizer where there is one, as in transformers; else ``tokenizer.model``.
 """
@@ -26,7 +26,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# What a training run keeps beside its weights
+# Files that a training run keeps next to its weights
 _TRAINING = frozenset(
     {"optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt", "training_args.bin"}
 )
@@ -38,29 +38,29 @@ _NO_MODEL = re.compile(r"mmproj|imatrix|(?:^|[-_.])lora(?:$|[-_.])|(?:^|[-_.])ad
 
 
 def top_level(folder: Path) -> list[str]:
-    """Names of the entries of a folder that are no folders, sorted. Raises OSError."""
+    """Return names of the entries of a folder that are no folders, sorted. Raises OSError."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if not entry.is_dir())
 
 
 def tokenizer(names: Iterable[str]) -> str | None:
-    """The tokenizer's file among those of a Hugging Face folder, or None."""
+    """Return the tokenizer's file among those of a Hugging Face folder, or None."""
     names = set(names)
     return next((name for name in TOKENIZERS if name in names), None)
 
 
 def is_adapter_file(name: str) -> bool:
-    """Says whether a file holds the weights of a LoRA adapter, by PEFT's or MLX's name."""
+    """Return whether a file holds the weights of a LoRA adapter, by PEFT's or MLX's name."""
     return name.endswith(".safetensors") and re.match(r"(?:\d+_)?adapters?(?:_model)?\.", name) is not None
 
 
 def is_shard(name: str) -> bool:
-    """Says whether a file is one of several that hold a model's weights."""
+    """Return whether a file is one of several with a model's weights."""
     return _SHARD.fullmatch(name) is not None
 
 
 def safetensors_of(names: Iterable[str]) -> list[str]:
-    """The safetensors files at the top of a folder that may be a model's: no adapter's."""
+    """Return the safetensors files at the top of a folder that may be a model's: no adapter's."""
     return sorted(
         name
         for name in names
@@ -69,34 +69,34 @@ def safetensors_of(names: Iterable[str]) -> list[str]:
 
 
 def is_hugging_face(names: Iterable[str]) -> bool:
-    """Says whether the model is the folder's safetensors, or would be if they were all there."""
+    """Return whether the model is the folder's safetensors, or would be if they were complete."""
     names = set(names)
     return CONFIG in names and bool(safetensors_of(names) or INDEX in names)
 
 
 def ggufs_of(names: Iterable[str]) -> list[str]:
-    """The GGUF files that are models, by name; `names` may be in subfolders."""
+    """Return the GGUF files that are models, by name; `names` may be in subfolders."""
     return sorted(name for name in names if name.lower().endswith(".gguf") and is_model_gguf(name))
 
 
 def is_model_gguf(name: str) -> bool:
-    """Image encoders, importance matrices and adapters are GGUF files too; says whether the name is of none of them."""
+    """Return whether the name is that of a model, not of an image encoder, importance matrix or adapter in GGUF."""
     name = name.rsplit("/", 1)[-1]
     return _NO_MODEL.search(stem(name).lower()) is None and not _is_macos(name)
 
 
 def _is_macos(name: str) -> bool:
-    """macOS puts a file's attributes into another of the same name on foreign disks and in archives."""
+    """Return whether it is a file of attributes, which macOS writes on foreign disks and in archives."""
     return name.startswith("._")
 
 
 def stem(name: str) -> str:
-    """A GGUF file's name without the suffix."""
+    """Return a GGUF file's name without the suffix."""
     return re.sub(r"\.gguf$", "", name, flags=re.IGNORECASE)
 
 
 def unsplit(name: str) -> str:
-    """A GGUF file's name without the number of its part: `x-00001-of-00003.gguf` is a part of `x.gguf`."""
+    """Return a GGUF file's name without the number of its part: `x-00001-of-00003.gguf` is a part of `x.gguf`."""
     return _SPLIT.sub("", stem(name)) + name[len(stem(name)) :]
 
 
@@ -116,13 +116,13 @@ def part_paths(path: str | os.PathLike[str]) -> tuple[Path, ...]:
 
 
 def are_parts(ggufs: Iterable[str]) -> bool:
-    """Says whether these files are all parts of one model."""
+    """Return whether these files are all parts of one model."""
     ggufs = list(ggufs)
     return any(unsplit(name) != name for name in ggufs) and len({unsplit(name) for name in ggufs}) == 1
 
 
 def pickles_of(names: Iterable[str]) -> list[str]:
-    """Pickled weights, most of them pytorch_model.bin and its shards; not the optimizer's and the like."""
+    """Return pickled weights, such as pytorch_model.bin and its shards, without optimizer states and the like."""
     return sorted(
         name
         for name in names

@@ -10,7 +10,7 @@ HEAD = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_pointer(path: Path, head: bytes | None = None) -> None:
-    """Raises GemkitError if a file is a pointer. head: its first bytes, if they were read; else they are read here.
+    """Raise GemkitError if a file is a pointer. head: its first bytes, if they were read; else they are read here.
 
     A file that cannot be read is left to the reader's own error.
     """

@@ -15,7 +15,7 @@ _MAX_BYTES = 256 << 20  # the largest, tokenizer.json, has 40 MB
 
 
 def parse_object(data: bytes) -> dict[str, object]:
-    """The JSON object in UTF-8 bytes, or in what a byte order mark says.
+    """Return the JSON object in UTF-8 bytes, or in what a byte order mark says.
 
     Raises ValueError for anything else and for a key that an object has twice.
     """
@@ -42,7 +42,7 @@ def parse_object(data: bytes) -> dict[str, object]:
 
 
 def read_file(path: Path) -> bytes:
-    """A small file's bytes. Raises GemkitError if it cannot be read or is no regular file."""
+    """Return a small file's bytes. Raises GemkitError if it cannot be read or is no regular file."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -57,7 +57,7 @@ def read_file(path: Path) -> bytes:
 
 
 def read_object(path: Path) -> dict[str, object]:
-    """The object in a JSON file. Raises GemkitError if there is none."""
+    """Return the object in a JSON file. Raises GemkitError if there is none."""
     try:
         return parse_object(read_file(path))
     except GemkitError:

@@ -49,7 +49,7 @@ _HARMLESS = {
     "task_type",
 }
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"}
-# What a set key is, for the refusal; any other unknown key that is set is refused too.
+# Meaning of a set key, for the error message; any other unknown key that is set is refused too.
 _VARIANTS = {
     "use_dora": "DoRA",
     "modules_to_save": "whole modules",
@@ -92,7 +92,7 @@ class LoraAdapter:
 
 
 def read_peft(path: str | os.PathLike[str]) -> LoraAdapter:
-    """Reads an adapter: its folder or one of its two files. Raises GemkitError if it is broken or not plain LoRA."""
+    """Read an adapter: its folder or one of its two files. Raises GemkitError if it is broken or not plain LoRA."""
     folder = Path(path)
     if folder.name in (CONFIG, WEIGHTS, _MLX_WEIGHTS) and not folder.is_dir():
         folder = folder.parent
@@ -101,10 +101,10 @@ def read_peft(path: str | os.PathLike[str]) -> LoraAdapter:
         raise GemkitError(f"the adapter {folder} {what}: give the path of a PEFT adapter's folder")
     if not os.path.lexists(folder / CONFIG):
         raise GemkitError(f"{folder} {_no_adapter(folder)}")
-    facts = read_object(folder / CONFIG)
-    if kind := _mlx_kind(folder, facts):
+    raw = read_object(folder / CONFIG)
+    if kind := _mlx_kind(folder, raw):
         raise GemkitError(f"{folder} is an adapter of mlx_lm ({kind}), and gemkit runs PEFT's LoRA: {_FUSE}")
-    scales = _Scales(folder / CONFIG, facts)
+    scales = _Scales(folder / CONFIG, raw)
     if not os.path.lexists(folder / WEIGHTS):
         if os.path.lexists(folder / "adapter_model.bin"):
             raise GemkitError(
@@ -123,18 +123,18 @@ def read_peft(path: str | os.PathLike[str]) -> LoraAdapter:
     return _adapter(folder, pairs, scales)
 
 
-def _mlx_kind(folder: Path, facts: Mapping[str, object]) -> str:
-    """How one sees that an adapter was trained by mlx_lm, or ""."""
+def _mlx_kind(folder: Path, raw: Mapping[str, object]) -> str:
+    """Return the evidence that an adapter was trained by mlx_lm, or ""."""
     for key in ("fine_tune_type", "lora_parameters", "lora_layers"):
-        if key in facts:
+        if key in raw:
             return f"{key} in {CONFIG}"
-    if "peft_type" not in facts and os.path.lexists(folder / _MLX_WEIGHTS) and not os.path.lexists(folder / WEIGHTS):
+    if "peft_type" not in raw and os.path.lexists(folder / _MLX_WEIGHTS) and not os.path.lexists(folder / WEIGHTS):
         return _MLX_WEIGHTS
     return ""
 
 
 def _no_adapter(folder: Path) -> str:
-    """What a folder without ``adapter_config.json`` is, and the remedy."""
+    """Return the kind of a folder without ``adapter_config.json``, and the remedy."""
     if os.path.lexists(folder / _MLX_WEIGHTS):
         return f"has no {CONFIG}, and {_MLX_WEIGHTS} is mlx_lm's: {_FUSE}"
     if os.path.lexists(folder / "config.json"):
@@ -145,7 +145,7 @@ def _no_adapter(folder: Path) -> str:
 
 
 def check_fits(adapter: LoraAdapter, config: ModelConfig) -> None:
-    """Raises GemkitError unless every part belongs to a matrix of the model that adapters attach to, of its shape."""
+    """Raise GemkitError unless every part belongs to a matrix of the model that adapters attach to, of its shape."""
     specs = manifest(config)
     for name, (a, b, _) in adapter.parts.items():
         spec = specs.get(name)
@@ -162,7 +162,7 @@ def check_fits(adapter: LoraAdapter, config: ModelConfig) -> None:
 
 
 def _parse(path: Path, name: str) -> tuple[str, str]:
-    """The module and the side, "A" or "B", of a tensor."""
+    """Return the module and the side, "A" or "B", of a tensor."""
     found = _TENSOR.fullmatch(name)
     if found is None:
         for word, kind in (
@@ -184,7 +184,7 @@ def _parse(path: Path, name: str) -> tuple[str, str]:
 
 
 def _values(file: SafetensorsFile, name: str) -> np.ndarray:
-    """A matrix as float32."""
+    """Return a matrix as float32."""
     entry = file.tensors[name]
     if entry.dtype not in TYPES:
         raise GemkitError(
@@ -196,7 +196,7 @@ def _values(file: SafetensorsFile, name: str) -> np.ndarray:
         )
     values = dequantise(TYPES[entry.dtype], file.data(name), entry.shape)
     if not np.isfinite(values).all():
-        raise GemkitError(f"{file.path}: {shown(name)} holds a number that is not finite: train it anew")
+        raise GemkitError(f"{file.path}: {shown(name)} holds a number that is not finite: train it again")
     return values
 
 
@@ -229,38 +229,38 @@ def _adapter(folder: Path, pairs: Mapping[str, Mapping[str, np.ndarray]], scales
 class _Scales:
     """The ranks and scales that ``adapter_config.json`` gives. Raises GemkitError for anything but plain LoRA."""
 
-    def __init__(self, path: Path, facts: Mapping[str, object]) -> None:
+    def __init__(self, path: Path, raw: Mapping[str, object]) -> None:
         self.path = path
-        self._refuse_variants(facts)
-        self.rank = self._rank("r", facts.get("r"))
-        self.alpha = self._alpha("lora_alpha", facts.get("lora_alpha"))
-        self.rslora = facts.get("use_rslora") or False
+        self._refuse_variants(raw)
+        self.rank = self._rank("r", raw.get("r"))
+        self.alpha = self._alpha("lora_alpha", raw.get("lora_alpha"))
+        self.rslora = raw.get("use_rslora") or False
         if not isinstance(self.rslora, bool):
             raise GemkitError(f"{path}: use_rslora is {shown(self.rslora)}, not true or false; get the file again")
-        self.ranks = {k: self._rank("rank_pattern", v) for k, v in self._patterns(facts, "rank_pattern").items()}
-        self.alphas = {k: self._alpha("alpha_pattern", v) for k, v in self._patterns(facts, "alpha_pattern").items()}
+        self.ranks = {k: self._rank("rank_pattern", v) for k, v in self._patterns(raw, "rank_pattern").items()}
+        self.alphas = {k: self._alpha("alpha_pattern", v) for k, v in self._patterns(raw, "alpha_pattern").items()}
         self._rank_rules = self._compile(self.ranks)
         self._alpha_rules = self._compile(self.alphas)
 
     def of(self, module: str) -> tuple[int, float]:
-        """Rank and scale; the first pattern that fits counts, and it may match the end of the name."""
+        """Return rank and scale; the first pattern that fits counts, and it may match the end of the name."""
         rank = next((self.ranks[key] for key, rule in self._rank_rules if rule.match(module)), self.rank)
         alpha = next((self.alphas[key] for key, rule in self._alpha_rules if rule.match(module)), self.alpha)
         return rank, alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
-    def _refuse_variants(self, facts: Mapping[str, object]) -> None:
-        kind = facts.get("peft_type")
+    def _refuse_variants(self, raw: Mapping[str, object]) -> None:
+        kind = raw.get("peft_type")
         if kind != "LORA":
             raise GemkitError(f"{self.path}: its peft_type is {shown(kind)}; gemkit runs LORA: {_MERGE}")
-        if facts.get("bias", "none") != "none":
-            raise GemkitError(f"{self.path}: it trains biases (bias is {shown(facts['bias'])}): {_MERGE}")
-        init = facts.get("init_lora_weights", True)
+        if raw.get("bias", "none") != "none":
+            raise GemkitError(f"{self.path}: it trains biases (bias is {shown(raw['bias'])}): {_MERGE}")
+        init = raw.get("init_lora_weights", True)
         if not any(init is known or (isinstance(init, str) and init == known) for known in _INITS):
             raise GemkitError(
                 f"{self.path}: init_lora_weights is {shown(init)}, which changes the model's own weights: "
                 "convert it to plain LoRA with peft"
             )
-        for key, value in facts.items():
+        for key, value in raw.items():
             if value and key not in _HARMLESS and key not in _READ:
                 what = _VARIANTS.get(key, "something unknown to gemkit")
                 raise GemkitError(f"{self.path}: it uses {what} ({shown(key)}); gemkit runs plain LoRA: {_MERGE}")
@@ -277,8 +277,8 @@ class _Scales:
             raise GemkitError(f"{self.path}: {key} gives {shown(value)}, not a number other than 0; get the file again")
         return value
 
-    def _patterns(self, facts: Mapping[str, object], key: str) -> dict[str, object]:
-        value = facts.get(key) or {}
+    def _patterns(self, raw: Mapping[str, object], key: str) -> dict[str, object]:
+        value = raw.get(key) or {}
         if not isinstance(value, dict):
             raise GemkitError(f"{self.path}: {key} is {shown(value)}, not an object; get the file again")
         return value
@@ -296,7 +296,7 @@ _TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\)[*+{]|\(\?:|\(\?|.", re.
 
 
 def _steps(pattern: str) -> float:
-    """About how often a regular expression can go back over a module's name; infinite where that has no bound.
+    """Estimate how often a regular expression can backtrack over a module's name; infinite where unbounded.
 
     A file that is not trusted must not make gemkit hang: repeated groups, and all special ones, count as unbounded.
     """

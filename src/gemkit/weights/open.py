@@ -11,7 +11,7 @@ from gemkit.weights.checkpoint import Checkpoint
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a model by what its files are.
+    """Open a model, its format detected from its files.
 
     A GGUF file or a folder with one; a Hugging Face folder (``config.json`` and safetensors); a Flax/Orbax folder, or
     the one around it; a ``.ckpt`` file of gemma_pytorch or a folder with one.
@@ -38,7 +38,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def is_renamed_gguf(path: Path) -> bool:
-    """Says whether a file without the suffix of GGUF begins as one: others rename them, to .bin for example."""
+    """Return whether a file without the suffix of GGUF begins as one: others rename them, to .bin for example."""
     try:
         if path.suffix == ".gguf" or not path.is_file():
             return False
@@ -68,12 +68,12 @@ def _open_folder(path: Path) -> Checkpoint:
         if is_torch_checkpoint(path) and not _is_pickled_hugging_face(path, names):
             return read_torch(path)
     if folder.CONFIG in names:
-        return _open_hf(path)  # says what is missing
+        return _open_hf(path)  # names the missing file
     raise GemkitError(f"{path} {_no_model(path, names)}")
 
 
 def one_gguf(path: Path, ggufs: list[str]) -> str:
-    """The name of the only model among the GGUF files of a folder, or its first part.
+    """Return the name of the only model among the GGUF files of a folder, or its first part.
 
     Raises GemkitError that lists the models if there are several.
     """
@@ -98,20 +98,20 @@ def _no_model(path: Path, names: list[str]) -> str:
 
 
 def _base_of(path: Path) -> str:
-    """The model that an adapter was trained on, for a message."""
+    """Return the model that an adapter was trained on, for a message."""
     from gemkit.weights.hf.safetensors import shown
     from gemkit.weights.json_file import read_object
 
     try:
-        facts = read_object(path / folder.ADAPTER_CONFIG)
+        raw_config = read_object(path / folder.ADAPTER_CONFIG)
     except GemkitError:
         return ""
-    base = facts.get("base_model_name_or_path") or facts.get("model")
+    base = raw_config.get("base_model_name_or_path") or raw_config.get("model")
     return f" of {shown(base)}" if isinstance(base, str) else ""
 
 
 def _is_pickled_hugging_face(path: Path, names: list[str]) -> bool:
-    """Says whether ``pytorch_model.bin.index.json`` is transformers' and not gemma_pytorch's of the same name."""
+    """Return whether ``pytorch_model.bin.index.json`` is transformers' and not gemma_pytorch's of the same name."""
     if folder.CONFIG not in names or folder.PICKLE_INDEX not in names:
         return False
     from gemkit.weights.json_file import read_object

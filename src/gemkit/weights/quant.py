@@ -1,7 +1,7 @@
-"""The block formats of ggml: their sizes, and conversion from and to float32 in NumPy.
+"""Block formats of ggml: sizes, and conversion from and to float32 in NumPy.
 
-A row of numbers is stored as whole blocks, each with its own scale. Layouts: ``ggml-common.h`` of the ggml library.
-All numbers are little-endian. Letters: B blocks.
+A row is stored as whole blocks, each with its own scale. Layouts: ``ggml-common.h`` of the ggml library.
+All values are little-endian. Letters: B blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gemkit.errors import GemkitError
 
 
 class GGMLType(IntEnum):
-    """The element types that gemkit reads, with their numbers in ggml."""
+    """Element types that gemkit reads, with their values in ggml."""
 
     F32 = 0
     F16 = 1
@@ -33,7 +33,7 @@ class GGMLType(IntEnum):
 
 
 class Block(NamedTuple):
-    """One block: how many numbers it holds, and in how many bytes."""
+    """One block: elements and bytes."""
 
     elements: int
     bytes: int
@@ -53,7 +53,7 @@ BLOCKS: dict[GGMLType, Block] = {
     GGMLType.Q6_K: Block(256, 210),
 }
 
-# What ggml calls the types that gemkit does not read, for the refusal.
+# ggml's names of the types that gemkit does not read, for the error message.
 OTHER_TYPES = {
     4: "Q4_2",
     5: "Q4_3",
@@ -93,7 +93,7 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 def nbytes(type: GGMLType, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor; raises GemkitError if its rows are not whole blocks. Example: Q8_0 (2, 64) takes 136."""
+    """Return a tensor's bytes; raises GemkitError if its rows are not whole blocks. Example: Q8_0 (2, 64) is 136."""
     block = BLOCKS[type]
     if shape[-1] % block.elements:
         raise GemkitError(
@@ -104,7 +104,7 @@ def nbytes(type: GGMLType, shape: tuple[int, ...]) -> int:
 
 
 def dequantise(type: GGMLType, data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The float32 numbers [*shape] in the bytes of a tensor (uint8, any shape). Raises GemkitError if sizes differ."""
+    """Return float32 elements [*shape] of a tensor's bytes (uint8, any shape). Raises GemkitError if sizes differ."""
     type = GGMLType(type)
     raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
     if raw.size != nbytes(type, shape):
@@ -127,10 +127,10 @@ def dequantise(type: GGMLType, data: np.ndarray, shape: tuple[int, ...]) -> np.n
 
 
 def quantise(type: GGMLType, values: np.ndarray) -> np.ndarray:
-    """The bytes (uint8, flat) of finite numbers [..., columns] in a block format, rounded as ggml's reference does.
+    """Return the bytes (uint8, flat) of finite values [..., columns] in a block format, rounded as in ggml's reference.
 
     Q4_K, Q5_K and Q6_K are plain roundings without ggml's search for the best scales. Raises GemkitError if the rows
-    are not whole blocks or a number is not finite.
+    are not whole blocks or a value is not finite.
     """
     type = GGMLType(type)
     values = np.ascontiguousarray(values, np.float32)
@@ -159,17 +159,17 @@ def quantise(type: GGMLType, values: np.ndarray) -> np.ndarray:
 
 
 def _half(blocks: np.ndarray, at: int) -> np.ndarray:
-    """The float16 at byte `at` of each block, as float32 [B, 1]."""
+    """Return the float16 at byte `at` of each block, as float32 [B, 1]."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
 def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """uint8 [B, n] to [B, 2n]: all low halves, then all high halves."""
+    """Unpack uint8 [B, n] to [B, 2n]: all low halves, then all high halves."""
     return np.concatenate([packed & 15, packed >> 4], axis=1)
 
 
 def _bits(packed: np.ndarray) -> np.ndarray:
-    """uint8 [B, n] to its bits [B, 8n], lowest first."""
+    """Unpack uint8 [B, n] to its bits [B, 8n], lowest first."""
     return np.unpackbits(np.ascontiguousarray(packed), axis=1, bitorder="little")
 
 
@@ -196,7 +196,7 @@ def _from_q8_0(blocks: np.ndarray) -> np.ndarray:
 
 
 def _unpack_scales(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 8 scales and 8 minima of 6 bits each in 12 bytes: uint8 [B, 12] to two of [B, 8]."""
+    """Return the 8 scales and 8 minima of 6 bits each in 12 bytes: uint8 [B, 12] to two of [B, 8]."""
     low, minimum, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = np.concatenate([low & 63, (high & 15) | (low >> 6) << 4], axis=1)
     minima = np.concatenate([minimum & 63, (high >> 4) | (minimum >> 6) << 4], axis=1)
@@ -204,7 +204,7 @@ def _unpack_scales(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _from_scaled(blocks: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Q4_K and Q5_K: uint8 [B, 8, 32] times its group's scale minus its group's minimum, float32 [B, 256]."""
+    """Scale Q4_K and Q5_K: uint8 [B, 8, 32] times its group's scale minus its group's minimum, float32 [B, 256]."""
     scales, minima = _unpack_scales(blocks[:, 4:16])
     scale = (_half(blocks, 0) * scales.astype(np.float32))[:, :, None]
     minimum = (_half(blocks, 2) * minima.astype(np.float32))[:, :, None]
@@ -212,7 +212,7 @@ def _from_scaled(blocks: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def _pairs(packed: np.ndarray) -> np.ndarray:
-    """Q4_K and Q5_K: uint8 [B, 128] to [B, 8, 32]: 32 bytes hold one group low and the next one high."""
+    """Unpack uint8 [B, 128] of Q4_K and Q5_K to [B, 8, 32]: 32 bytes hold one group low and the next one high."""
     packed = packed.reshape(len(packed), 4, 1, 32)
     return np.concatenate([packed & 15, packed >> 4], axis=2).reshape(len(packed), 8, 32)
 
@@ -253,7 +253,7 @@ _DEQUANTISE: dict[GGMLType, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def _to_bf16(values: np.ndarray) -> np.ndarray:
-    """The upper 16 bits of float32, rounded to nearest even; a NaN stays one."""
+    """Return the upper 16 bits of float32, rounded to nearest even; a NaN stays one."""
     bits = values.view(np.uint32)
     rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
@@ -261,17 +261,17 @@ def _to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def _inverse(d: np.ndarray) -> np.ndarray:
-    """1 / d, and 0 where d is 0."""
+    """Return 1 / d, and 0 where d is 0."""
     return np.where(d == 0, np.float32(0), 1 / d)
 
 
 def _bytes(d: np.ndarray) -> np.ndarray:
-    """Scales [B, 1] as the two bytes of their float16."""
+    """Return scales [B, 1] as the two bytes of their float16."""
     return d.astype("<f2").view(np.uint8)
 
 
 def _pack(q: np.ndarray) -> np.ndarray:
-    """The inverse of `_nibbles`."""
+    """Return the inverse of `_nibbles`."""
     half = q.shape[1] // 2
     return (q[:, :half] & 15) | q[:, half:] << 4
 
@@ -281,14 +281,14 @@ def _levels(scaled: np.ndarray, top: int) -> np.ndarray:
 
 
 def _symmetric(blocks: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray]:
-    """Q4_0 and Q5_0: the number farthest from 0 becomes -half exactly; returns the scales and levels."""
+    """Round to Q4_0 or Q5_0: the value farthest from 0 becomes -half exactly; return the scales and levels."""
     far = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
     d = far / np.float32(-half)
     return d, _levels(blocks * _inverse(d) + np.float32(half + 0.5), 2 * half - 1)
 
 
 def _asymmetric(blocks: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Q4_1 and Q5_1: the smallest number becomes level 0, the largest `top`; returns scales, minima, levels."""
+    """Round to Q4_1 or Q5_1: the smallest value becomes level 0, the largest `top`; return scales, minima, levels."""
     low = blocks.min(axis=1, keepdims=True)
     d = (blocks.max(axis=1, keepdims=True) - low) / np.float32(top)
     return d, low, _levels((blocks - low) * _inverse(d) + np.float32(0.5), top)
@@ -328,7 +328,7 @@ def _to_q8_0(blocks: np.ndarray) -> np.ndarray:
 
 
 def _to_scaled(blocks: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """Q4_K and Q5_K: the 16 bytes of scales and the levels uint8 [B, 8, 32]."""
+    """Return, for Q4_K and Q5_K, the 16 bytes of scales and the levels uint8 [B, 8, 32]."""
     groups = blocks.reshape(-1, 8, 32)
     low = np.maximum(-groups.min(axis=2), 0)  # the minimum is subtracted, so it is stored negated
     scale = (groups.max(axis=2) + low) / np.float32(top)
@@ -345,7 +345,7 @@ def _to_scaled(blocks: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pack_pairs(levels: np.ndarray) -> np.ndarray:
-    """The inverse of `_pairs`."""
+    """Return the inverse of `_pairs`."""
     return ((levels[:, ::2] & 15) | levels[:, 1::2] << 4).reshape(len(levels), 128)
 
 

@@ -1,13 +1,13 @@
 """Block formats with scales found by search: `search` loses less than `quant.quantise`, which rounds plainly.
 
-A format says how a block is stored, not how its scale is chosen. Plain rounding takes the scale that just covers the
-largest number; a smaller one clips that number a little and refines the steps of all the others. Here a handful of
+A format defines how a block is stored, not how its scale is chosen. Plain rounding takes the scale that just covers the
+largest value; a smaller one clips that value a little and refines the steps of all the others. Here a handful of
 scales are tried for every block; each is fitted to its levels by weighted least squares, the levels again to the scale,
 and the best is kept. No block gets a larger squared error than plain rounding gives it.
 
-The weight of a number x is |x| + sqrt(mean x²) of its group: what is large counts more, as it does in a product.
-Blocks stand in columns here, so that NumPy's inner loops run along them. Letters: B blocks, G groups (numbers that
-share a scale), E numbers of a group.
+The weight of an element x is |x| + sqrt(mean x²) of its group: large values count more, as they do in a product.
+Blocks are columns here, so that NumPy's inner loops run along them. Letters: B blocks, G groups (elements that share
+a scale), E elements of a group.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from gemkit.weights import quant
 from gemkit.weights.quant import BLOCKS, GGMLType, dequantise, quantise
 
-# Numbers treated at a time: their temporaries stay in the processor's cache.
+# Elements processed at a time: their temporaries stay in the processor's cache.
 _CHUNK = 1 << 16
 # Multiples of the plain number of steps up to a group's largest number; with a minimum, finer ones pay.
 _STRETCH = tuple(np.float32(1 + step / 32) for step in range(-3, 6))
@@ -32,9 +32,9 @@ SEARCHED = (*_HALF, *_TOP, GGMLType.Q6_K)
 
 
 def search(type: GGMLType, values: np.ndarray) -> np.ndarray:
-    """The bytes (uint8, flat) of finite numbers [..., columns] in a block format.
+    """Return the bytes (uint8, flat) of finite values [..., columns] in a block format.
 
-    Q8_0 and the float types have nothing to search for and are rounded as `quantise` does, whose errors are raised.
+    Q8_0 and the float types need no search and are rounded by `quantise`. Raises GemkitError as `quantise` does.
     """
     type = GGMLType(type)
     values = np.ascontiguousarray(values, np.float32)
@@ -54,13 +54,13 @@ def search(type: GGMLType, values: np.ndarray) -> np.ndarray:
 
 
 def _error(type: GGMLType, stored: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """The squared error of each block, float64 [B]."""
+    """Return the squared error of each block, float64 [B]."""
     difference = dequantise(type, stored, blocks.shape) - blocks
     return np.einsum("be,be->b", difference, difference, dtype=np.float64)
 
 
 def _search(type: GGMLType, blocks: np.ndarray) -> np.ndarray:
-    """Blocks [B, elements] as bytes uint8 [B, bytes]; nonsense where no scale fits, such as in a block of zeros."""
+    """Return blocks [B, elements] as bytes uint8 [B, bytes]; undefined where no scale fits, as in a block of zeros."""
     if type == GGMLType.Q6_K:
         return _q6_k(blocks)
     if type in (GGMLType.Q4_K, GGMLType.Q5_K):
@@ -82,22 +82,22 @@ def _search(type: GGMLType, blocks: np.ndarray) -> np.ndarray:
 
 
 def _weights(x: np.ndarray) -> np.ndarray:
-    """How much each number counts, [E, G]."""
+    """Return the weight of each element, [E, G]."""
     return np.abs(x) + np.sqrt(np.square(x).mean(axis=0))
 
 
 def _stored(d: np.ndarray) -> np.ndarray:
-    """What is left of scales in float16."""
+    """Round scales to float16."""
     return np.nan_to_num(d, nan=0, posinf=0, neginf=0).astype("<f2").astype(np.float32)
 
 
 def _column(d: np.ndarray) -> np.ndarray:
-    """Scales [B] as the bytes of their float16 [B, 2]."""
+    """Return scales [B] as the bytes of their float16 [B, 2]."""
     return d.astype("<f2")[:, None].view(np.uint8)
 
 
 def _round(scaled: np.ndarray, low: int, high: int) -> np.ndarray:
-    """The nearest levels, in place; no NaN."""
+    """Return the nearest levels, in place; no NaN."""
     np.rint(scaled, out=scaled)
     np.nan_to_num(scaled, copy=False, nan=0)
     return np.clip(scaled, low, high, out=scaled)
@@ -107,7 +107,7 @@ def _round(scaled: np.ndarray, low: int, high: int) -> np.ndarray:
 
 
 def _symmetric(x: np.ndarray, weights: np.ndarray, half: int) -> np.ndarray:
-    """The best scales [G] of either sign for levels from -half to half - 1."""
+    """Return the best scales [G] of either sign for levels from -half to half - 1."""
     far = np.take_along_axis(x, np.abs(x).argmax(axis=0)[None], axis=0)[0]
     weighted = weights * x
     best, scale = np.zeros(x.shape[1], np.float32), np.zeros(x.shape[1], np.float32)
@@ -116,7 +116,7 @@ def _symmetric(x: np.ndarray, weights: np.ndarray, half: int) -> np.ndarray:
         levels = np.clip(np.rint(x * inverse), -half, half - 1)
         product = np.einsum("eg,eg->g", weighted, levels)
         square = np.einsum("eg,eg,eg->g", weights, levels, levels)
-        gain = product * product / square  # what the fit takes off the squared error
+        gain = product * product / square  # reduction of the squared error by the fit
         better = gain > best
         best[better] = gain[better]
         scale[better] = (product / square)[better]
@@ -169,7 +169,7 @@ _Sums = tuple[np.ndarray, ...]
 
 
 def _fit(x: np.ndarray, weights: np.ndarray, levels: np.ndarray, negative: bool) -> tuple[_Line, _Sums]:
-    """The best line for these levels, and the weighted sums of 1, x, q, q² and qx for levels q, [G] each.
+    """Return the best line for these levels, and the weighted sums of 1, x, q, q² and qx for levels q, [G] each.
 
     negative: one of which low is not above 0.
     """
@@ -187,7 +187,7 @@ def _fit(x: np.ndarray, weights: np.ndarray, levels: np.ndarray, negative: bool)
 
 
 def _asymmetric(x: np.ndarray, weights: np.ndarray, top: int, negative: bool = False) -> _Line:
-    """The best lines for levels from 0 to top."""
+    """Return the best lines for levels from 0 to top."""
     low, high = x.min(axis=0), x.max(axis=0)
     if negative:
         low = np.minimum(low, 0)
@@ -207,7 +207,7 @@ def _asymmetric(x: np.ndarray, weights: np.ndarray, top: int, negative: bool = F
 
 
 def _scaled(type: GGMLType, blocks: np.ndarray) -> np.ndarray:
-    """Q4_K and Q5_K: each group's line has a scale and a minimum of 6 bits, in units of the block's own."""
+    """Search for Q4_K or Q5_K: each group's line has a scale and a minimum of 6 bits, in units of the block's own."""
     count, top = len(blocks), _TOP[type]
     x = np.ascontiguousarray(blocks.reshape(-1, 32).T)
     weights = _weights(x)
@@ -241,7 +241,7 @@ def _scaled(type: GGMLType, blocks: np.ndarray) -> np.ndarray:
 
 
 def _units(scales: np.ndarray, minima: np.ndarray, sums: _Sums) -> tuple[np.ndarray, np.ndarray]:
-    """The block's two units [B, 1], fitted to all its levels with their scales and minima [B, 8]."""
+    """Return the block's two units [B, 1], fitted to all its levels with their scales and minima [B, 8]."""
     w, wx, wq, wqq, wqx = (part.reshape(scales.shape) for part in sums)
     products = scales * scales * wqq, scales * minima * wq, minima * minima * w, scales * wqx, minima * wx
     aa, ab, bb, ax, bx = (part.sum(axis=1, keepdims=True) for part in products)
@@ -252,6 +252,6 @@ def _units(scales: np.ndarray, minima: np.ndarray, sums: _Sums) -> tuple[np.ndar
 
 
 def _pack_scales(scales: np.ndarray, minima: np.ndarray) -> list[np.ndarray]:
-    """8 scales and 8 minima of 6 bits each, uint8 [B, 8], as three of [B, 4]: the last four lend bits."""
+    """Pack 8 scales and 8 minima of 6 bits each, uint8 [B, 8], into three of [B, 4]: the last four lend bits."""
     high_s, high_m = scales[:, 4:], minima[:, 4:]
     return [scales[:, :4] | high_s >> 4 << 6, minima[:, :4] | high_m >> 4 << 6, (high_s & 15) | high_m << 4]

@@ -29,7 +29,7 @@ def staged_model(target: Path) -> Iterator[Path]:
 def check_readable(
     temporary: Path, target: Path, read: Callable[[Path], Checkpoint], checkpoint: Checkpoint, check: Check | None
 ) -> None:
-    """Opens what was written, compares configuration and chat turns with `checkpoint`'s, and makes its tokenizer.
+    """Open what was written, compare configuration and chat turns with `checkpoint`'s, and make its tokenizer.
 
     check: called last, with the path; what it raises is passed on.
     Raises GemkitError that names `target` if that cannot be read or is another model.
@@ -53,7 +53,7 @@ def check_readable(
 
 
 def _differences(one: Checkpoint, other: Checkpoint) -> list[str]:
-    """What of a model is lost in another: the names of fields."""
+    """Return the names of the fields of a model that another lacks."""
     fields = [field.name for field in dataclasses.fields(one.config) if field.name != "stop_token_ids"]
     wrong = [name for name in fields if getattr(one.config, name) != getattr(other.config, name)]
     if not set(one.config.stop_token_ids) <= set(other.config.stop_token_ids):

@@ -1,4 +1,4 @@
-"""A model that expects chat turns, and one that does not, told apart by what its files say.
+"""Detection of instruction-tuned models, which expect chat turns, from their files.
 
 gemkit writes a chat template into tuned models that came without one, and a mark into pretrained ones: names change.
 """
@@ -20,10 +20,10 @@ _TUNED = {"it", "instruct", "chat"}
 
 
 def instruction_tuned(mark: object, template: str | None, *names: str) -> bool | None:
-    """Returns True or False, or None if nothing tells.
+    """Return True or False, or None if it is unknown.
 
-    mark: the file's own statement, a bool, which decides; anything else is none. Next, a chat template says yes; then
-    the names do, with words such as "it" or "pt". Names without such words say no.
+    mark: the file's own statement, a bool, which decides; anything else is none. Next, a chat template means True;
+    then names decide, with words such as "it" or "pt". Names without such words mean False.
     """
     if isinstance(mark, bool):
         return mark
@@ -33,7 +33,7 @@ def instruction_tuned(mark: object, template: str | None, *names: str) -> bool |
 
 
 def by_name(*names: str) -> bool | None:
-    """Returns True for names with "it" and the like, False for those with "pt" and the like, None for all others.
+    """Return True for names with "it" and the like, False for those with "pt" and the like, None for all others.
 
     Of a path, the last part counts.
     """
@@ -43,13 +43,13 @@ def by_name(*names: str) -> bool | None:
     return True if words & _TUNED else None
 
 
-def mark(facts: Mapping[str, object], key: str, template: str | None) -> object:
-    """Returns the mark among a file's facts; none beside a template, which came later, with a fine-tuning."""
-    return None if template else facts.get(key)
+def mark(pairs: Mapping[str, object], key: str, template: str | None) -> object:
+    """Return the mark in a file's metadata; none next to a template, which came later, with a fine-tuning."""
+    return None if template else pairs.get(key)
 
 
 def template_to_write(checkpoint: Checkpoint) -> str | None:
-    """Returns the model's chat template; for a tuned model without one, the template of Gemma's turns."""
+    """Return the model's chat template; for a tuned model without one, the template of Gemma's turns."""
     if checkpoint.chat_template or not checkpoint.instruction_tuned:
         return checkpoint.chat_template
     from gemkit.text.template import DEFAULT_TEMPLATE
@@ -58,14 +58,14 @@ def template_to_write(checkpoint: Checkpoint) -> str | None:
 
 
 def needs_mark(checkpoint: Checkpoint, *names: str) -> bool:
-    """Says whether a pretrained model has to be marked as such: its names say otherwise, or none are given to last."""
+    """Return whether a pretrained model must be marked as such, as its names suggest otherwise or do not last."""
     if checkpoint.instruction_tuned is not False or checkpoint.chat_template:
         return False
     return not names or by_name(*names) is True
 
 
 def end_in_template(checkpoint: Checkpoint) -> int | None:
-    """Returns the id of the token that the chat template calls eos_token; None if it calls none so.
+    """Return the id of the token that the chat template calls eos_token; None if it calls none so.
 
     It is one of the stop ids, and the one that a converted model must state as its eos_token.
     """

@@ -104,7 +104,7 @@ def test_every_published_configuration_survives(name: str):
 
 
 def facts(architecture: str, **more: object) -> dict[str, object]:
-    """The least that a file must say."""
+    """The minimal key-values of a file."""
     return {
         "general.architecture": architecture,
         f"{architecture}.block_count": 7,

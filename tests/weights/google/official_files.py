@@ -205,7 +205,7 @@ def torch_logits(config: ModelConfig, state: Mapping[str, torch.Tensor], tokens:
 
 
 def save_torch(path: Path, state: object, config: ModelConfig | None = None) -> Path:
-    """A .ckpt as the official one, with ``config.json`` beside it if there is a config."""
+    """A .ckpt as the official one, with ``config.json`` next to it if there is a config."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model_state_dict": state}, path)
     if config is not None:

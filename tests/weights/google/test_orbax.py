@@ -111,7 +111,7 @@ def test_all_presets_are_known_by_their_sizes(tmp_path):
 
 
 def test_a_released_archive_needs_no_config(tmp_path, monkeypatch):
-    """The arrays in a folder, the tokenizer beside it; the embedding has rows behind the vocabulary's end."""
+    """The arrays in a folder, the tokenizer next to it; the embedding has rows behind the vocabulary's end."""
     config = CASES["gemma1_2b"].config
     arrays = make.flax_arrays(config, transposed=False)
     table = arrays["embedder/input_embedding"]

@@ -121,7 +121,7 @@ def test_a_folder_a_multimodal_model_and_shards(tmp_path):
         for other in (params_of(b), params_of(c)):
             assert all(np.array_equal(other[key], value) for key, value in expected.items())
     facts.write_text(json.dumps({"weight_map": {"a": "../model.bin"}}))
-    assert "no file beside it" in refusal(facts.parent)
+    assert "no file next to it" in refusal(facts.parent)
 
 
 def test_a_release_has_a_tokenizer_and_no_config(tmp_path, monkeypatch):

@@ -173,7 +173,7 @@ def test_heads_of_multimodal_files(saved_multimodal, tmp_path, head):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     hf_files.write(tmp_path, state | {head: embedding})
     read_hf(tmp_path).close()
-    # Where both are there and differ, transformers does not tie them
+    # Where both exist and differ, transformers does not tie them
     hf_files.write(tmp_path, state | {head: embedding + 1})
     with pytest.warns(GemkitWarning, match=f"{head} differs from"), read_hf(tmp_path) as checkpoint:
         assert not checkpoint.config.tie_word_embeddings

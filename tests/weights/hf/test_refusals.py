@@ -59,7 +59,7 @@ NAMED = {
 @pytest.mark.parametrize("case", NAMED)
 def test_by_the_names_of_tensors(folder, state, case):
     names, words = NAMED[case]
-    for whole in (True, False):  # beside all weights, and in place of most of them
+    for whole in (True, False):  # next to all weights, and in place of most of them
         rest = {k: v for k, v in state[1].items() if whole or not k.startswith("model.layers.")}
         hf_files.write(folder, rest | {name: torch.ones(2) for name in names})
         assert words in refusal(folder)

@@ -1,4 +1,4 @@
-"""Tokenizers as transformers 4 and 5, trainers and users leave them, beside transformers' own reading. Budget: 30 s."""
+"""Tokenizers as transformers 4 and 5, trainers and users leave them, compared with transformers. Budget: 30 s."""
 
 import copy
 import gzip
@@ -199,7 +199,7 @@ def test_broken_settings(tmp_path):
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
 def test_published_tokenizers(tmp_path, name):
-    """With the settings beside them, the ids of transformers.
+    """With the settings next to them, the ids of transformers.
 
     Gemma 1's file lists neither tags nor runs of white space as tokens; gemkit reads them as its tokenizer.model has
     them (`tests/text/test_tokenizer.py`).

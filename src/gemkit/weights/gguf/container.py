@@ -1,4 +1,4 @@
-"""The GGUF container: a memory-mapped file of key-values and tensors. It knows nothing of models.
+"""The GGUF container: a memory-mapped file of key-values and tensors, independent of models.
 
 The file is not trusted: every count, length, offset, type and dimension is checked against the file's size before it
 is used, and a fault raises GemkitError. Arrays are read on demand.
@@ -34,11 +34,11 @@ SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?
 STRING, ARRAY, BOOL, UINT32 = 8, 9, 7, 4
 
 _HEAD = 64  # bytes by which other files are told
-_OLD_MAGICS = (b"lmgg", b"fmgg", b"tjgg")  # ggml, ggmf, ggjt as little-endian numbers
+_OLD_MAGICS = (b"lmgg", b"fmgg", b"tjgg")  # ggml, ggmf, ggjt as little-endian integers
 
 _MAX_NAME = 1 << 16
 _MAX_DIMENSIONS = 4
-# The least a key-value (length, one letter, type, one byte) and a tensor (one letter, one dimension) take.
+# Minimum sizes: a key-value (length, one letter, type, one byte) and a tensor (one letter, one dimension).
 _MIN_KEY_VALUE = 8 + 1 + 4 + 1
 _MIN_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
 _U32 = struct.Struct("<I")
@@ -69,7 +69,7 @@ class GGUFArray:
         return f"<array of {self._count} values of GGUF type {self.type}>"
 
     def numbers(self) -> np.ndarray:
-        """A copy as a NumPy array [count]; raises GemkitError for strings."""
+        """Return a copy as a NumPy array [count]; raises GemkitError for strings."""
         if self.type == STRING:
             self._file._fail("an array of numbers holds strings")
         dtype = np.dtype("u1" if self.type == BOOL else SCALARS[self.type])
@@ -77,7 +77,7 @@ class GGUFArray:
         return values != 0 if self.type == BOOL else values.copy()
 
     def strings(self) -> list[bytes]:
-        """The strings as they are in the file; raises GemkitError for numbers."""
+        """Return the strings as they are in the file; raises GemkitError for an array of another type."""
         if self.type != STRING or self._starts is None:
             self._file._fail("an array of strings holds numbers")
         if not self._count:
@@ -126,11 +126,11 @@ class GGUFFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], part: bool = False) -> GGUFFile:
-        """Maps the file and reads its header; tensor data and arrays stay where they are."""
+        """Map the file and read its header; tensor data and arrays stay where they are."""
         return cls(path, part)
 
     def close(self) -> None:
-        """Lets go of the file. Views of its tensors that are still held keep the mapping alive, not the names here."""
+        """Close the file. Views of its tensors that are still referenced keep the mapping alive."""
         self.tensors = {}
         mapped, self._map = self._map, None
         if mapped is not None:
@@ -144,12 +144,12 @@ class GGUFFile:
         self.close()
 
     def raw(self, key: str) -> bytes:
-        """A key-value's bytes as stored: key, type and value. KeyError if there is none."""
+        """Return a key-value's bytes as stored: key, type and value. KeyError if there is none."""
         start, end = self._spans[key]
         return self._buffer()[start:end]
 
     def digest(self, keys: Sequence[str]) -> str:
-        """SHA-256 (hexadecimal) of the stored bytes of these key-values, in this order."""
+        """Return the SHA-256 (hexadecimal) of the stored bytes of these key-values, in this order."""
         digest = hashlib.sha256()
         for key in keys:
             digest.update(self.raw(key))
@@ -166,7 +166,7 @@ class GGUFFile:
         return self._map
 
     def _take(self, count: int, what: str) -> int:
-        """Moves `count` bytes on and returns where they start."""
+        """Move `count` bytes on and return where they start."""
         start = self._at
         if count > self._size - start:
             self._fail(f"{what} at byte {start} reaches past the end of the file, which has {self._size} bytes")
@@ -190,7 +190,7 @@ class GGUFFile:
             self._fail(f"{what} at byte {start} is not UTF-8")
 
     def _count(self, what: str, least: int) -> int:
-        """Reads how many things follow that take `least` bytes or more each."""
+        """Read a count of items that take at least `least` bytes each."""
         count = self._u64(f"the number of {what}")
         if count > (self._size - self._at) // least:
             self._fail(f"it announces {count} {what}, more than its {self._size} bytes can hold")
@@ -251,7 +251,7 @@ class GGUFFile:
         return GGUFArray(self, item_type, count, self._take(count * size, shown(key)), None)
 
     def _walk(self, key: str, count: int) -> np.ndarray:
-        """Moves past `count` strings; returns int64 [count + 1], where each starts and where the last one ends."""
+        """Move past `count` strings; return int64 [count + 1], where each starts and where the last one ends."""
         starts = self._guess(count)
         if starts is None:
             starts = np.empty(count + 1, np.int64)
@@ -268,10 +268,10 @@ class GGUFFile:
         return starts
 
     def _guess(self, count: int) -> np.ndarray | None:
-        """`_walk` without a loop, for strings below 256 bytes that hold no run of zeros; None if they are not such.
+        """Do as `_walk` without a loop, for strings below 256 bytes without runs of zeros; None for others.
 
         A length is then one byte and seven zeros, and seven zeros are found nowhere else: all lengths are found at
-        once, and the chain is checked: each string must end where the next length stands.
+        once, and the chain is checked: each string must end where the next length begins.
         """
         if count < 64:
             return None
@@ -345,7 +345,7 @@ class GGUFFile:
 
 
 def _stranger(head: bytes) -> tuple[str, str]:
-    """What a file that begins with these bytes is instead of GGUF, and the remedy."""
+    """Return the kind of a file that begins with these bytes and is not GGUF, and the remedy."""
     if not head:
         return "it is empty", "the download or copy did not finish: get the file again"
     if not head.strip(b"\0"):
@@ -360,11 +360,11 @@ def _stranger(head: bytes) -> tuple[str, str]:
     if head[:4] == b"PK\3\4":
         return "it is a zip archive, not a GGUF file", "unpack it, or give it its own file name extension"
     if head[8:9] == b"{":
-        return "it is a safetensors file, not GGUF", "name it .safetensors and put it beside its config.json"
+        return "it is a safetensors file, not GGUF", "name it .safetensors and put it next to its config.json"
     return "it is not a GGUF file", "give the path of one, or convert the model to GGUF"
 
 
 def shown(value: object) -> str:
-    """A value from the file for a message: quoted, on one line, not long."""
+    """Return a value from the file for a message: quoted, on one line, not long."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:60]}..."

@@ -13,7 +13,7 @@ from typing import NamedTuple
 # Some conversions add the rotary frequencies as a tensor; they follow from the metadata.
 IGNORED = frozenset({"rope_freqs.weight"})
 
-# The text model's prefix in a multimodal file of transformers 4 and 5, and what it is canonically; longest first.
+# The text model's prefix in a multimodal file of transformers 4 and 5, and its canonical form; longest first.
 _MULTIMODAL = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
@@ -26,7 +26,7 @@ _IMAGE = re.compile(r"(?:model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 class Name(NamedTuple):
-    """One kind of tensor. `{}` stands for the layer's number. add_one: the file holds 1 + w."""
+    """One kind of tensor. `{}` is the layer's index. add_one: the file holds 1 + w."""
 
     gguf: str
     canonical: str
@@ -60,7 +60,7 @@ _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 
 
 def rows(post_norms: bool) -> tuple[Name, ...]:
-    """The table for models with (Gemma 2, 3) or without (Gemma 1) norms behind attention and feed-forward."""
+    """Return the table for models with (Gemma 2, 3) or without (Gemma 1) norms behind attention and feed-forward."""
     return _COMMON + (_FOUR_NORMS if post_norms else _TWO_NORMS)
 
 
@@ -69,7 +69,7 @@ _BY_CANONICAL = {flag: {row.canonical: row for row in rows(flag)} for flag in (F
 
 
 def from_gguf(name: str, post_norms: bool) -> Name | None:
-    """The row of a GGUF name with the layer filled in, or None if it is unknown.
+    """Return the row of a GGUF name with the layer filled in, or None if it is unknown.
 
     Example: ``from_gguf("blk.3.attn_q.weight", True).canonical`` is "model.layers.3.self_attn.q_proj.weight".
     """
@@ -77,12 +77,12 @@ def from_gguf(name: str, post_norms: bool) -> Name | None:
 
 
 def gguf_image_part(name: str) -> str | None:
-    """ "v" or "mm" if a tensor of a GGUF file belongs to the image tower or its projector."""
+    """Return "v" or "mm" if a tensor of a GGUF file belongs to the image tower or its projector."""
     return name.partition(".")[0] if name.startswith(_GGUF_IMAGE) else None
 
 
 def from_canonical(name: str, post_norms: bool) -> Name | None:
-    """The row of a canonical name with the layer filled in, or None if it is unknown."""
+    """Return the row of a canonical name with the layer filled in, or None if it is unknown."""
     return _find(name, _BY_CANONICAL[post_norms])
 
 
@@ -95,7 +95,7 @@ def _find(name: str, table: dict[str, Name]) -> Name | None:
 
 
 def from_multimodal(name: str) -> str:
-    """The canonical name of a tensor or module of the text model in a Hugging Face file; others come back unchanged.
+    """Return the canonical name of the text model's tensor or module in a Hugging Face file, others unchanged.
 
     Example: "language_model.model.layers.0.mlp.up_proj.weight" is "model.layers.0.mlp.up_proj.weight".
     """
@@ -106,6 +106,6 @@ def from_multimodal(name: str) -> str:
 
 
 def image_part(name: str) -> str | None:
-    """ "vision_tower" or "multi_modal_projector" if a tensor or module of a Hugging Face file belongs to it."""
+    """Return "vision_tower" or "multi_modal_projector" if a tensor or module of a Hugging Face file belongs to it."""
     found = _IMAGE.match(name)
     return found and found[1]

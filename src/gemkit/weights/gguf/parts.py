@@ -25,14 +25,14 @@ class GGUFParts:
             self.tensors |= file.tensors
 
     def close(self) -> None:
-        """Closes all files; see `GGUFFile.close`."""
+        """Close all files; see `GGUFFile.close`."""
         self.tensors = {}
         for file in self._files:
             file.close()
 
 
 def open_parts(path: str | os.PathLike[str]) -> GGUFParts:
-    """Opens the model of which `path` is the file or any part.
+    """Open the model of which `path` is the file or any part.
 
     Raises GemkitError if a part is missing, is of another model or has lost the name that says which part it is.
     """
@@ -52,7 +52,7 @@ def open_parts(path: str | os.PathLike[str]) -> GGUFParts:
 
 
 def _open_others(files: list[GGUFFile], count: int) -> None:
-    """Puts all parts of a split model in the place of the one that was opened."""
+    """Replace the opened part of a split model by all of its parts."""
     given = files[0]
     paths = part_paths(given.path)
     if len(paths) != count or given.path != paths[_number(given, count)]:
@@ -74,7 +74,7 @@ def _open_others(files: list[GGUFFile], count: int) -> None:
 
 
 def _number(file: GGUFFile, count: int) -> int:
-    """The part's number from 0."""
+    """Return the part's number from 0."""
     number = file.metadata.get("split.no")
     if type(number) is not int or not 0 <= number < count:
         raise GemkitError(f"{file.path}: split.no is {shown(number)}, not the number of a part; get it again")

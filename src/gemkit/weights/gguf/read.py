@@ -1,7 +1,7 @@
-"""GGUF files of Gemma models: `read_gguf`. The file itself is in `container`, the tokenizer in `vocabulary`.
+"""Reader of Gemma models in GGUF: `read_gguf`. The file format is in `container`, the tokenizer in `vocabulary`.
 
-Where a file leaves a fact out, the value is the one that llama.cpp assumes (``src/llama-model.cpp``). Ollama's own
-files of Gemma 3 have some keys under other names and leave others out: those are the published models'.
+Where a file lacks a key, the value is the one that llama.cpp assumes (``src/llama-model.cpp``). Ollama's own
+files of Gemma 3 have some keys under other names and leave others out: those are taken from the published models.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _STOP_LISTS = ("tokenizer.ggml.eos_token_ids",)  # Ollama's
 # general.type of files that belong to a model and are none
 _COMPANIONS = {
-    "mmproj": "the image part (mmproj) of a model: give the language model's file, which stands beside it",
+    "mmproj": "the image part (mmproj) of a model: give the language model's file, which is next to it",
     "adapter": "a LoRA adapter: gemkit reads adapters as PEFT folders (--adapter-path)",
     "imatrix": "an importance matrix for quantising: give the model's file",
 }
@@ -48,7 +48,7 @@ T = TypeVar("T", int, float, str)
 
 
 def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a Gemma 1, 2 or 3 model. Tensors are views of the mapped file; the vocabulary is read when asked for.
+    """Open a Gemma 1, 2 or 3 model. Tensors are views of the mapped file; the vocabulary is read when asked for.
 
     path: of the file, or of any part of a split model. metadata: the file's key-values, and in "ignored" which parts
     for images were not read. Warns (GemkitWarning) of special ids outside the vocabulary, which are passed over.
@@ -69,13 +69,13 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _checkpoint(file: GGUFParts) -> Checkpoint:
-    facts = file.metadata
+    pairs = file.metadata
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
 
     def warn(text: str) -> None:
         warnings.warn(f"{file.path}: {text}", GemkitWarning, stacklevel=4)
 
-    config = config_from_metadata(facts, shapes, warn)
+    config = config_from_metadata(pairs, shapes, warn)
     tensors: dict[str, Tensor] = {}
     labels: dict[str, str] = {}
     images: dict[str, int] = {}
@@ -95,23 +95,23 @@ def _checkpoint(file: GGUFParts) -> Checkpoint:
         return labels.get(key) or (row.gguf if row else key)
 
     check(config, {key: tensor.shape for key, tensor in tensors.items()}, label=lambda key: _plain(label(key)))
-    tokens = facts.get("tokenizer.ggml.tokens")
+    tokens = pairs.get("tokenizer.ggml.tokens")
     if tokens is not None:
-        check_vocabulary(facts, config.vocab_size, warn)
-    metadata = {key: value for key, value in facts.items() if not isinstance(value, GGUFArray)}
+        check_vocabulary(pairs, config.vocab_size, warn)
+    metadata = {key: value for key, value in pairs.items() if not isinstance(value, GGUFArray)}
     if images:
         counts = ", ".join(f"{count} tensors of {part}" for part, count in images.items())
         metadata["ignored"] = f"{counts}: images are not read"
-    template = _get(facts, "tokenizer.chat_template", str, None)
-    said = [_get(facts, f"general.{key}", str, "") for key in ("name", "finetune")]
+    template = _get(pairs, "tokenizer.chat_template", str, None)
+    said = [_get(pairs, f"general.{key}", str, "") for key in ("name", "finetune")]
     return Checkpoint(
         config,
         tensors,
         vocabulary=None if tokens is None else lambda: read_vocabulary(file.first, config.vocab_size, warn),
         vocabulary_key=None if tokens is None else lambda: vocabulary_key(file.first, config.vocab_size),
         chat_template=template,
-        name=_get(facts, "general.name", str, "") or file.path.stem,
-        instruction_tuned=tuned.instruction_tuned(tuned.mark(facts, tuned.GGUF_KEY, template), template, *said),
+        name=_get(pairs, "general.name", str, "") or file.path.stem,
+        instruction_tuned=tuned.instruction_tuned(tuned.mark(pairs, tuned.GGUF_KEY, template), template, *said),
         source=file.path,
         metadata=metadata,
         close=file.close,
@@ -119,19 +119,19 @@ def _checkpoint(file: GGUFParts) -> Checkpoint:
 
 
 def config_from_metadata(
-    facts: Mapping[str, object],
+    pairs: Mapping[str, object],
     shapes: Mapping[str, tuple[int, ...]],
     warn: Callable[[str], None] = lambda text: None,
 ) -> ModelConfig:
-    """The configuration that a GGUF file's key-values state.
+    """Return the configuration that a GGUF file's key-values state.
 
     shapes: of the tensors by GGUF name; the rows of token_embd.weight are the vocabulary.
     warn: called with a sentence on each value that is passed over. Raises GemkitError.
     """
-    kind = facts.get("general.type")
+    kind = pairs.get("general.type")
     if companion := _COMPANIONS.get(kind if isinstance(kind, str) else ""):
         raise GemkitError(f"it is {companion}")
-    architecture = _get(facts, "general.architecture", str)
+    architecture = _get(pairs, "general.architecture", str)
     if architecture == "clip":
         raise GemkitError(f"it is {_COMPANIONS['mmproj']}")
     if architecture not in ARCHITECTURES:
@@ -139,13 +139,13 @@ def config_from_metadata(
         raise GemkitError(f"its architecture is {shown(architecture)}; gemkit reads {known}: get a Gemma model")
 
     def integer(key: str, default: object = _REQUIRED) -> int:
-        value = _get(facts, f"{architecture}.{key}", int, default)
+        value = _get(pairs, f"{architecture}.{key}", int, default)
         if not 0 < value < 2**31:
             raise GemkitError(f"{architecture}.{key} is {value}, not from 1 to 2^31 - 1; get another conversion")
         return value
 
     def number(key: str, default: object = _REQUIRED) -> float:
-        return _get(facts, f"{architecture}.{key}", float, default)
+        return _get(pairs, f"{architecture}.{key}", float, default)
 
     embedding = shapes.get("token_embd.weight")
     if embedding is None or len(embedding) != 2:
@@ -162,7 +162,7 @@ def config_from_metadata(
     gemma2, gemma3 = architecture == "gemma2", architecture == "gemma3"
     big = layers == _27B_LAYERS.get(architecture)
     rows = embedding[0]
-    bos = _token(facts, "tokenizer.ggml.bos_token_id", rows, warn)
+    bos = _token(pairs, "tokenizer.ggml.bos_token_id", rows, warn)
     return ModelConfig(
         model_type=ARCHITECTURES[architecture],
         vocab_size=rows,
@@ -181,23 +181,23 @@ def config_from_metadata(
         post_norms=gemma2 or gemma3,
         tie_word_embeddings="output.weight" not in shapes,
         bos_token_id=_BOS if bos is None else bos,
-        stop_token_ids=stop_ids(facts, ARCHITECTURES[architecture], rows, warn),
-        layers=_layers(facts, architecture, layers, hidden, integer, number),
+        stop_token_ids=stop_ids(pairs, ARCHITECTURES[architecture], rows, warn),
+        layers=_layers(pairs, architecture, layers, hidden, integer, number),
     )
 
 
 def _layers(
-    facts: Mapping[str, object],
+    pairs: Mapping[str, object],
     architecture: str,
     count: int,
     hidden: int,
     integer: Callable[..., int],
     number: Callable[..., float],
 ) -> tuple[LayerSpec, ...]:
-    """One record per layer; every sixth (Gemma 3) or second (Gemma 2) layer is full unless the file says otherwise."""
-    factor = _rope_factor(facts, architecture)
+    """Return one record per layer; by default every sixth (Gemma 3) or second (Gemma 2) layer is full."""
+    factor = _rope_factor(pairs, architecture)
     if architecture == "gemma3":
-        base, scaled = _gemma3_rope(facts, count, hidden)
+        base, scaled = _gemma3_rope(pairs, count, hidden)
         theta = number("rope.freq_base", number("rope.global.freq_base", base))
         factor = scaled if factor is None else factor
     else:
@@ -210,10 +210,10 @@ def _layers(
     if architecture == "gemma3":
         local = number("rope.freq_base_swa", number("rope.local.freq_base", 10_000.0))
     key = f"{architecture}.attention.sliding_window"
-    if architecture == "gemma3" and facts.get(key, 0) == 0:
+    if architecture == "gemma3" and pairs.get(key, 0) == 0:
         return layer_pattern(count, rope_theta=theta, rope_factor=factor)
     window = integer("attention.sliding_window", 4096)
-    pattern = facts.get(f"{key}_pattern")
+    pattern = pairs.get(f"{key}_pattern")
     if not isinstance(pattern, GGUFArray):
         period = integer("attention.sliding_window_pattern", 6 if architecture == "gemma3" else 2)
         return layer_pattern(
@@ -228,12 +228,12 @@ def _layers(
     return tuple(slider if slide else full for slide in slides)
 
 
-def _gemma3_rope(facts: Mapping[str, object], layers: int, hidden: int) -> tuple[float, float | None]:
-    """Base and factor of the full layers where the file states none: those of the published model of these sizes.
+def _gemma3_rope(pairs: Mapping[str, object], layers: int, hidden: int) -> tuple[float, float | None]:
+    """Return base and factor of the full layers where the file states none, from the published model of these sizes.
 
     A file with the base under llama.cpp's key, where neither is asked for, states the factor too: without one, it is 1.
     """
-    if "gemma3.rope.freq_base" in facts:
+    if "gemma3.rope.freq_base" in pairs:
         return 0.0, None
     from gemkit.arch.presets import PRESETS
 
@@ -245,43 +245,43 @@ def _gemma3_rope(facts: Mapping[str, object], layers: int, hidden: int) -> tuple
     return full.rope_theta, full.rope_factor
 
 
-def _rope_factor(facts: Mapping[str, object], architecture: str) -> float | None:
-    """The factor that the file states, or None."""
-    kind = _get(facts, f"{architecture}.rope.scaling.type", str, "linear")
+def _rope_factor(pairs: Mapping[str, object], architecture: str) -> float | None:
+    """Return the factor that the file states, or None."""
+    kind = _get(pairs, f"{architecture}.rope.scaling.type", str, "linear")
     if kind not in ("linear", "none"):
         raise GemkitError(f"its positions are scaled by {shown(kind)}; gemkit knows linear: get another conversion")
-    old = _get(facts, f"{architecture}.rope.scale_linear", float, None)
-    factor = _get(facts, f"{architecture}.rope.scaling.factor", float, old)
+    old = _get(pairs, f"{architecture}.rope.scale_linear", float, None)
+    factor = _get(pairs, f"{architecture}.rope.scaling.factor", float, old)
     if kind == "none":
         return 1.0
     return 1.0 if factor == 0 else factor
 
 
 def stop_ids(
-    facts: Mapping[str, object], model_type: str, rows: int, warn: Callable[[str], None] = lambda text: None
+    pairs: Mapping[str, object], model_type: str, rows: int, warn: Callable[[str], None] = lambda text: None
 ) -> tuple[int, ...]:
-    """Those of gemkit's own key; without it those that the file names, with Gemma's two in Google's vocabularies."""
-    if own := _tokens(facts, STOP_IDS, rows, warn):
+    """Return the ids of gemkit's own key, or those that the file names, with Gemma's two in Google's vocabularies."""
+    if own := _tokens(pairs, STOP_IDS, rows, warn):
         return tuple(dict.fromkeys(own))
     usual = [token for token in STOP_TOKEN_IDS[model_type] if token < rows]
     ids: list[int | None] = [*usual] if rows >= GOOGLE_VOCABULARY else []
-    ids += [_token(facts, f"tokenizer.ggml.{key}", rows, warn) for key in _STOP_KEYS]
+    ids += [_token(pairs, f"tokenizer.ggml.{key}", rows, warn) for key in _STOP_KEYS]
     for key in _STOP_LISTS:
-        ids += _tokens(facts, key, rows, warn)
+        ids += _tokens(pairs, key, rows, warn)
     found = tuple(dict.fromkeys(token for token in ids if token is not None)) or tuple(usual)
     if not found:
         raise GemkitError(f"its vocabulary of {rows} has no stop token; get another conversion")
     return found
 
 
-def _token(facts: Mapping[str, object], key: str, rows: int, warn: Callable[[str], None]) -> int | None:
-    """A special token's id, or None; one outside the vocabulary, such as 2^32 - 1 for "none", is passed over."""
-    return _inside(_get(facts, key, int, None), key, rows, warn)
+def _token(pairs: Mapping[str, object], key: str, rows: int, warn: Callable[[str], None]) -> int | None:
+    """Return a special token's id, or None; one outside the vocabulary, such as 2^32 - 1 for "none", is passed over."""
+    return _inside(_get(pairs, key, int, None), key, rows, warn)
 
 
-def _tokens(facts: Mapping[str, object], key: str, rows: int, warn: Callable[[str], None]) -> list[int]:
-    """The ids of a list, without those outside the vocabulary; none where the key is missing."""
-    value = facts.get(key)
+def _tokens(pairs: Mapping[str, object], key: str, rows: int, warn: Callable[[str], None]) -> list[int]:
+    """Return the ids of a list, without those outside the vocabulary; none where the key is missing."""
+    value = pairs.get(key)
     if isinstance(value, GGUFArray):
         value = value.numbers().tolist()
     if value is None:
@@ -298,9 +298,9 @@ def _inside(token: int | None, key: str, rows: int, warn: Callable[[str], None])
     return token
 
 
-def _get(facts: Mapping[str, object], key: str, kind: type[T], default: object = _REQUIRED) -> T:
-    """A key-value of that type. If it is missing: `default`, or GemkitError without one."""
-    value = facts.get(key)
+def _get(pairs: Mapping[str, object], key: str, kind: type[T], default: object = _REQUIRED) -> T:
+    """Return a key-value of that type. If it is missing: `default`, or GemkitError without one."""
+    value = pairs.get(key)
     if value is None:
         if default is _REQUIRED:
             raise GemkitError(f"the key {key} is missing; get a whole conversion")
@@ -309,7 +309,7 @@ def _get(facts: Mapping[str, object], key: str, kind: type[T], default: object =
         value = float(value)
     if type(value) is not kind:
         raise GemkitError(f"the key {key} is {shown(value)}, not of type {kind.__name__}; get another conversion")
-    # Stored as float32, 1e-6 comes back as 9.999999974752427e-07; the shortest decimal is what was meant
+    # Stored as float32, 1e-6 comes back as 9.999999974752427e-07; the shortest decimal is the intended value
     with np.errstate(over="ignore"):
         return float(str(np.float32(value))) if kind is float else value
 

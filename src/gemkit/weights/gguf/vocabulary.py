@@ -27,12 +27,12 @@ _DISPENSABLE = {
 _NEVER_TEXT = (PieceType.CONTROL, PieceType.UNUSED, PieceType.UNKNOWN)
 
 
-def check_vocabulary(facts: Mapping[str, object], rows: int, warn: Callable[[str], None]) -> None:
-    """Raises GemkitError unless the arrays are of the right kinds and lengths for an embedding of so many rows.
+def check_vocabulary(pairs: Mapping[str, object], rows: int, warn: Callable[[str], None]) -> None:
+    """Raise GemkitError unless the arrays are of the right kinds and lengths for an embedding of so many rows.
 
     warn: called with a sentence on each array that llama.cpp does without.
     """
-    model = facts.get("tokenizer.ggml.model", "llama")
+    model = pairs.get("tokenizer.ggml.model", "llama")
     if model != "llama":
         raise GemkitError(
             f"its tokenizer (tokenizer.ggml.model) is {shown(model)}, not sentencepiece, which is called 'llama'; "
@@ -40,7 +40,7 @@ def check_vocabulary(facts: Mapping[str, object], rows: int, warn: Callable[[str
         )
     count = 0
     for key in ("tokens", "scores", "token_type"):
-        array = facts.get(f"tokenizer.ggml.{key}")
+        array = pairs.get(f"tokenizer.ggml.{key}")
         if array is None and key in _DISPENSABLE:
             warn(f"tokenizer.ggml.{key} is missing: {_DISPENSABLE[key]}")
             continue
@@ -60,15 +60,15 @@ def check_vocabulary(facts: Mapping[str, object], rows: int, warn: Callable[[str
 
 
 def read_vocabulary(file: GGUFFile, rows: int, warn: Callable[[str], None]) -> Vocabulary:
-    """The pieces, without those that only fill up the rows of the embedding at its end.
+    """Return the pieces, without those that only fill up the rows of the embedding at its end.
 
     Missing scores are 0 and missing types follow from the text, as in llama.cpp; an empty piece and one
     that occurs a second time get a text of their own, so that text always becomes the first one.
     Raises GemkitError for a piece that text can become and that has no row.
     """
-    facts = file.metadata
-    pieces = facts["tokenizer.ggml.tokens"].strings()
-    scores, types = _numbers(facts, "scores", len(pieces)), _numbers(facts, "token_type", len(pieces))
+    pairs = file.metadata
+    pieces = pairs["tokenizer.ggml.tokens"].strings()
+    scores, types = _numbers(pairs, "scores", len(pieces)), _numbers(pairs, "token_type", len(pieces))
     if scores is None:
         scores = np.zeros(len(pieces), np.float32)
     if types is None:
@@ -90,7 +90,7 @@ def read_vocabulary(file: GGUFFile, rows: int, warn: Callable[[str], None]) -> V
 
 
 def vocabulary_key(file: GGUFFile, rows: int) -> str:
-    """SHA-256 of all that `read_vocabulary` reads; the rows count where pieces have none."""
+    """Return the SHA-256 of all data that `read_vocabulary` reads; the rows count where pieces have none."""
     digest = file.digest(sorted(key for key in file.metadata if _KEYS.fullmatch(key)))
     if len(file.metadata["tokenizer.ggml.tokens"]) > rows:
         digest = hashlib.sha256(f"{digest} {rows}".encode()).hexdigest()
@@ -98,7 +98,7 @@ def vocabulary_key(file: GGUFFile, rows: int) -> str:
 
 
 def fit_to_rows(vocabulary: Vocabulary, rows: int) -> Vocabulary:
-    """The vocabulary with one piece for each row of the embedding, as llama.cpp's converter writes it.
+    """Return the vocabulary with one piece for each row of the embedding, as llama.cpp's converter writes it.
 
     Rows without a piece get "[PAD262145]" and so on, of the type UNUSED, which text never becomes; pieces without a row
     are left out. `read_vocabulary` takes the former away again.
@@ -119,8 +119,8 @@ def _pad(number: int) -> bytes:
     return b"[PAD%d]" % number
 
 
-def _numbers(facts: Mapping[str, object], key: str, count: int) -> np.ndarray | None:
-    array = facts.get(f"tokenizer.ggml.{key}")
+def _numbers(pairs: Mapping[str, object], key: str, count: int) -> np.ndarray | None:
+    array = pairs.get(f"tokenizer.ggml.{key}")
     if not isinstance(array, GGUFArray):
         return None
     with np.errstate(all="ignore"):
@@ -128,13 +128,13 @@ def _numbers(facts: Mapping[str, object], key: str, count: int) -> np.ndarray | 
 
 
 def _name_empty(pieces: list[bytes]) -> None:
-    """Gives empty pieces the text that llama.cpp gives them."""
+    """Give empty pieces the text that llama.cpp gives them."""
     if b"" in pieces:
         pieces[:] = [piece or b"[EMPTY_%d]" % number for number, piece in enumerate(pieces)]
 
 
 def _name_copies(pieces: list[bytes], types: np.ndarray, warn: Callable[[str], None]) -> None:
-    """Marks pieces that occurred before with `COPY`, so that they are told apart and read as the same text."""
+    """Mark pieces that occurred before with `COPY`, so that they are told apart and read as the same text."""
     space, mark = SPACE.encode(), COPY.encode()
     plain = [piece.replace(b" ", space) if b" " in piece else piece for piece in pieces]
     if len(set(plain)) == len(plain):

@@ -31,7 +31,7 @@ _GUESSED = 1024
 def write_gguf(
     path: str | os.PathLike[str], checkpoint: Checkpoint, file_type: str | None = None, *, check: Check | None = None
 ) -> Path:
-    """Writes the file under a temporary name, reads it back and renames it: there is a good file, the old one, or none.
+    """Write the file under a temporary name, read it back and rename it: there is a good file, the old one, or none.
 
     file_type: what the file calls itself, "Q4_0", "Q4_K_M", …; by default the type with the most bytes.
     check: called with the temporary path before the file gets its name; whatever it raises leaves no file.
@@ -53,7 +53,7 @@ def write_gguf(
 
 
 def _stored(name: str, tensor: Tensor, post_norms: bool) -> tuple[str, Tensor]:
-    """A tensor with its GGUF name, and a norm as 1 + w in float32."""
+    """Return a tensor with its GGUF name, and a norm as 1 + w in float32."""
     row = names.from_canonical(name, post_norms)
     assert row is not None
     if row.add_one and not tensor.add_one:
@@ -63,7 +63,7 @@ def _stored(name: str, tensor: Tensor, post_norms: bool) -> tuple[str, Tensor]:
 
 
 def _header(checkpoint: Checkpoint, tensors: list[tuple[str, Tensor]], file_type: str | None) -> bytes:
-    """Everything before the tensors' data, padded."""
+    """Return everything before the tensors' data, padded."""
     pairs = _model_pairs(checkpoint.config, tuned.end_in_template(checkpoint))
     _check_expressible(checkpoint.config, pairs, tensors)
     sizes: dict[str, int] = {}
@@ -101,11 +101,11 @@ def _header(checkpoint: Checkpoint, tensors: list[tuple[str, Tensor]], file_type
 
 
 def _model_pairs(config: ModelConfig, end: int | None = None) -> dict[str, tuple[int, object]]:
-    """The configuration as key: (value type, value). end: the stop id to state first."""
+    """Return the configuration as key: (value type, value). end: the stop id to state first."""
     architecture = {model_type: name for name, model_type in ARCHITECTURES.items()}[config.model_type]
     full = next((layer for layer in config.layers if layer.sliding_window is None), config.layers[-1])
     slider = next((layer for layer in config.layers if layer.sliding_window is not None), None)
-    facts: dict[str, tuple[int, object]] = {
+    keys: dict[str, tuple[int, object]] = {
         "context_length": (UINT32, config.max_position_embeddings),
         "embedding_length": (UINT32, config.hidden_size),
         "block_count": (UINT32, config.num_hidden_layers),
@@ -118,22 +118,22 @@ def _model_pairs(config: ModelConfig, end: int | None = None) -> dict[str, tuple
         "rope.freq_base": (_FLOAT32, full.rope_theta),
     }
     if full.rope_factor != 1:
-        facts |= {"rope.scaling.type": (STRING, "linear"), "rope.scaling.factor": (_FLOAT32, full.rope_factor)}
+        keys |= {"rope.scaling.type": (STRING, "linear"), "rope.scaling.factor": (_FLOAT32, full.rope_factor)}
     if architecture == "gemma2":
-        facts["attn_logit_softcapping"] = _FLOAT32, config.attn_logit_softcapping or 0.0
+        keys["attn_logit_softcapping"] = _FLOAT32, config.attn_logit_softcapping or 0.0
     if architecture == "gemma2" or config.final_logit_softcapping:
-        facts["final_logit_softcapping"] = _FLOAT32, config.final_logit_softcapping or 0.0
+        keys["final_logit_softcapping"] = _FLOAT32, config.final_logit_softcapping or 0.0
     if slider is not None:
-        facts["attention.sliding_window"] = UINT32, slider.sliding_window
+        keys["attention.sliding_window"] = UINT32, slider.sliding_window
         if architecture == "gemma3":
-            facts["rope.freq_base_swa"] = _FLOAT32, slider.rope_theta
+            keys["rope.freq_base_swa"] = _FLOAT32, slider.rope_theta
         kinds = [layer.sliding_window is not None for layer in config.layers]
         period = kinds.index(False) + 1 if False in kinds else len(kinds) + 1
         if period != (6 if architecture == "gemma3" else 2):
-            facts["attention.sliding_window_pattern"] = UINT32, period
+            keys["attention.sliding_window_pattern"] = UINT32, period
     stops = list(config.stop_token_ids if end is None else dict.fromkeys([end, *config.stop_token_ids]))
     pairs: dict[str, tuple[int, object]] = {"general.architecture": (STRING, architecture)}
-    pairs |= {f"{architecture}.{key}": pair for key, pair in facts.items()}
+    pairs |= {f"{architecture}.{key}": pair for key, pair in keys.items()}
     pairs |= {
         "tokenizer.ggml.model": (STRING, "llama"),
         "tokenizer.ggml.pre": (STRING, "default"),
@@ -157,7 +157,7 @@ def _model_pairs(config: ModelConfig, end: int | None = None) -> dict[str, tuple
 def _check_expressible(
     config: ModelConfig, pairs: dict[str, tuple[int, object]], tensors: list[tuple[str, Tensor]]
 ) -> None:
-    """Raises GemkitError unless reading the key-values gives the same configuration."""
+    """Raise GemkitError unless reading the key-values gives the same configuration."""
     shapes = {name: tensor.shape for name, tensor in tensors}
     back = config_from_metadata({key: value for key, (_, value) in pairs.items()}, shapes)
     wrong = [field.name for field in fields(ModelConfig) if getattr(back, field.name) != getattr(config, field.name)]

@@ -41,7 +41,7 @@ _LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,5})/(.+)")
 class Row(NamedTuple):
     """One array of the file.
 
-    flax: its name; `{}` stands for the layer's number. axes: a letter for each axis of one part.
+    flax: its name; `{}` is the layer's index. axes: a letter for each axis of one part.
     parts: the canonical tensors, stacked on a first axis if there are several.
     canonical: the axes of a part in the canonical tensor, where "NH D" is a matrix [N*H, D].
     """
@@ -52,12 +52,12 @@ class Row(NamedTuple):
     canonical: str
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The array's shape. sizes: of each letter."""
+        """Return the array's shape. sizes: of each letter."""
         lead = (len(self.parts),) if len(self.parts) > 1 else ()
         return (*lead, *(sizes[letter] for letter in self.axes))
 
     def take(self, array: np.ndarray, part: int) -> np.ndarray:
-        """A canonical tensor out of the array; a view where it can be."""
+        """Return a canonical tensor out of the array; a view where it can be."""
         array = array[part] if len(self.parts) > 1 else array
         groups = self.canonical.split()
         size = dict(zip(self.axes, array.shape, strict=True))
@@ -65,7 +65,7 @@ class Row(NamedTuple):
         return moved.reshape([int(np.prod([size[letter] for letter in group])) for group in groups])
 
     def join(self, tensors: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
-        """The array of the canonical tensors: the inverse of `take`."""
+        """Return the array of the canonical tensors: the inverse of `take`."""
         order = self.canonical.replace(" ", "")
         shape = [sizes[letter] for letter in order]
         back = [order.index(letter) for letter in self.axes]
@@ -103,7 +103,7 @@ _FOUR_NORMS = (
 
 
 def rows(config: ModelConfig, *, joined: bool, transposed: bool) -> dict[str, Row]:
-    """All rows of a model with the layers filled in, by the array's name.
+    """Return all rows of a model with the layers filled in, by the array's name.
 
     joined: queries, keys and values are one array. transposed: the gating matrices are [F, D].
     """
@@ -123,7 +123,7 @@ def rows(config: ModelConfig, *, joined: bool, transposed: bool) -> dict[str, Ro
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
-    """The size of each letter."""
+    """Return the size of each letter."""
     return {
         "V": config.vocab_size,
         "D": config.hidden_size,
@@ -135,12 +135,12 @@ def sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def is_joined(config: ModelConfig) -> bool:
-    """Whether the official classes keep queries, keys and values in one array."""
+    """Return whether the official classes keep queries, keys and values in one array."""
     return config.num_key_value_heads == config.num_attention_heads
 
 
 def is_transposed(config: ModelConfig) -> bool:
-    """Whether the official class of this model has its gating matrices as [F, D]: not Gemma 1, nor Gemma 2 2B."""
+    """Return whether the model's official class has gating matrices as [F, D]: not Gemma 1, nor Gemma 2 2B."""
     if config.model_type == "gemma2":
         small = preset("gemma-2-2b").config
         return (config.hidden_size, config.intermediate_size) != (small.hidden_size, small.intermediate_size)
@@ -148,7 +148,7 @@ def is_transposed(config: ModelConfig) -> bool:
 
 
 def plain(name: str) -> str:
-    """A name without the prefixes of released files. Example: "transformer/final_norm/scale" is "final_norm/scale"."""
+    """Strip the prefixes of released files. Example: "transformer/final_norm/scale" is "final_norm/scale"."""
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     found = _LAYER.fullmatch(name)
@@ -156,7 +156,7 @@ def plain(name: str) -> str:
 
 
 def released(name: str) -> tuple[str, str]:
-    """The two keys of an array in a released file. Example: ("transformer/layer_0/mlp/linear", "w")."""
+    """Return the two keys of an array in a released file. Example: ("transformer/layer_0/mlp/linear", "w")."""
     if name.endswith(_MLP):
         return f"transformer/{name}", "w"
     folder, _, leaf = name.rpartition("/")
@@ -164,12 +164,12 @@ def released(name: str) -> tuple[str, str]:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer of an array, None for one outside."""
+    """Return the layer of an array, None for one outside."""
     found = _LAYER.fullmatch(name)
     return int(found[1]) if found else None
 
 
 def image_part(name: str) -> str | None:
-    """What for images an array belongs to, e.g. "vision_encoder" or "mm_input_projection"; None for text."""
+    """Return an array's image module, e.g. "vision_encoder" or "mm_input_projection"; None for text."""
     found = _IMAGE.match(name)
     return found and (found[1] or found[2])

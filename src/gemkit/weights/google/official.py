@@ -1,4 +1,4 @@
-"""What stands beside Google's own checkpoints, which hold tensors alone: the configuration and the tokenizer.
+"""Configuration and tokenizer for Google's own checkpoints, whose files hold tensors alone.
 
 The configuration is that of ``config.json`` (Hugging Face's keys) if there is one; else that of the published model
 with these sizes. The tokenizer is ``tokenizer.model`` in the folder, or in the one above, where the releases have it.
@@ -24,7 +24,7 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What shapes and names tell. rows: of the embedding. queries, keys: N*H and K*H."""
+    """Sizes read from shapes and names. rows: of the embedding. queries, keys: N*H and K*H."""
 
     rows: int
     hidden_size: int
@@ -36,7 +36,7 @@ class Sizes:
     post_norms: bool
 
     def fit(self, config: ModelConfig) -> bool:
-        """Whether a model is of these sizes, but for the rows of its embedding."""
+        """Return whether a model has these sizes, but for the rows of its embedding."""
         H = config.head_dim
         return dataclasses.astuple(self)[1:] == (
             config.hidden_size,
@@ -50,21 +50,21 @@ class Sizes:
 
 
 def find_config(folder: Path, sizes: Sizes, path: Path, padded: Mapping[int, int]) -> ModelConfig:
-    """The configuration of the checkpoint at `path`; see above.
+    """Return the configuration of the checkpoint at `path`; see above.
 
-    padded: vocabularies and the rows that the format gives them. Raises GemkitError if nothing says what it is.
+    padded: vocabularies and the rows that the format gives them. Raises GemkitError if the model cannot be identified.
     """
     file = folder / CONFIG
     if file.is_file():
-        facts = read_object(file)
-        if "model_type" in facts:  # gemma_pytorch's own has other keys, and says no more than the shapes
-            return hf._config(folder, facts)
+        raw = read_object(file)
+        if "model_type" in raw:  # gemma_pytorch's own has other keys, and says no more than the shapes
+            return hf._config(folder, raw)
     found = {preset.config for preset in PRESETS.values() if sizes.fit(preset.config)}
     if len(found) != 1:
         raise GemkitError(
             f"{path}: {'no' if not found else 'more than one'} published Gemma has {sizes.layers} layers of width "
             f"{sizes.hidden_size} and {sizes.intermediate_size}, {sizes.queries} and {sizes.keys} for attention: put "
-            f"its {CONFIG} (of Hugging Face) beside it"
+            f"its {CONFIG} (of Hugging Face) next to it"
         )
     config = found.pop()
     if padded.get(config.vocab_size) == sizes.rows:
@@ -82,7 +82,7 @@ def make_checkpoint(
     metadata: Mapping[str, object],
     close: Callable[[], None],
 ) -> Checkpoint:
-    """The checkpoint at `path` with the tokenizer of its folder.
+    """Return the checkpoint at `path` with the tokenizer of its folder.
 
     source: a file that is another one whenever the weights are others, None if there is none: by it copies of them are
     found again.
@@ -90,7 +90,7 @@ def make_checkpoint(
     tokenizer = _tokenizer(folder)
     name = path.stem if path.is_file() else hf._name(path)
     template = hf.read_chat_template(folder)
-    facts = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    raw = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     return Checkpoint(
         config,
         tensors,
@@ -98,7 +98,7 @@ def make_checkpoint(
         vocabulary_key=tokenizer and (lambda: tokenizer.key(config.vocab_size)),
         chat_template=template,
         name=name,
-        instruction_tuned=tuned.instruction_tuned(tuned.mark(facts, tuned.CONFIG_KEY, template), template, name),
+        instruction_tuned=tuned.instruction_tuned(tuned.mark(raw, tuned.CONFIG_KEY, template), template, name),
         source=source,
         metadata=metadata,
         close=close,

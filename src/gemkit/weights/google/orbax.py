@@ -1,9 +1,9 @@
 """Flax/Orbax checkpoints in the layout of Google's releases, read and written with the library orbax-checkpoint.
 
-`read_orbax` opens a folder without reading an array: each is read when a tensor's bytes are asked for. Memory then
-holds one array of the file, while it is read its compressed bytes too, and what was taken from it; an array of several
-tensors (keys and values, gate and up) is kept until the next one is read. Names and shapes are in `flax_names`, what
-stands beside the arrays in `official`, the other direction in `orbax_writer`.
+`read_orbax` opens a folder without reading an array: each is read with a tensor's bytes. Memory then
+holds one array of the file, during the read its compressed bytes too, and its tensors; an array of several
+tensors (keys and values, gate and up) is kept until the next one is read. Names and shapes are in `flax_names`, the
+configuration and tokenizer in `official`, the writer in `orbax_write`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LATE_SECONDS = 0.1
 
 
 def find_orbax(path: str | os.PathLike[str]) -> Path | None:
-    """The folder with the arrays: `path`, or the only one in it, as in the releases' archives; None without one."""
+    """Return the folder with the arrays: `path`, or the only one in it, as in the releases' archives, or None."""
     path = Path(path)
     if _is_orbax(path):
         return path
@@ -60,7 +60,7 @@ def _is_orbax(folder: Path) -> bool:
 
 
 def orbax_library() -> Any:
-    """orbax.checkpoint. Raises GemkitError with the remedy if it is not installed."""
+    """Import orbax.checkpoint. Raises GemkitError with the remedy if it is not installed."""
     try:
         import orbax.checkpoint
     except ImportError:
@@ -72,12 +72,12 @@ def orbax_library() -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the library from writing to the terminal: its progress, and what its threads say after a failure."""
+    """Keep the library from writing to the terminal: its progress, and what its threads say after a failure."""
     log = logging.getLogger("absl")
     level, hook = log.level, sys.unraisablehook
 
     def unless_late(unraisable: Any) -> None:
-        # Reads beside the one that failed come back to an event loop that it has closed.
+        # Concurrent reads return to an event loop that the failed read has closed.
         if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
             hook(unraisable)
 
@@ -97,7 +97,7 @@ def quiet() -> Iterator[None]:
 
 
 def read_orbax(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a released or nested checkpoint of Gemma 1, 2 or 3; tensors are read when asked for.
+    """Open a released or nested checkpoint of Gemma 1, 2 or 3; tensors are read when asked for.
 
     metadata: in "ignored" what of the file is not part of the text model.
     Raises GemkitError if the folder is broken, is no Gemma model or does not hold exactly the model's arrays.
@@ -126,7 +126,7 @@ def read_orbax(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 class _Store:
-    """The arrays of a checkpoint by plain name. shapes and types: as the file says; text: those of the text model."""
+    """The arrays of a checkpoint by plain name. shapes and types: as in the file; text: those of the text model."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -169,7 +169,7 @@ class _Store:
         self._last: tuple[str, np.ndarray] | None = None
 
     def array(self, name: str, keep: bool) -> np.ndarray:
-        """One array of the file. keep: another tensor of it will be wanted next."""
+        """Return one array of the file. keep: another tensor of it will be wanted next."""
         with self._lock:
             if self._last is not None and self._last[0] == name:
                 return self._last[1]
@@ -221,7 +221,7 @@ class OrbaxTensor(Tensor):
 
     @property
     def data(self) -> np.ndarray:
-        """Its bytes, uint8, flat, new at each call. Raises GemkitError if the folder is broken."""
+        """The bytes, uint8, flat, read again at each call. Raises GemkitError if the folder is broken."""
         if self._data is None:
             raise GemkitError("the checkpoint is closed: load it again")
         array = self._store.array(self._row.flax, keep=len(self._row.parts) > 1)
@@ -240,7 +240,7 @@ def _leaves(tree: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
 
 
 def _sizes(store: _Store) -> Sizes:
-    """What the shapes tell. Raises GemkitError that names the first array without which nothing can be told."""
+    """Read the sizes from the shapes. Raises GemkitError that names the first array that is missing for it."""
     layers = {layer for name in store.text if (layer := flax_names.layer_of(name)) is not None}
     if not layers:
         first = ", ".join(shown(name) for name in store.text[:3]) or "nothing"
@@ -272,7 +272,7 @@ def _sizes(store: _Store) -> Sizes:
 
 
 def _table(config: ModelConfig, store: _Store) -> tuple[dict[str, Row], int]:
-    """The rows of this file, by what it has, and the rows of its embedding."""
+    """Return the rows of this file, by what it has, and the rows of its embedding."""
     joined = "layer_0/attn/qkv_einsum/w" in store.shapes
     D, F = config.hidden_size, config.intermediate_size
     gating = store.shapes.get("layer_0/mlp/gating_einsum")
@@ -286,7 +286,7 @@ def _table(config: ModelConfig, store: _Store) -> tuple[dict[str, Row], int]:
 def _check(
     config: ModelConfig, table: Mapping[str, Row], rows: int, shapes: Mapping[str, tuple[int, ...]], store: _Store
 ) -> None:
-    """Raises GemkitError that names the first arrays that are missing, too many, misshapen or of another type."""
+    """Raise GemkitError that names the first arrays that are missing, too many, misshapen or of another type."""
     sizes = flax_names.sizes(config) | {"V": rows}
     wanted = {name: row.shape(sizes) for name, row in table.items()}
     faults = []
@@ -310,7 +310,7 @@ def _check(
 
 
 def _line(error: BaseException) -> str:
-    """An error of a library on one short line."""
+    """Return an error of a library on one short line."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 200 else f"{text[:180]}..."

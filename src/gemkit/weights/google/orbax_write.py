@@ -1,7 +1,7 @@
-"""Writes a `Checkpoint` as a Flax/Orbax folder with the keys of Google's releases, which the gemma library loads.
+"""Writer of a `Checkpoint` as a Flax/Orbax folder with the keys of Google's releases, which the gemma library loads.
 
-In the folder, beside what orbax-checkpoint writes: ``config.json`` (the arrays do not say what a model is), the
-tokenizer as ``tokenizer.model``, the chat template and the NOTICE that Gemma's terms ask of whoever passes weights on.
+In the folder, besides orbax-checkpoint's files: ``config.json`` (the arrays alone do not define the model), the
+tokenizer as ``tokenizer.model``, the chat template and the NOTICE that Gemma's terms require of redistributed weights.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def write_orbax(
     progress: Callable[[int, int], None] = lambda done, total: None,
     check: Check | None = None,
 ) -> Path:
-    """Writes the folder under a temporary name, reads it back and renames it: there is a good folder or none.
+    """Write the folder under a temporary name, read it back and rename it: there is a good folder or none.
 
     Arrays are float32, or bfloat16 where all of their tensors are; float16 and quantised ones become float32, without
-    loss. Norms become bfloat16 beside bfloat16 matrices, if that loses nothing. Memory holds one array at a time.
+    loss. Norms become bfloat16 with bfloat16 matrices, if that loses nothing. Memory holds one array at a time.
     progress: called with the bytes written so far and in all.
     check: called with the temporary path before the folder gets its name; whatever it raises leaves no folder.
     Raises GemkitError if the folder exists or cannot be written or read, or if the layout cannot state the model.
@@ -60,7 +60,7 @@ def write_orbax(
 
 
 def _refuse(config: ModelConfig) -> None:
-    """Raises GemkitError for a model that the official classes would compute otherwise."""
+    """Raise GemkitError for a model that the official classes would compute otherwise."""
     if not config.tie_word_embeddings:
         raise GemkitError("the official Flax layout has no output matrix of its own: choose --to hf or gguf")
     if config.rms_norm_eps != _OFFICIAL_EPS:
@@ -114,13 +114,13 @@ def _write_arrays(folder: Path, checkpoint: Checkpoint, progress: Callable[[int,
 
 
 def _reason(error: Exception) -> str:
-    """The system's words for an error of the library, or the library's own on one short line."""
+    """Return the system's words for an error of the library, or the library's own on one short line."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code[1])) if code else " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _handler(orbax: Any, total: int, progress: Callable[[int, int], None]) -> Any:
-    """Writes one array after the other, so that memory holds one."""
+    """Write one array after the other, so that memory holds one."""
 
     class Handler(orbax.type_handlers.NumpyHandler):
         async def serialize(self, values: list[_Pending], infos: list[Any], args: Any = None) -> list[Any]:
@@ -140,10 +140,10 @@ def _handler(orbax: Any, total: int, progress: Callable[[int, int], None]) -> An
 
 
 def _write_texts(folder: Path, checkpoint: Checkpoint) -> None:
-    facts = to_hf(checkpoint.config)
+    raw_config = to_hf(checkpoint.config)
     if tuned.needs_mark(checkpoint):
-        facts[tuned.CONFIG_KEY] = False
-    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+        raw_config[tuned.CONFIG_KEY] = False
+    text = json.dumps(raw_config, indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8", newline="\n")
     (folder / "NOTICE").write_text(NOTICE, encoding="utf-8", newline="\n")
     if checkpoint.vocabulary is not None:

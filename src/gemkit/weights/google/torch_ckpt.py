@@ -1,4 +1,4 @@
-"""Google's own PyTorch checkpoints: ``.ckpt`` files of gemma_pytorch, and its folders with shards and an index.
+"""Reader of Google's PyTorch checkpoints: ``.ckpt`` files of gemma_pytorch, and its folders with shards and an index.
 
     embedder                          weight [V, D]; with images text_token_embedder
     model.layers.i.self_attn.qkv_proj weight [(N + 2K) H, D]: queries, keys, values
@@ -7,8 +7,8 @@
     model.layers.i, model.norm        norms as in Hugging Face
     freqs_cis, local_, global_        tables that follow from the configuration: not read
 
-A file quantised to int8 has a `weight_scaler` [out] beside each such `weight` [out, in]; the matrix is their product.
-What a matrix is, the file's types say. Float matrices are views of the mapped file, products are made when asked for.
+A file quantised to int8 has a `weight_scaler` [out] for each such `weight` [out, in]; the matrix is their product.
+The types in the file decide. Float matrices are views of the mapped file, products are computed when read.
 Source: gemma/model.py and gemma/gemma3_model.py of github.com/google/gemma_pytorch.
 """
 
@@ -59,17 +59,17 @@ _LAYER = (
 
 
 def is_torch_checkpoint(path: Path) -> bool:
-    """Whether a file is named like one, or a folder holds exactly one such file, or an index of shards."""
+    """Return whether a file is named like one, or a folder holds exactly one such file, or an index of shards."""
     if path.is_dir():
         return (path / INDEX).is_file() or len(list(path.glob("*.ckpt"))) == 1
     return path.suffix in (".ckpt", ".pt", ".pth", ".bin") or path.name == INDEX
 
 
 def read_torch(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a ``.ckpt`` file, a folder with one, or a folder with ``pytorch_model.bin.index.json`` and its shards.
+    """Open a ``.ckpt`` file, a folder with one, or a folder with ``pytorch_model.bin.index.json`` and its shards.
 
-    metadata: "quantised" if the file has int8 matrices; in "ignored" what is not part of the text model.
-    Raises GemkitError if a file is broken or asks for more than tensors, or if the tensors are not exactly a model's.
+    metadata: "quantised" if the file has int8 matrices; "ignored": the tensors that are not part of the text model.
+    Raises GemkitError if a file is broken or has objects other than tensors, or if the tensors do not fit a model.
     """
     files = _Files(Path(path))
     try:
@@ -111,7 +111,7 @@ class _Files:
             names = set(shards.values()) if isinstance(shards, dict) and _texts(shards.values()) else set()
             wrong = [n for n in names if not n.isprintable() or "/" in n or "\\" in n or ":" in n or n in ("", "..")]
             if not names or wrong:
-                fault = f"names {shown(wrong[0])}, which is no file beside it" if wrong else "has no weight_map"
+                fault = f"names {shown(wrong[0])}, which is no file next to it" if wrong else "has no weight_map"
                 raise GemkitError(f"{path / INDEX} {fault}; get the file again")
             return [path / name for name in sorted(names)]
         found = sorted(path.glob("*.ckpt"))
@@ -133,7 +133,7 @@ def _texts(values: object) -> bool:
 
 
 def _state(file: TorchFile) -> dict[str, TorchTensor]:
-    """The state dictionary: below its key in a .ckpt, at the top in a shard."""
+    """Return the state dictionary: below its key in a .ckpt, at the top in a shard."""
     found = file.value
     if isinstance(found, dict) and _STATE in found:
         found = found[_STATE]
@@ -179,7 +179,7 @@ def _checkpoint(files: _Files) -> Checkpoint:
 
 
 def _sizes(files: _Files, tensors: Mapping[str, TorchTensor]) -> Sizes:
-    """What the shapes tell."""
+    """Read the sizes from the shapes."""
 
     def shape(module: str) -> tuple[int, ...]:
         found = tensors.get(module + _WEIGHT)
@@ -212,7 +212,7 @@ def _embedding(tensors: Mapping[str, TorchTensor]) -> str:
 
 
 def _parts(config: ModelConfig, tensors: Mapping[str, TorchTensor]) -> Iterator[tuple[str, int, int, str]]:
-    """Each canonical tensor: its module in the file, its first row, the row behind its last (0: all), its name."""
+    """Yield for each canonical tensor: module in the file, first row, row after the last (0: all), canonical name."""
     keys = config.num_key_value_heads * config.head_dim
     queries = config.num_attention_heads * config.head_dim
     blocks = [(f"model.layers.{i}.", row) for i in range(config.num_hidden_layers) for row in _LAYER]
@@ -234,7 +234,7 @@ def _check(
     parts: Mapping[str, tuple[str, int, int]],
     labels: Mapping[str, str],
 ) -> None:
-    """Raises GemkitError that names each tensor that is missing, unknown, misshapen or of another type."""
+    """Raise GemkitError that names each tensor that is missing, unknown, misshapen or of another type."""
     shapes: dict[str, tuple[int, ...]] = {}
     modules = {module for module, _, _ in parts.values()}
     for key, (module, first, end) in parts.items():
@@ -260,7 +260,7 @@ def _check_type(files: _Files, module: str, weight: TorchTensor, scaler: TorchTe
     fault = None
     if weight.dtype == "I8":
         if scaler is None:
-            fault = f"{module}{_WEIGHT} is int8 and has no {_SCALER[1:]} beside it; get the whole file"
+            fault = f"{module}{_WEIGHT} is int8 and has no {_SCALER[1:]} next to it; get the whole file"
         elif scaler.dtype not in TYPES or scaler.shape != weight.shape[:1] or len(weight.shape) != 2:
             fault = f"{module}{_SCALER} is {scaler.dtype} {list(scaler.shape)}, not a number a row; get the file again"
     elif weight.dtype not in TYPES:
@@ -287,7 +287,7 @@ def _tensor(files: _Files, module: str, first: int, end: int) -> Tensor:
 
 
 class _Strided(Tensor):
-    """A tensor whose numbers are not in order; they are put in order at each use."""
+    """A tensor that is not contiguous; its elements are copied in order at each use."""
 
     __slots__ = ("_view",)
 

@@ -1,8 +1,8 @@
-"""Files of ``torch.save``: a zip with a pickle and one entry for each storage. Read without torch and without pickle.
+"""Reader of ``torch.save`` files, zips with a pickle and an entry per storage, without torch and without pickle.
 
-A pickle is a program. Here a small machine of its own runs the few instructions that tensors need: it builds text,
-numbers, tuples, lists and dictionaries, and of what it is told to call it knows only OrderedDict, the rebuilding of a
-tensor and of a parameter. Anything else is refused by name; nothing is imported and nothing of the file is called.
+A pickle is a program. A small interpreter runs the few instructions that tensors need: it builds strings, integers,
+floats, tuples, lists and dictionaries, and calls only OrderedDict, the rebuilding of a tensor and of a parameter.
+Anything else is refused by name; no module is imported and no code of the file is run.
 
 The file is not trusted: entries, sizes, strides and offsets are checked before they are used, and a fault raises
 GemkitError. Storages are views of the mapped file. Format: ``torch/serialization.py`` and ``torch/_utils.py``.
@@ -54,7 +54,7 @@ _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 class TorchTensor:
     """One tensor. dtype: as in safetensors, e.g. "BF16". offset: its first element in the storage. strides: elements.
 
-    storage: the name of its entry; elements: how many numbers that has.
+    storage: the name of its entry; elements: the size of that storage.
     """
 
     dtype: str
@@ -77,7 +77,7 @@ class TorchTensor:
 
 @dataclass(frozen=True)
 class _Global:
-    """A name that the pickle asks for, of those that are known."""
+    """A supported global that the pickle refers to."""
 
     module: str
     name: str
@@ -94,8 +94,8 @@ class _Storage:
 class TorchFile:
     """An open file of ``torch.save``; a context manager. Only the pickle is read.
 
-    value: what was saved; of it dictionaries, lists, tuples, text, numbers and `TorchTensor` remain.
-    Raises GemkitError if the file is broken or asks for anything but tensors.
+    value: the saved object, of dictionaries, lists, tuples, strings, integers, floats and `TorchTensor`.
+    Raises GemkitError if the file is broken or contains other objects.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -125,7 +125,7 @@ class TorchFile:
             raise
 
     def data(self, tensor: TorchTensor, name: str) -> np.ndarray:
-        """A tensor's bytes, uint8 [*shape, itemsize]: a view of the mapped file. name: for messages."""
+        """Return a tensor's bytes, uint8 [*shape, itemsize]: a view of the mapped file. name: for messages."""
         if self._map is None:
             raise GemkitError(f"{self.path} is closed: open it again")
         begin, size = self._entry(f"data/{tensor.storage}", name)
@@ -140,7 +140,7 @@ class TorchFile:
         )
 
     def close(self) -> None:
-        """Lets go of the file. Views that are still held keep the mapping alive."""
+        """Close the file. Views that are still referenced keep the mapping alive."""
         mapped, self._map = self._map, None
         if mapped is not None:
             with contextlib.suppress(BufferError):  # it goes with the last view
@@ -158,7 +158,7 @@ class TorchFile:
     # --- the zip -----------------------------------------------------------------------------------------------------
 
     def _open_zip(self, file: Any) -> dict[str, zipfile.ZipInfo]:
-        """The entries by name below the archive's one folder."""
+        """Return the entries by name below the archive's one folder."""
         try:
             with zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()
@@ -170,7 +170,7 @@ class TorchFile:
         for info in infos:
             folder, _, name = info.filename.partition("/")
             if not folder or not name or ".." in info.filename.split("/") or "\\" in info.filename:
-                self._fail(f"its entry {shown(info.filename)} lies outside the archive's folder")
+                self._fail(f"its entry {shown(info.filename)} is outside the archive's folder")
             if name in entries:
                 self._fail(f"it has two entries {shown(name)}")
             entries[name] = info
@@ -179,7 +179,7 @@ class TorchFile:
         return entries
 
     def _entry(self, name: str, wanted_by: str) -> tuple[int, int]:
-        """Where an entry begins in the file, and its bytes."""
+        """Return an entry's offset and size in the file."""
         info = self._entries.get(name)
         if info is None:
             self._fail(f"{wanted_by} needs the entry {shown(name)}, which is missing")
@@ -293,7 +293,7 @@ class _Machine:
         self.name(module, name)
 
     def storage(self, _: object) -> None:
-        """("storage", type, key, device, elements)"""
+        """Check the persistent id ("storage", type, key, device, elements)."""
         kind, storage, key, _device, elements = self.pop()
         if kind != "storage" or not isinstance(storage, _Global) or storage.name not in STORAGES:
             raise ValueError("a reference is to no storage")
@@ -312,7 +312,7 @@ class _Machine:
         self.push(made(*arguments))
 
     def build(self, _: object) -> None:
-        """The attributes of a state dictionary, its _metadata, are of no use here."""
+        """Ignore the attributes of a state dictionary, its _metadata."""
         self.pop()
         self._top(dict)
 
@@ -324,7 +324,7 @@ def _count(value: object) -> int:
 
 
 def _plain(value: object) -> str:
-    """A value for a message. A tuple may hold itself so often that its text would fill the memory."""
+    """Return a value for a message. A tuple may hold itself so often that its text would fill the memory."""
     return shown(value) if type(value) in (str, int, float) else f"a {type(value).__name__}"
 
 

@@ -27,22 +27,22 @@ from gemkit.weights.json_file import read_file, read_object
 
 
 def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a folder with a Gemma 1, 2 or 3 model. Tensors are views of the mapped files, the vocabulary is read later.
+    """Open a folder with a Gemma 1, 2 or 3 model. Tensors are views of the mapped files, the vocabulary is read later.
 
     metadata: "dtype" of ``config.json``, and in "ignored" which parts for images were not read.
     Raises GemkitError if files are missing or broken, or do not hold exactly the model's tensors.
     """
     folder = Path(path)
-    facts = read_object(folder / "config.json")
-    config = _config(folder, facts)
+    raw = read_object(folder / "config.json")
+    config = _config(folder, raw)
     tokenizer = find_tokenizer(folder, _names(folder))
     template = read_chat_template(folder)
-    named = facts.get("transformers_weights")
+    named = raw.get("transformers_weights")
     files = open_weights(folder, named if isinstance(named, str) else None)
     try:
-        config, tensors, ignored = read_tensors(folder, config, facts, files)
+        config, tensors, ignored = read_tensors(folder, config, raw, files)
         metadata: dict[str, object] = {key: value for key, value in files.metadata.items() if key == "format"}
-        if isinstance(dtype := facts.get("dtype") or facts.get("torch_dtype"), str):
+        if isinstance(dtype := raw.get("dtype") or raw.get("torch_dtype"), str):
             metadata["dtype"] = dtype
         if ignored:
             metadata["ignored"] = ignored
@@ -55,7 +55,7 @@ def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
             chat_template=template,
             special_tokens=special_tokens(folder),
             name=name,
-            instruction_tuned=tuned.instruction_tuned(tuned.mark(facts, tuned.CONFIG_KEY, template), template, name),
+            instruction_tuned=tuned.instruction_tuned(tuned.mark(raw, tuned.CONFIG_KEY, template), template, name),
             source=folder,
             metadata=metadata,
             close=files.close,
@@ -75,12 +75,12 @@ def _names(folder: Path) -> list[str]:
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
-def _config(folder: Path, facts: dict[str, object]) -> ModelConfig:
-    """``config.json``, with the stop ids of the other files besides its own."""
+def _config(folder: Path, raw: dict[str, object]) -> ModelConfig:
+    """Read ``config.json``, with the stop ids of the other files besides its own."""
     path = folder / "config.json"
-    refuse_quantised(path, facts)
+    refuse_quantised(path, raw)
     try:
-        config = from_hf(facts)
+        config = from_hf(raw)
     except GemkitError as error:
         raise GemkitError(f"{path}: {error}") from None
     ids = dict.fromkeys([*config.stop_token_ids, *stop_ids(folder, config.vocab_size)])
@@ -88,7 +88,7 @@ def _config(folder: Path, facts: dict[str, object]) -> ModelConfig:
 
 
 def _name(folder: Path) -> str:
-    """For people. The hubs' caches keep a model below its name, in a folder named by its commit or version."""
+    """Return the display name. The hubs' caches keep a model below its name, in a folder named by commit or version."""
     folder = folder.absolute()
     if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
         return "/".join(folder.parents[1].name.split("--", 2)[1:])

@@ -1,4 +1,4 @@
-"""safetensors files: a header in JSON and the tensors' bytes, memory-mapped. It knows nothing of models.
+"""Reader of safetensors files, a header in JSON and the tensors' bytes, memory-mapped; independent of models.
 
 The file is not trusted: every length, offset, type and dimension is checked before it is used, and a fault raises
 GemkitError. As the format demands, tensors follow each other without gaps or overlaps from the header to the end of the
@@ -101,14 +101,14 @@ class SafetensorsFile:
             raise
 
     def data(self, name: str) -> np.ndarray:
-        """A tensor's bytes, uint8, flat: a view of the mapped file. KeyError if there is none of that name."""
+        """Return a tensor's bytes, uint8, flat: a view of the mapped file. KeyError if there is none of that name."""
         entry = self.tensors[name]
         if self._map is None:
             raise GemkitError(f"{self.path} is closed: open it again")
         return np.frombuffer(self._map, np.uint8, entry.end - entry.begin, entry.begin)
 
     def close(self) -> None:
-        """Lets go of the file. Views that are still held keep the mapping alive."""
+        """Close the file. Views that are still referenced keep the mapping alive."""
         mapped, self._map = self._map, None
         if mapped is not None:
             with contextlib.suppress(BufferError):  # it goes with the last view
@@ -199,11 +199,11 @@ class ShardedFiles:
         return self.files[0].metadata
 
     def path(self, name: str) -> Path:
-        """The file that holds a tensor."""
+        """Return the file that holds a tensor."""
         return self._file_of[name].path
 
     def data(self, name: str) -> np.ndarray:
-        """A tensor's bytes; see `SafetensorsFile.data`."""
+        """Return a tensor's bytes; see `SafetensorsFile.data`."""
         return self._file_of[name].data(name)
 
     def close(self) -> None:
@@ -218,7 +218,7 @@ class ShardedFiles:
 
 
 def open_weights(folder: str | os.PathLike[str], name: str | None = None) -> ShardedFiles:
-    """Opens a folder's weights: ``model.safetensors``, or the shards of its index, or its only safetensors file.
+    """Open a folder's weights: ``model.safetensors``, or the shards of its index, or its only safetensors file.
 
     name: the file or index to open instead, where ``config.json`` gives one. The shards of an index are read whole, as
     transformers does: which tensor it puts where does not matter, and of a tensor that two shards have the last counts.
@@ -245,7 +245,7 @@ def open_weights(folder: str | os.PathLike[str], name: str | None = None) -> Sha
 
 
 def _no_weights(files: list[str], names: list[str], inner: list[str]) -> str:
-    """Why a folder's weights cannot be opened. names: its safetensors; inner: subfolders that look like models."""
+    """Explain why a folder's weights cannot be opened. names: its safetensors; inner: subfolders that may be models."""
     if any(map(rules.is_shard, names)):
         return f"has shards of a model but no {INDEX}: get that file too"
     if names:
@@ -275,7 +275,7 @@ def _open_shards(index: Path) -> ShardedFiles:
     for tensor, name in shards.items():
         if not isinstance(name, str) or not _is_inside(name) or not name.endswith(".safetensors"):
             raise GemkitError(
-                f"{index} puts {shown(tensor)} into {shown(name)}, which is no name of a file beside it; get it again"
+                f"{index} puts {shown(tensor)} into {shown(name)}, which is no name of a file next to it; get it again"
             )
     names = sorted(set(shards.values()))
     absent = [name for name in names if not (index.parent / name).exists()]
@@ -296,7 +296,7 @@ def _open_shards(index: Path) -> ShardedFiles:
 
 
 def _is_inside(name: str) -> bool:
-    """A file's name, possibly in a subfolder, that on no system leaves the folder it is put in."""
+    """Return whether a file's name, possibly in a subfolder, stays inside its folder on every system."""
     parts = name.split("/")
     return name.isprintable() and not re.search(r"[\\:]", name) and not any(p in ("", ".", "..") for p in parts)
 
@@ -306,6 +306,6 @@ def _counts(value: object) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value from the file for a message: quoted, on one line, not long."""
+    """Return a value from the file for a message: quoted, on one line, not long."""
     text = ascii(value)
     return text if len(text) <= 120 else f"{text[:100]}..."

@@ -20,7 +20,7 @@ from gemkit.weights.json_file import read_file, read_object
 
 
 def stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
-    """Returns the ids that generation_config.json and the tokenizer's settings name, in this order, each once.
+    """Return the ids that generation_config.json and the tokenizer's settings name, in this order, each once.
 
     Ids outside the vocabulary are left out. Raises GemkitError if generation_config.json names what is no id.
     """
@@ -30,7 +30,7 @@ def stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """Returns what the tokenizer's settings call bos_token, eos_token and so on, which chat templates write."""
+    """Return what the tokenizer's settings call bos_token, eos_token and so on, which chat templates write."""
     settings = _settings(folder)
     more = [settings.get(key) for key in ("extra_special_tokens", "model_specific_special_tokens")]
     rows = {key: value for key, value in settings.items() if key.endswith("_token")}
@@ -40,7 +40,7 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _settings(folder: Path) -> dict[str, object]:
-    """tokenizer_config.json; without a list of added tokens in it, special_tokens_map.json overrides its names."""
+    """Read tokenizer_config.json; without a list of added tokens in it, special_tokens_map.json overrides its names."""
     path, older = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     settings = read_object(path) if os.path.lexists(path) else {}
     if "added_tokens_decoder" not in settings and os.path.lexists(older):
@@ -64,7 +64,7 @@ def _generation(path: Path, vocab_size: int) -> list[int]:
 
 
 def _token(folder: Path, vocab_size: int) -> list[int]:
-    """The id of ``eos_token``; none if no file says which that is, or the model has no row for it."""
+    """Return the id of ``eos_token``; none if no file names it, or the model has no row for it."""
     settings = _settings(folder)
     eos = _content(settings.get("eos_token"))
     if eos is None:
@@ -87,11 +87,11 @@ def _added(rows: object, piece: str) -> int | None:
 
 
 def _vocabulary(folder: Path, piece: str) -> int | None:
-    """The id of a token that tokenizer_config.json does not list: newer files have it in the tokenizer's own."""
+    """Return the id of a token that tokenizer_config.json does not list: newer files have it in the tokenizer's own."""
     path = folder / "tokenizer.json"
     if os.path.lexists(path):
         text = read_file(path).decode("utf-8", "replace")
-        try:  # the list of added tokens stands before the vocabulary, which takes long to read
+        try:  # the list of added tokens comes before the vocabulary, which takes long to read
             rows, _ = json.JSONDecoder().raw_decode(text, text.index("[", text.index('"added_tokens"')))
             found = {row["content"]: row["id"] for row in rows}.get(piece)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -113,7 +113,7 @@ def _vocabulary(folder: Path, piece: str) -> int | None:
 
 
 def _whole(folder: Path, piece: str, rows: int) -> int | None:
-    """The id of a token that other files add, or that is added for its name alone: all of the tokenizer is read."""
+    """Return the id of a token that other files add, or that is added by name alone, from the complete tokenizer."""
     try:
         tokenizer = find_tokenizer(folder, top_level(folder))
         pieces = tokenizer.vocabulary(rows).pieces if tokenizer else ()

@@ -1,7 +1,7 @@
-"""The tensors of a Hugging Face folder under canonical names, as transformers assigns them. See `read_tensors`.
+"""Tensors of a Hugging Face folder under canonical names, as transformers assigns them. See `read_tensors`.
 
-Like transformers, this reads every name that stands for the text model, and leaves tensors alone that the model has no
-use for. Files with other mathematics in them (quantised, with an adapter, a classifier) are refused by name.
+Like transformers, this reads every alias of the text model's tensors and ignores tensors that the model does not
+use. Files with other mathematics in them (quantised, with an adapter, a classifier) are refused by name.
 Source: transformers, ``core_model_loading.py`` (rename_source_key), ``conversion_mapping.py`` and
 ``modeling_utils.py`` (tie_weights).
 """
@@ -24,13 +24,13 @@ from gemkit.weights.checkpoint import Tensor, check
 from gemkit.weights.hf.safetensors import TYPES, Entry, ShardedFiles, shown
 from gemkit.weights.quant import GGMLType, dequantise
 
-# What stands in front of a name when another module holds the model: multimodal models, PEFT, torch.compile, DDP, FSDP
+# Prefixes of a name when another module holds the model: multimodal models, PEFT, torch.compile, DDP, FSDP
 _AROUND = re.compile(r"(?:(?:base_model|language_model|model|module|_orig_mod|_fsdp_wrapped_module)\.)*")
 _TEXT = ("layers.", "embed_tokens.", "norm.")
 _IMAGE = ("vision_tower", "multi_modal_projector")
 # Follow from the configuration
 _DERIVED = (".rotary_emb.inv_freq", "embed_tokens.embed_scale", ".self_attn.masked_bias")
-_COMPARED = 1 << 22  # numbers compared at a time
+_COMPARED = 1 << 22  # elements compared at a time
 
 # Names by which a quantised file is known, the more particular ones first.
 _QUANTISED = (
@@ -72,7 +72,7 @@ def _from_float64(raw: np.ndarray) -> np.ndarray:
 
 
 def _from_float8(exponent_bits: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Reads E4M3 (finite, without infinities) or E5M2 by a table of its 256 numbers."""
+    """Read E4M3 (finite, without infinities) or E5M2 by a table of its 256 values."""
     codes = np.arange(256)
     mantissa_bits = 7 - exponent_bits
     exponent, mantissa = (codes & 127) >> mantissa_bits, codes & (1 << mantissa_bits) - 1
@@ -95,7 +95,7 @@ _CONVERTED: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
 
 
 def canonical(name: str) -> str | None:
-    """The canonical name of a text model's tensor in a Hugging Face file; None for any other tensor.
+    """Return the canonical name of a text model's tensor in a Hugging Face file; None for any other tensor.
 
     Example: "model.language_model.layers.0.mlp.up_proj.weight" and "layers.0.mlp.up_proj.weight" are both
     "model.layers.0.mlp.up_proj.weight".
@@ -107,14 +107,14 @@ def canonical(name: str) -> str | None:
 
 
 def image_part(name: str) -> str | None:
-    """ "vision_tower" or "multi_modal_projector" if a tensor belongs to it."""
+    """Return "vision_tower" or "multi_modal_projector" if a tensor belongs to it."""
     part = name[_AROUND.match(name).end() :].partition(".")[0]
     return part if part in _IMAGE else None
 
 
-def refuse_quantised(path: Path, facts: Mapping[str, object]) -> None:
-    """Raises GemkitError if ``config.json`` says that the weights are quantised."""
-    if found := facts.get("quantization_config"):
+def refuse_quantised(path: Path, raw_config: Mapping[str, object]) -> None:
+    """Raise GemkitError if ``config.json`` says that the weights are quantised."""
+    if found := raw_config.get("quantization_config"):
         method = found.get("quant_method") if isinstance(found, Mapping) else None
         kind = (
             f"by {method}" if isinstance(method, str) and method.isprintable() and len(method) < 40 else "in a format"
@@ -122,7 +122,7 @@ def refuse_quantised(path: Path, facts: Mapping[str, object]) -> None:
         raise GemkitError(
             f"{path}: the weights are quantised {kind} (quantization_config), which gemkit does not read: {_REMEDY}"
         )
-    if found := facts.get("quantization"):
+    if found := raw_config.get("quantization"):
         bits = f", {found['bits']} bits" if isinstance(found, Mapping) and type(found.get("bits")) is int else ""
         raise GemkitError(
             f"{path}: the weights are quantised by MLX (quantization in config.json{bits}), which gemkit does not "
@@ -131,15 +131,15 @@ def refuse_quantised(path: Path, facts: Mapping[str, object]) -> None:
 
 
 def read_tensors(
-    folder: Path, config: ModelConfig, facts: Mapping[str, object], files: ShardedFiles
+    folder: Path, config: ModelConfig, raw_config: Mapping[str, object], files: ShardedFiles
 ) -> tuple[ModelConfig, dict[str, Tensor], str]:
-    """The tensors by canonical name, the configuration that they fit, and a sentence about the image part ("").
+    """Return the tensors by canonical name, the configuration that they fit, and a sentence about the image part ("").
 
-    facts: ``config.json``. The configuration is the given one, but for a head that is there and is not the embedding:
-    then it is not tied. Warns of tensors that the model has no use for. Raises GemkitError if tensors are missing or
-    of the wrong shape, or if the file holds another kind of model.
+    raw_config: ``config.json``. The configuration is the given one, except that a head that differs from the embedding
+    is not tied. Warns of unused tensors. Raises GemkitError if tensors are missing or of the wrong shape, or if the
+    file holds another kind of model.
     """
-    refuse_other_models(folder, facts, files.tensors)
+    refuse_other_models(folder, raw_config, files.tensors)
     if config.num_hidden_layers > len(files.tensors):
         raise GemkitError(
             f"{folder}: config.json announces {config.num_hidden_layers} layers but there are {len(files.tensors)} "
@@ -154,7 +154,7 @@ def read_tensors(
     try:
         check(config, shapes, folder, label)
     except GemkitError as error:
-        raise GemkitError(f"{error}{_hint(config, facts, shapes)}") from None
+        raise GemkitError(f"{error}{_hint(config, raw_config, shapes)}") from None
     tensors = {key: _tensor(files, name) for key, name in labels.items()}
     if others:
         warnings.warn(
@@ -167,8 +167,8 @@ def read_tensors(
     return config, tensors, counts and f"{counts}: images are not read"
 
 
-def refuse_other_models(folder: Path, facts: Mapping[str, object], names: Iterable[str]) -> None:
-    """Raises GemkitError for quantised files, adapters that are not merged, and classifiers, by what they are."""
+def refuse_other_models(folder: Path, raw_config: Mapping[str, object], names: Iterable[str]) -> None:
+    """Raise GemkitError for quantised files, adapters that are not merged, and classifiers, by what they are."""
     names = list(names)
     for pattern, kind in _QUANTISED:
         found = [name for name in names if re.search(pattern, name)]
@@ -182,7 +182,7 @@ def refuse_other_models(folder: Path, facts: Mapping[str, object], names: Iterab
             f"{folder}: an adapter is in the weights and not merged ({listed(map(shown, found), 1)}): merge it with "
             "peft (merge_and_unload) and save the result"
         )
-    said = facts.get("architectures")
+    said = raw_config.get("architectures")
     said = [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
     heads = [
         name
@@ -198,7 +198,7 @@ def refuse_other_models(folder: Path, facts: Mapping[str, object], names: Iterab
 
 
 def _sorted(folder: Path, config: ModelConfig, files: ShardedFiles) -> tuple[dict[str, str], dict[str, int], list[str]]:
-    """The names in the file by canonical name; counts of the image parts' tensors; names of all others."""
+    """Return the names in the file by canonical name; count of the image parts' tensors; name of all others."""
     wanted = {*manifest(config), HEAD}
     labels: dict[str, str] = {}
     images: dict[str, int] = {}
@@ -219,7 +219,7 @@ def _sorted(folder: Path, config: ModelConfig, files: ShardedFiles) -> tuple[dic
 
 
 def _tied(folder: Path, config: ModelConfig, files: ShardedFiles, labels: dict[str, str]) -> ModelConfig:
-    """Leaves one of a tied pair in `labels`: the head alone is the embedding. The configuration says what is left."""
+    """Leave one of a tied pair in `labels`, where a head alone becomes the embedding; return the configuration."""
     if not config.tie_word_embeddings or HEAD not in labels:
         return config
     if EMBEDDING not in labels:
@@ -238,7 +238,7 @@ def _tied(folder: Path, config: ModelConfig, files: ShardedFiles, labels: dict[s
 
 
 def _equal(files: ShardedFiles, a: str, b: str) -> bool:
-    """Compares the numbers of two tensors, of whatever types, a piece at a time."""
+    """Return whether two tensors, of any types, have equal elements, compared a piece at a time."""
     one, other = files.tensors[a], files.tensors[b]
     if one.shape != other.shape:
         return False
@@ -256,12 +256,12 @@ def _equal(files: ShardedFiles, a: str, b: str) -> bool:
 
 
 def _width(entry: Entry) -> int:
-    """Bytes of one number."""
+    """Return the bytes of one element."""
     return _CONVERTED[entry.dtype][0] if entry.dtype in _CONVERTED else 4 if entry.dtype == "F32" else 2
 
 
 def _numbers(entry: Entry, data: np.ndarray, begin: int, end: int) -> np.ndarray:
-    """Some numbers of a tensor as float32, flat."""
+    """Return a range of a tensor's elements as float32, flat."""
     raw = data[begin * _width(entry) : end * _width(entry)]
     if entry.dtype in _CONVERTED:
         return _CONVERTED[entry.dtype][1](raw)
@@ -279,7 +279,7 @@ def _tensor(files: ShardedFiles, name: str) -> Tensor:
 
 
 def _labeller(labels: Mapping[str, str]) -> Callable[[str], str]:
-    """A function from a canonical name to the file's own; absent tensors are named as the file would name them."""
+    """Return a function from a canonical name to the file's own; missing tensors get the name the file would use."""
     known = next((key for key in labels if key.startswith("model.")), "model.")
     name = labels.get(known, known)
     rest = known.removeprefix("model.")
@@ -288,7 +288,7 @@ def _labeller(labels: Mapping[str, str]) -> Callable[[str], str]:
 
 
 def _no_text(images: Mapping[str, int], others: list[str]) -> str:
-    """What a file without a single tensor of the text model holds."""
+    """Describe the content of a file without a single tensor of the text model."""
     if images:
         return f"holds the image part of a model ({', '.join(images)}) and nothing of its text model: get it whole"
     return (
@@ -297,9 +297,9 @@ def _no_text(images: Mapping[str, int], others: list[str]) -> str:
     )
 
 
-def _hint(config: ModelConfig, facts: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """A likely cause of tensors that do not fit, for the end of the message."""
-    if absent := left_out(facts):
+def _hint(config: ModelConfig, raw_config: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return a likely cause of tensors that do not fit, for the end of the message."""
+    if absent := left_out(raw_config):
         return f" (config.json has no {', '.join(absent)}, so the defaults were taken)"
     rows = shapes.get(EMBEDDING, (config.vocab_size,))[0]
     if rows != config.vocab_size:

@@ -42,14 +42,14 @@ class TokenizerFiles:
     others: tuple[Path, ...] = ()
 
     def key(self, rows: int) -> str:
-        """SHA-256 of all files and the rows of the embedding: equal keys, equal tokenizers."""
+        """Return the SHA-256 of all files and the rows of the embedding: equal keys, equal tokenizers."""
         digest = hashlib.sha256(_KEY + f"{rows}\n".encode())
         for path in (self.path, *self.others):
             digest.update(f"{path.name}\n".encode() + hashlib.sha256(read_file(path)).digest())
         return digest.hexdigest()
 
     def vocabulary(self, rows: int) -> Vocabulary:
-        """The pieces. rows: of the embedding, which may be more: the last ones then stand for nothing.
+        """Return the pieces. rows: of the embedding, which may be more: the last ones are then unused.
 
         Raises GemkitError if a file is broken, or if text can give a token that has no row.
         """
@@ -85,7 +85,7 @@ class TokenizerFiles:
 
 
 def find_tokenizer(folder: Path, names: Iterable[str]) -> TokenizerFiles | None:
-    """The tokenizer among the files of a folder; None if it has none. Nothing is read."""
+    """Return the tokenizer among the files of a folder; None if it has none. No file is read."""
     names = set(names)
     found = tokenizer(names)
     if found is None:
@@ -94,7 +94,7 @@ def find_tokenizer(folder: Path, names: Iterable[str]) -> TokenizerFiles | None:
 
 
 class _Plan:
-    """Which tokens to add, and in which order."""
+    """Tokens to add, in order."""
 
     def __init__(
         self, path: Path, config: Mapping[str, object], special_map: Mapping[str, object], added: Mapping[str, object]
@@ -113,7 +113,7 @@ class _Plan:
         self._model_specific = extra if isinstance(extra, Mapping) else {}
 
     def tokens(self, of_file: list[AddedToken]) -> list[AddedToken]:
-        """All tokens to add. of_file: those that ``tokenizer.json`` lists."""
+        """Return all tokens to add. of_file: those that ``tokenizer.json`` lists."""
         named = {key: token for key, value in self._names().items() if (token := self._token(value))}
         names = {token.content for token in named.values()}
         by_number = self.by_number(of_file)
@@ -128,7 +128,7 @@ class _Plan:
         return found
 
     def by_number(self, of_file: list[AddedToken]) -> list[AddedToken]:
-        """The tokens that have a number in the files, in the order of the numbers."""
+        """Return the tokens that have an id in the files, in the order of the ids."""
         found: dict[int, AddedToken] = {}
         if self._listed is not None:
             where = "tokenizer_config.json", "added_tokens_decoder"
@@ -148,13 +148,13 @@ class _Plan:
         return [found[number] for number in sorted(found)]
 
     def _old_list(self) -> dict[int, dict[str, object]]:
-        """``added_tokens.json`` has numbers by text; what is special the other files say."""
+        """Read ``added_tokens.json``, ids by text; the other files define which are special."""
         values = [self._settings.get(key) for key in _NAMED] + self._extra
         special = {token.content for value in values if (token := self._token(value))}
         return {number: {"content": content, "special": content in special} for content, number in self._added.items()}
 
     def _names(self) -> dict[str, object]:
-        """The tokens with a name: the usual ones in their order, then the model's own."""
+        """Return the tokens with a name: the usual ones in their order, then the model's own."""
         defaults = _DEFAULTS if self.own_class else {}
         defaults = {key: AddedToken(content, True, implied=True) for key, content in defaults.items()}
         found = {key: self._settings.get(key, defaults.get(key)) for key in _NAMED}
@@ -166,7 +166,7 @@ class _Plan:
         return {key: value for key, value in (found | own | dict(self._model_specific)).items() if value is not None}
 
     def _token(self, value: object) -> AddedToken | None:
-        """A token as text or as an object; None for anything else, which other programs may have put there."""
+        """Return a token as text or as an object; None for anything else, which other programs may have put there."""
         if isinstance(value, AddedToken):
             return value
         if isinstance(value, str):
@@ -180,7 +180,7 @@ class _Plan:
 
 
 def _renamed(vocabulary: Vocabulary, tokens: list[AddedToken]) -> Vocabulary:
-    """Gives pieces the texts of the tokens with their numbers, unless another piece has that text."""
+    """Give pieces the texts of the tokens with their ids, unless another piece has that text."""
     pieces = list(vocabulary.pieces)
     changed = {token.number: token.content.encode("utf-8", "surrogatepass") for token in tokens}
     kept = {piece for number, piece in enumerate(pieces) if number not in changed}

@@ -1,8 +1,8 @@
-"""Writes a `Checkpoint` as a model folder in the layout of Hugging Face, which transformers, vLLM and gemkit read.
+"""Writer of a `Checkpoint` as a model folder in Hugging Face's layout, which transformers, vLLM and gemkit read.
 
 Written are ``config.json``, ``generation_config.json`` with all stop ids, safetensors (sharded above a size, with an
 index), the tokenizer as ``tokenizer.json`` and ``tokenizer.model``, the chat template, and the NOTICE that Gemma's
-terms ask of whoever passes the weights on. The tokenizer's files of a folder are copied as they are.
+terms require when weights are redistributed. The tokenizer's files of a folder are copied as they are.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def write_hf(
     progress: Callable[[int, int], None] = lambda done, total: None,
     check: Check | None = None,
 ) -> Path:
-    """Writes the folder under a temporary name, reads it back and renames it: there is a good folder or none.
+    """Write the folder under a temporary name, read it back and rename it: there is a good folder or none.
 
     Tensors keep their float types; quantised ones become float32, without loss. Norms are written as w in the type that
     most of the matrices have, if that loses nothing, else in float32.
@@ -103,7 +103,7 @@ def _write_weights(
 
 
 def _main_type(tensors: Mapping[str, Tensor]) -> GGMLType:
-    """The float type of most parameters, float32 where they are quantised."""
+    """Return the float type of most parameters, float32 where they are quantised."""
     counts: dict[GGMLType, int] = {}
     for tensor in tensors.values():
         kind = tensor.type if tensor.type in _DTYPES else GGMLType.F32
@@ -112,7 +112,7 @@ def _main_type(tensors: Mapping[str, Tensor]) -> GGMLType:
 
 
 def _type_of(tensor: Tensor, kind: GGMLType) -> GGMLType:
-    """The type to write a tensor in."""
+    """Return the type to write a tensor in."""
     if len(tensor.shape) > 1:
         return tensor.type if tensor.type in _DTYPES else GGMLType.F32
     if kind == GGMLType.F32 or (tensor.type == kind and not tensor.add_one):
@@ -123,7 +123,7 @@ def _type_of(tensor: Tensor, kind: GGMLType) -> GGMLType:
 
 
 def _bytes(tensor: Tensor, kind: GGMLType) -> np.ndarray:
-    """A tensor's values in a type, uint8, flat."""
+    """Return a tensor's values in a type, uint8, flat."""
     if tensor.type == kind and not tensor.add_one:
         return np.asarray(tensor.data).reshape(-1)
     values = tensor.to_float32()
@@ -137,13 +137,13 @@ def _size(shape: Iterable[int], kind: GGMLType) -> int:
 
 
 def _header(entries: Mapping[str, tuple[GGMLType, tuple[int, ...], int]]) -> bytes:
-    """A safetensors header, padded to 8 bytes."""
-    facts: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    """Return a safetensors header, padded to 8 bytes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (kind, shape, size) in entries.items():
-        facts[name] = {"dtype": _DTYPES[kind], "shape": list(shape), "data_offsets": [at, at + size]}
+        header[name] = {"dtype": _DTYPES[kind], "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
-    text = json.dumps(facts, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
@@ -153,11 +153,11 @@ def _header(entries: Mapping[str, tuple[GGMLType, tuple[int, ...], int]]) -> byt
 
 def _write_texts(folder: Path, checkpoint: Checkpoint) -> None:
     config = checkpoint.config
-    facts = to_hf(config)
+    raw_config = to_hf(config)
     if tuned.needs_mark(checkpoint):
-        facts[tuned.CONFIG_KEY] = False
-    facts["dtype"] = _NAMES[_DTYPES[_main_type(checkpoint.tensors)]]
-    _json(folder / "config.json", facts)
+        raw_config[tuned.CONFIG_KEY] = False
+    raw_config["dtype"] = _NAMES[_DTYPES[_main_type(checkpoint.tensors)]]
+    _json(folder / "config.json", raw_config)
     _json(
         folder / "generation_config.json",
         {
@@ -194,7 +194,7 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
     stop = tuned.end_in_template(checkpoint)
     if stop is None:
         stop = stops[-1] if checkpoint.instruction_tuned else stops[0]
-    facts: dict[str, object] = {
+    settings: dict[str, object] = {
         "tokenizer_class": "GemmaTokenizerFast",
         "add_bos_token": True,
         "add_eos_token": False,
@@ -207,8 +207,8 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
         "padding_side": "left",
     }
     if template := tuned.template_to_write(checkpoint):
-        facts["chat_template"] = template
-    _json(folder / "tokenizer_config.json", facts)
+        settings["chat_template"] = template
+    _json(folder / "tokenizer_config.json", settings)
 
 
 def _json(path: Path, value: object) -> None:
