@@ -26,7 +26,7 @@ RESOLVE = (
 
 
 def same(path: Path, files: dict[str, bytes]) -> bool:
-    """Whether a folder holds just what a model needs, byte for byte."""
+    """Return whether a folder holds exactly a model's files, byte for byte."""
     found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     return found == NEEDED and all((path / name).read_bytes() == files[name] for name in NEEDED)
 

@@ -1,4 +1,4 @@
-"""What the tests of downloads share: the server process, models to serve, and caches of their own."""
+"""Shared parts of the tests of downloads: the server process, models to serve, and caches of their own."""
 
 import contextlib
 import json
@@ -91,7 +91,7 @@ class World:
         return sorted(path for path in paths if models or "incomplete" in path or "lock" in path or ".tmp" in path)
 
     def wait_until_half(self, size: int) -> None:
-        """Waits until all but the two shards are there, and at least so many bytes of each of those."""
+        """Waits until all but the two shards are complete, and these have at least so many bytes."""
         until = time.monotonic() + 20
         while True:
             blobs = list(self.hf.glob("*/blobs/*"))
@@ -122,7 +122,7 @@ def server_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[d
 
 @pytest.fixture(name="world")
 def world_fixture(server: tuple[dict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """A calm server with google/gemma-2b on both hubs, empty caches, nobody signed in, short pauses."""
+    """A calm server with google/gemma-2b on both hubs, empty caches, no user signed in, short pauses."""
     import huggingface_hub.constants
 
     from gemkit.hub import fetch as hub_fetch

@@ -22,9 +22,9 @@ _BLOCK = 1 << 20
 
 
 def demo_path() -> Path:
-    """Returns the demo model's file in the cache folder, checked against its SHA-256.
+    """Return the demo model's file in the cache folder, checked against its SHA-256.
 
-    The first call assembles it (about a second) and prints where the terms of use lie; later ones look only at its
+    The first call assembles it (about a second) and prints the path of the terms of use; later ones check only its
     size and time. Raises GemkitError if the package is missing or broken or the cache folder cannot hold the file.
     """
     folder = cache_dir() / "demo"
@@ -34,26 +34,26 @@ def demo_path() -> Path:
     package = _package()
     if not _is_whole(path):
         _assemble(package, path)
-    try_atomic_write(mark, json.dumps(_facts(path)).encode())  # in a read-only cache it is checked again next time
+    try_atomic_write(mark, json.dumps(_identity(path)).encode())  # in a read-only cache it is checked again next time
     _notice(package)
     return path
 
 
-def _facts(path: Path) -> dict[str, object]:
-    """What ties the check to this very file."""
+def _identity(path: Path) -> dict[str, object]:
+    """Return the file's identity, to which the check applies."""
     status = path.stat()
     return {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": SHA256}
 
 
 def _is_verified(path: Path, mark: Path) -> bool:
     try:
-        return json.loads(mark.read_bytes()) == _facts(path)
+        return json.loads(mark.read_bytes()) == _identity(path)
     except (OSError, ValueError):
         return False
 
 
 def _is_whole(path: Path) -> bool:
-    """Reads the file through."""
+    """Return whether the file has the right SHA-256."""
     try:
         if path.stat().st_size != SIZE:
             return False
@@ -74,7 +74,7 @@ def _package() -> ModuleType:
 
 
 def _assemble(package: ModuleType, path: Path) -> None:
-    """Joins the parts beside `path` and renames the result: two processes at once do no harm to each other."""
+    """Join the parts in a temporary file next to `path` and rename it, so that two processes do not collide."""
     try:
         parts = package.chunk_paths()
     except ImportError:
@@ -94,7 +94,7 @@ def _assemble(package: ModuleType, path: Path) -> None:
             if digest.hexdigest() != SHA256:
                 raise GemkitError(f"the demo package is damaged: {_install(again=True)}")
     except OSError as error:
-        # Windows refuses to replace a file that another process has mapped: that one is then whole
+        # Windows refuses to replace a file that another process has mapped: that file is then complete
         if isinstance(error, PermissionError) and _is_whole(path):
             return
         raise _write_error(error, path.parent) from None
@@ -114,7 +114,7 @@ def _write_error(error: OSError, folder: Path) -> GemkitError:
 
 
 def _notice(package: ModuleType) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     terms = Path(package.__file__ or "").parent / "data" / "GEMMA_TERMS.html"
     if sys.stderr is not None:
         sys.stderr.write(f"The demo model is provided under and subject to the Gemma Terms of Use: {terms}\n")

@@ -1,7 +1,7 @@
-"""What keeps a download from a hub: settings that cannot work, and network errors, each with its cause and remedy.
+"""Causes and remedies of failed downloads: settings that cannot work, and network errors.
 
 `check_settings` looks at proxies, addresses, certificates and tokens before the first connection, since the HTTP
-library reports a wrong one as a missing package, a malformed header or a hub that is none. `explain` reads the chain of
+library reports a wrong one as a missing package, a malformed header or an unknown hub. `explain` reads the chain of
 a failed connection: resolver, proxy, TLS, socket. Little is imported at the top, since a model
 that needs no download is also found through this file.
 """
@@ -32,7 +32,7 @@ _NOT_YET_VALID, _EXPIRED, _HOSTNAME, _IP_ADDRESS = 9, 10, 62, 64
 
 
 def check_settings(endpoint: str, variable: str) -> None:
-    """Raises UsageError for a setting with which no download can work.
+    """Raise UsageError for a setting with which no download can work.
 
     endpoint: the hub's address. variable: the environment variable that may have set it.
     """
@@ -48,7 +48,7 @@ def check_settings(endpoint: str, variable: str) -> None:
 
 
 def check_token(token: str, origin: str, page: str) -> None:
-    """Raises UsageError if a token or key holds a character that none has. The token itself is never shown.
+    """Raise UsageError if a token or key holds a character that none has. The token itself is never shown.
 
     origin: the variable or file that it is from. page: where to get a new one.
     """
@@ -79,7 +79,7 @@ def _check_address(endpoint: str, variable: str) -> None:
 
 
 def proxies() -> dict[str, str]:
-    """The proxies that the HTTP library will use, by `http`, `https` and `all`, each with a scheme."""
+    """Return the proxies that the HTTP library will use, by `http`, `https` and `all`, each with a scheme."""
     from urllib.request import getproxies
 
     found = getproxies()
@@ -126,12 +126,12 @@ def _is_variable(name: str) -> bool:
 
 
 def _shown(url: str) -> str:
-    """An address without the name and password in it."""
+    """Return an address without the name and password in it."""
     return re.sub(r"//[^/\s]*@", "//…@", url)
 
 
 def _proxy_of(url: SplitResult) -> tuple[str, str] | None:
-    """The proxy, for messages, through which a URL is asked for, and its variable; None without one."""
+    """Return the proxy, for messages, through which a URL is asked for, and its variable; None without one."""
     from urllib.request import proxy_bypass
 
     found = proxies()
@@ -145,7 +145,7 @@ def _proxy_of(url: SplitResult) -> tuple[str, str] | None:
 
 
 def explain(error: Exception, url: str) -> tuple[str, bool]:
-    """Returns cause and remedy of a failed connection to `url`, and whether another try may succeed.
+    """Return cause and remedy of a failed connection to `url`, and whether another try may succeed.
 
     Example: ``("huggingface.co cannot be reached (Connection refused): check the network", True)``.
     """
@@ -231,12 +231,12 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_page(content_type: str, text: str = "") -> bool:
-    """Whether an answer is a web page where data or a file was asked for."""
+    """Return whether an answer is a web page where data or a file was asked for."""
     return "text/html" in content_type.lower() or bool(re.match(r"\s*<(!doctype html|html|head|script)", text, re.I))
 
 
 def page_error(host: str, variable: str) -> GemkitError:
-    """The error for a web page in place of data. variable: the one that sets the hub's address."""
+    """Return the error for a web page in place of data. variable: the one that sets the hub's address."""
     other = f", or correct {variable}" if os.environ.get(variable) else ""
     return GemkitError(
         f"{host} answers with a web page instead of data: the login page of a network (hotel, company) or a proxy may "
@@ -245,7 +245,7 @@ def page_error(host: str, variable: str) -> GemkitError:
 
 
 def clock_note(headers: Mapping[str, str]) -> str:
-    """A clause on this machine's clock, if it differs much from the server's; else nothing."""
+    """Return a clause on this machine's clock, if it differs much from the server's; else an empty string."""
     from email.utils import parsedate_to_datetime
 
     try:
@@ -259,13 +259,13 @@ def clock_note(headers: Mapping[str, str]) -> str:
 
 
 def import_error(error: ImportError) -> GemkitError:
-    """The error for a hub client that cannot be imported."""
+    """Return the error for a hub client that cannot be imported."""
     package = (error.name or "huggingface_hub").partition(".")[0]
     return GemkitError(f"downloads need the package {package} ({error}): {sys.executable} -m pip install {package}")
 
 
 def client_error(error: Exception) -> GemkitError:
-    """The error for an HTTP client that cannot be made."""
+    """Return the error for an HTTP client that cannot be made."""
     names = [_proxy_variable(scheme) for scheme in proxies()]
     names += [name for name in ("NO_PROXY", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
     what = ", ".join(dict.fromkeys(names)) or "the proxy settings"
@@ -274,7 +274,7 @@ def client_error(error: Exception) -> GemkitError:
 
 
 def session(endpoint: str, variable: str) -> httpx2.Client:
-    """Returns the hub's HTTP client after the settings were checked. Raises GemkitError."""
+    """Return the hub's HTTP client after the settings were checked. Raises GemkitError."""
     check_settings(endpoint, variable)
     try:
         from huggingface_hub import get_session

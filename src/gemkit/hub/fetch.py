@@ -1,6 +1,6 @@
-"""Files over HTTP: resumed, checked, several at a time, and under their final name only when they are whole.
+"""Downloads over HTTP: resumed, checked, several at a time, under their final name only when complete.
 
-What a break, a stall, a full disk or an interrupt leaves under the partial name is where the next try goes on.
+After a broken connection, a stall, a full disk or an interrupt, the next try continues the partial file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Unreachable(GemkitError):
 
 
 def timeout() -> float:
-    """Seconds without a byte until a connection is given up: GEMKIT_DOWNLOAD_TIMEOUT, or Hugging Face's variable."""
+    """Return the seconds without data until a timeout: GEMKIT_DOWNLOAD_TIMEOUT, or Hugging Face's variable."""
     for variable in ("GEMKIT_DOWNLOAD_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         if text := os.environ.get(variable):
             try:
@@ -51,7 +51,7 @@ def timeout() -> float:
 
 
 def pause(failures: int) -> float:
-    """Seconds to wait after so many failures in a row."""
+    """Return seconds to wait after so many failures in a row."""
     return _PAUSE * 2 ** (failures - 1)
 
 
@@ -61,9 +61,9 @@ def fetch_all(
     refused: Callable[[httpx2.Response], GemkitError],
     progress: Callable[[Progress], None],
 ) -> None:
-    """Fetches all items, several at a time; an item whose target is there already is left alone.
+    """Fetch all items, several at a time; an item with an existing target is skipped.
 
-    refused: what to raise for a response that is neither the file nor a passing trouble. progress is called from this
+    refused: what to raise for a response that is neither the file nor a temporary error. progress is called from this
     thread. Raises GemkitError, and KeyboardInterrupt at once; partial files stay for the next try.
     """
     _check_room(items)
@@ -104,7 +104,7 @@ def fetch_all(
 
 
 def write_error(error: OSError, folder: Path, needed: int | None = None) -> GemkitError:
-    """The line for a file that cannot be written; needed: bytes still to come."""
+    """Return the line for a file that cannot be written; needed: bytes still to come."""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return no_room(folder, needed)
     reason = error.strerror or str(error)
@@ -112,7 +112,7 @@ def write_error(error: OSError, folder: Path, needed: int | None = None) -> Gemk
 
 
 def no_room(folder: Path, needed: int | None) -> GemkitError:
-    """The line for a full disk, with the bytes that are needed and free."""
+    """Return the line for a full disk, with the bytes that are needed and free."""
     try:
         free = f"{shutil.disk_usage(_existing(folder)).free:,} bytes are free"
     except OSError:
@@ -129,7 +129,7 @@ class _Stopped(Exception):
 
 
 class _Again(Exception):
-    """This attempt failed; the reason is its text. wait: seconds that the server asks for."""
+    """This attempt failed; the reason is its text. wait: seconds of the server's Retry-After."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -137,7 +137,7 @@ class _Again(Exception):
 
 
 def _check_room(items: Sequence[Item]) -> None:
-    """Before anything is fetched."""
+    """Raise GemkitError before the download if the disk is too small."""
     needs: dict[Path, int] = {}
     for item in items:
         have = item.partial.stat().st_size if item.partial.is_file() else 0
@@ -182,7 +182,7 @@ def _fetch(
 
 
 class _Transfer:
-    """The bytes of one item, from what is there to the end. at: bytes that are there."""
+    """The transfer of one item, from the partial file to the end. at: bytes so far."""
 
     def __init__(self, item: Item, file: BinaryIO, tally: Tally, stop: threading.Event) -> None:
         self.item, self.file, self.tally, self.stop = item, file, tally, stop
@@ -192,7 +192,7 @@ class _Transfer:
         self.ended = False
 
     def run(self, client: httpx2.Client, refused: Callable[[httpx2.Response], GemkitError]) -> None:
-        """Fetches until the file is whole, then checks it."""
+        """Download until the file is complete, then check it."""
         import httpx2
 
         self._read_back()
@@ -223,7 +223,7 @@ class _Transfer:
         return self.ended if self.size is None else self.at == self.size
 
     def _read_back(self) -> None:
-        """What an earlier try left goes through the checksum."""
+        """Feed the bytes of an earlier try to the checksum."""
         size = os.fstat(self.file.fileno()).st_size
         if self.size is not None and size > self.size:
             self._restart()
@@ -257,7 +257,7 @@ class _Transfer:
             raise _Again(f"the server ended it {self.size - self.at:,} bytes early")
 
     def _accept(self, response: httpx2.Response, refused: Callable[[httpx2.Response], GemkitError]) -> None:
-        """Returns if the response is the rest of the file, or all of it: then what is there is dropped."""
+        """Return if the response is the rest of the file, or all of it: then what is there is dropped."""
         status = response.status_code
         if status in (200, 206, 511) and (status == 511 or is_page(response.headers.get("Content-Type", ""))):
             raise page_error(response.url.host, "")

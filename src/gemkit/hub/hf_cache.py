@@ -1,4 +1,4 @@
-"""Hugging Face's cache of models on disk: find, list and delete what is there. No network.
+"""Hugging Face's cache of models on disk: find, list and delete. No network.
 
 `models--org--name` holds `blobs`, files under their checksum; `snapshots/COMMIT`, a folder of links to them; and
 `refs`, which commit a branch or tag is.
@@ -20,7 +20,7 @@ from gemkit.weights.folder import CONFIG, INDEX, SINGLE, TOKENIZERS
 
 
 def cache_folder() -> Path:
-    """Hugging Face's cache of models, by its own variables: HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME."""
+    """Return Hugging Face's cache of models, by its own variables: HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME."""
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if text := os.environ.get(variable):
             return _expanded(text)
@@ -30,9 +30,9 @@ def cache_folder() -> Path:
 
 
 def find(name: HfName) -> Path | None:
-    """Returns a model in the cache, whole: its folder or its GGUF file; None if it is not there. No network.
+    """Return a complete model in the cache: its folder or its GGUF file; None if there is none. No network.
 
-    Without a revision a whole older copy stands in for one that is only half there.
+    Without a revision a complete older copy is returned in place of a partial one.
     """
     folder = repo_folder(name.repo)
     commit = _commit(folder, name.revision)
@@ -47,7 +47,7 @@ def find(name: HfName) -> Path | None:
 
 
 def whole(folder: Path, name: HfName) -> Path | None:
-    """Returns the model in a snapshot folder if all of it is there."""
+    """Return the model in a snapshot folder if it is complete."""
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     try:
         chosen = select(files, name.selector, str(name))
@@ -59,7 +59,7 @@ def whole(folder: Path, name: HfName) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a whole Hugging Face model: its configuration, a tokenizer and all of its weights."""
+    """Return whether a folder is a complete Hugging Face model: configuration, tokenizer and all of its weights."""
     if not (folder / CONFIG).is_file():
         return False
     if not any((folder / name).is_file() for name in TOKENIZERS):
@@ -74,19 +74,19 @@ def is_whole(folder: Path) -> bool:
 
 
 def repo_folders() -> Iterator[tuple[str, Path]]:
-    """The models in the cache, whole or not: name and folder."""
+    """Yield the models in the cache, whole or not: name and folder."""
     for folder in sorted(cache_folder().glob("models--*--*")):
         if folder.is_dir():
             yield "/".join(folder.name.split("--", 2)[1:]), folder
 
 
 def snapshots(folder: Path) -> list[Path]:
-    """The snapshot folders of a repository's folder."""
+    """Return the snapshot folders of a repository's folder."""
     return [path for path in sorted(folder.glob("snapshots/*")) if path.is_dir()]
 
 
 def revisions(folder: Path) -> dict[str, str]:
-    """Branches and tags by commit; `main` wins."""
+    """Return branches and tags by commit; `main` takes precedence."""
     found: dict[str, str] = {}
     for path in sorted((folder / "refs").rglob("*")):
         if path.is_file() and path.suffix != ".tmp":
@@ -99,7 +99,7 @@ def revisions(folder: Path) -> dict[str, str]:
 
 
 def remove(folder: Path, commit: str | None) -> None:
-    """Removes one commit of a repository, or all of it; what other commits share stays."""
+    """Remove one commit of a repository, or all of it; what other commits share stays."""
     others = [path for path in snapshots(folder) if path.name != commit]
     if commit is not None and others:
         from huggingface_hub import scan_cache_dir
@@ -111,7 +111,7 @@ def remove(folder: Path, commit: str | None) -> None:
 
 
 def remove_file(path: Path, folder: Path) -> None:
-    """Removes one file of a snapshot, and its blob if no other snapshot has it."""
+    """Remove one file of a snapshot, and its blob if no other snapshot has it."""
     blob = path.resolve()
     path.unlink()
     with contextlib.suppress(OSError):
@@ -125,14 +125,14 @@ def remove_file(path: Path, folder: Path) -> None:
 
 
 def has_snapshot(repo: str, revision: str) -> bool:
-    """Whether some of a revision's files are in the cache."""
+    """Return whether any of a revision's files are in the cache."""
     folder = repo_folder(repo)
     commit = _commit(folder, revision)
     return commit is not None and (folder / "snapshots" / commit).is_dir()
 
 
 def repo_of(path: Path) -> str | None:
-    """Returns the repository that a file of the cache belongs to; None for a path elsewhere."""
+    """Return the repository that a file of the cache belongs to; None for a path elsewhere."""
     try:
         folder = path.absolute().relative_to(cache_folder()).parts[0]
     except (ValueError, IndexError):
@@ -141,12 +141,12 @@ def repo_of(path: Path) -> str | None:
 
 
 def repo_folder(repo: str) -> Path:
-    """The folder of a model in the cache, which may not exist."""
+    """Return the folder of a model in the cache, which may not exist."""
     return cache_folder() / ("models--" + repo.replace("/", "--"))
 
 
 def _commit(folder: Path, revision: str | None) -> str | None:
-    """The commit that a revision means in the cache; a commit's first 7 letters do."""
+    """Return the commit that a revision means in the cache; a commit's first 7 letters do."""
     try:
         return (folder / "refs" / (revision or "main")).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):

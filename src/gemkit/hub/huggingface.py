@@ -1,8 +1,8 @@
-"""Hugging Face: models in its cache folder, in the layout that its own library uses, so that both share them.
+"""Hugging Face: models in its cache folder, in the layout of its own library, so that both share them.
 
-The hub is asked through `huggingface_hub`; files are fetched by `hub_fetch`, since that library does not go on with a
-file that broke off. Names with which a file is stored: the SHA-256 of a large file, git's name of a small one, so each
-file is checked against its own name.
+Metadata comes through `huggingface_hub`; files are downloaded by `gemkit.hub.fetch`, since that library does not resume
+a partial file. Files are stored under a hash: the SHA-256 of a large file, git's of a small one, so each file is
+checked against its own name.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ _TRUE = {"1", "ON", "YES", "TRUE"}
 
 
 def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE, or transformers' variable, forbids the network."""
+    """Return whether HF_HUB_OFFLINE, or transformers' variable, forbids the network."""
     text = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return text.upper() in _TRUE
 
 
 def endpoint() -> str:
-    """The hub's address: HF_ENDPOINT, if a mirror is used."""
+    """Return the hub's address: HF_ENDPOINT, if a mirror is used."""
     return (os.environ.get("HF_ENDPOINT") or _HUB).rstrip("/")
 
 
 def download(name: HfName, progress: Callable[[Progress], None], *, attempts: int = _ATTEMPTS) -> Path:
-    """Fetches what is missing of a model, whatever its commit is now, and returns its folder or GGUF file.
+    """Fetch the missing files of a model at its current commit, and return its folder or GGUF file.
 
-    The snapshot is made when all of its files are there. Raises GemkitError; `Unreachable` if the hub is not there.
+    The snapshot is made when all of its files are downloaded. Raises GemkitError; `Unreachable` without a connection.
     """
     client = session(endpoint(), "HF_ENDPOINT")
     check_own_token()
@@ -104,7 +104,7 @@ class _File:
 
 
 def _listing(name: HfName, attempts: int) -> tuple[str, dict[str, _File | None]]:
-    """The commit that a name means now, and its files by name; None where the list does not say more."""
+    """Return the commit that a name means now, and its files by name; None where the list does not say more."""
     import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -141,7 +141,7 @@ def _listing(name: HfName, attempts: int) -> tuple[str, dict[str, _File | None]]
 
 
 def _checked(name: HfName, info: Any) -> tuple[str, dict[str, _File | None]]:
-    """Nothing that comes from a hub becomes part of a path unseen."""
+    """Validate names and hashes from the hub before they become part of a path."""
     if not _COMMIT.fullmatch(info.sha or ""):
         raise GemkitError(f"{endpoint()} names no commit of {name.repo}: check HF_ENDPOINT")
     files = {}
@@ -153,32 +153,32 @@ def _checked(name: HfName, info: Any) -> tuple[str, dict[str, _File | None]]:
 
 
 def _file(name: str, tag: str | None, size: int | None) -> _File | None:
-    """tag: what the hub calls the content. None if that is no checksum."""
+    """Return the file of an ETag or blob id; None if that is not a checksum."""
     if size is None or size < 0 or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", tag or ""):
         return None
     return _File(name, size, str(tag))
 
 
 def _ask_for(name: HfName, file: str, commit: str) -> _File:
-    """Asks for one file's facts, where the list of a repository keeps them from strangers."""
+    """Request one file's metadata, where a repository's list omits it without a token."""
     import httpx2
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
     url = hf_hub_url(name.repo, file, revision=commit, endpoint=endpoint())
     try:
-        facts = get_hf_file_metadata(url, timeout=timeout(), library_name="gemkit", retry_on_errors=True)
+        metadata = get_hf_file_metadata(url, timeout=timeout(), library_name="gemkit", retry_on_errors=True)
     except HfHubHTTPError as error:
         raise explained(name, error) from None
     except httpx2.TransportError as error:
         raise _unreachable(explain(error, url)[0]) from None
-    if found := _file(file, facts.etag, facts.size):
+    if found := _file(file, metadata.etag, metadata.size):
         return found
     raise GemkitError(f"{endpoint()} tells no checksum of {name.repo}/{file}: check HF_ENDPOINT")
 
 
 def check_own_token() -> None:
-    """Raises GemkitError for a token that cannot be read or sent."""
+    """Raise GemkitError for a token that cannot be read or sent."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
@@ -195,7 +195,7 @@ def check_own_token() -> None:
 
 
 def _token_origin() -> str:
-    """The variable or file that the token is from."""
+    """Return the variable or file that the token is from."""
     from huggingface_hub import constants
 
     names = [name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)]
@@ -225,13 +225,13 @@ def _item(name: HfName, file: _File, commit: str, folder: Path, headers: dict[st
 
 
 def _is_there(pointer: Path, file: _File, folder: Path) -> bool:
-    """Whether a file of the right size is in the cache; on a disk without links the snapshot holds the file itself."""
+    """Return whether a file of the right size is cached; without links the snapshot holds the file itself."""
     blob = folder / "blobs" / file.blob
     return any(path.is_file() and path.stat().st_size == file.size for path in (blob, pointer))
 
 
 def _point(pointer: Path, blob: Path) -> None:
-    """Puts a blob into a snapshot: a relative link, or the file itself on a disk that has no links."""
+    """Put a blob into a snapshot: a relative link, or the file itself on a disk that has no links."""
     if not blob.is_file() or (pointer.is_file() and pointer.resolve() == blob.resolve()):
         return
     pointer.parent.mkdir(parents=True, exist_ok=True)
@@ -243,14 +243,14 @@ def _point(pointer: Path, blob: Path) -> None:
 
 
 def _write_reference(path: Path, commit: str) -> None:
-    """As Hugging Face's library does; others who share the cache may read it, unlike a temporary file's."""
+    """Write a reference as Hugging Face's library does, readable for other users of the cache."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with staged(path) as temporary:
         temporary.write_text(commit, "utf-8")
 
 
 def _remove_empty(folder: Path) -> None:
-    """A refused download leaves no empty folders."""
+    """Remove the empty folders of a refused download."""
     for path in (folder / "blobs", folder):
         with contextlib.suppress(OSError):
             path.rmdir()
@@ -268,7 +268,7 @@ def _refused(name: HfName, response: httpx2.Response) -> GemkitError:
 
 
 def explained(name: HfName, error: Exception) -> GemkitError:
-    """One line for an error of Hugging Face's: what is wrong and which page or variable mends it."""
+    """Return one line for an error of Hugging Face's: what is wrong and which page or variable mends it."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import (
         EntryNotFoundError,

@@ -1,7 +1,7 @@
-"""One file of a download: where it grows, how it is locked meanwhile, how it gets its final name.
+"""One file of a download: its partial file, lock and final name.
 
-It grows under a partial name, which one process locks, and is renamed when it is whole. The lock is on the partial file
-itself: nothing is left of it, and a killed process holds none.
+It is written under a partial name, which one process locks, and renamed when it is complete. The lock is on the partial
+file itself: it leaves no other file, and a killed process holds none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOCK_AT = (1 << 31) - 2  # Windows locks a byte; its function counts in 32 bits
 
 
 class Digest(Protocol):
-    """What hashlib's objects do."""
+    """Interface of hashlib's objects."""
 
     def update(self, data: bytes, /) -> None: ...
 
@@ -54,7 +54,7 @@ class Item:
 
 
 def rename(item: Item) -> None:
-    """Gives the whole file its final name; raises OSError."""
+    """Give the whole file its final name; raises OSError."""
     for attempt in range(20):
         try:
             os.replace(item.partial, item.target)
@@ -69,7 +69,7 @@ def rename(item: Item) -> None:
 
 
 def is_whole(item: Item) -> bool:
-    """Whether the final name exists, with the right size."""
+    """Return whether the final name exists, with the right size."""
     try:
         size = item.target.stat().st_size
     except OSError:
@@ -79,7 +79,7 @@ def is_whole(item: Item) -> bool:
 
 @contextlib.contextmanager
 def locked(item: Item, stopped: Callable[[], bool]) -> Iterator[BinaryIO | None]:
-    """The partial file, open and locked; None if the final name exists, or when `stopped` says so.
+    """Give the partial file, open and locked; None if the final name exists, or when `stopped` says so.
 
     Waits for a process that fetches the same file. An empty partial file is removed at the end.
     """
@@ -102,7 +102,7 @@ def locked(item: Item, stopped: Callable[[], bool]) -> Iterator[BinaryIO | None]
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process fetches a partial file just now."""
+    """Return whether another process is downloading a partial file."""
     try:
         file = _try_lock(path) if path.exists() else None
     except OSError:
@@ -114,7 +114,7 @@ def is_locked(path: Path) -> bool:
 
 
 def _try_lock(path: Path) -> BinaryIO | None:
-    """Opens a file, makes it if need be, and takes it for this process; None if another one has it."""
+    """Open a file, make it if need be, and take it for this process; None if another one has it."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
@@ -129,7 +129,7 @@ def _try_lock(path: Path) -> BinaryIO | None:
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Locks the file until it is closed; False if another process has it."""
+    """Lock the file until it is closed; return False if another process has it."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -147,7 +147,7 @@ def _lock(file: BinaryIO) -> bool:
 
 
 def _is_same(file: BinaryIO, path: Path) -> bool:
-    """Another process may have renamed the file before it was locked."""
+    """Return whether the file is still at its path: another process may have renamed it before the lock."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
@@ -155,15 +155,15 @@ def _is_same(file: BinaryIO, path: Path) -> bool:
 
 
 def sha256() -> Digest:
-    """The checksum of a large file on Hugging Face."""
+    """Return the checksum of a large file on Hugging Face."""
     return hashlib.sha256()
 
 
 def git_blob(size: int) -> Digest:
-    """The name that git gives a file of that size: the checksum of a small file on Hugging Face."""
+    """Return the name that git gives a file of that size: the checksum of a small file on Hugging Face."""
     return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
 
 
 def md5() -> Digest:
-    """The checksum of a file on Kaggle."""
+    """Return the checksum of a file on Kaggle."""
     return hashlib.md5(usedforsecurity=False)

@@ -1,7 +1,7 @@
 """Kaggle: models in kagglehub's cache folder, in its layout, so that both share them.
 
-kagglehub's own library neither goes on with a file after its process ended nor fetches only the files that are needed,
-and needs two more packages; its hub needs four requests: the newest version, the list of files, and each file, which
+kagglehub's own library neither resumes a file in a new process nor fetches only the files that are needed, and
+requires two more packages; its hub needs four requests: the newest version, the list of files, and each file, which
 redirects to Google Cloud Storage. Sources: kagglehub 0.3 (http_resolver.py) and 1.0 (cache.py, config.py).
 """
 
@@ -34,18 +34,18 @@ _MOST_PAGES = 100
 
 
 def cache_folder() -> Path:
-    """kagglehub's cache of models: KAGGLEHUB_CACHE, else ~/.cache/kagglehub."""
+    """Return kagglehub's cache of models: KAGGLEHUB_CACHE, else ~/.cache/kagglehub."""
     root = os.environ.get("KAGGLEHUB_CACHE") or os.path.join("~", ".cache", "kagglehub")
     return Path(os.path.expanduser(root)).absolute() / "models"
 
 
 def endpoint() -> str:
-    """The hub's address: KAGGLE_API_ENDPOINT, if a mirror is used."""
+    """Return the hub's address: KAGGLE_API_ENDPOINT, if a mirror is used."""
     return (os.environ.get("KAGGLE_API_ENDPOINT") or _HUB).rstrip("/")
 
 
 def find(name: KaggleName) -> Path | None:
-    """Returns a model in the cache, whole: its folder or its GGUF file; None if it is not there. No network."""
+    """Return a complete model in the cache: its folder or its GGUF file; None if there is none. No network."""
     versions = [name.version] if name.version else [number for number, _ in versions_of(cache_folder() / name.handle)]
     for version in versions:
         if path := whole(cache_folder() / name.handle / str(version)):
@@ -54,20 +54,20 @@ def find(name: KaggleName) -> Path | None:
 
 
 def versions_of(variation: Path) -> list[tuple[int, Path]]:
-    """The versions in a variation's folder, whole or not, the newest first."""
+    """Return the versions in a variation's folder, whole or not, the newest first."""
     found = [(int(path.name), path) for path in variation.glob("*") if path.is_dir() and path.name.isdecimal()]
     return sorted(found, reverse=True)
 
 
 def variations() -> Iterator[tuple[str, Path]]:
-    """The variations in the cache: handle and folder."""
+    """Yield the variations in the cache: handle and folder."""
     for folder in sorted(cache_folder().glob("*/*/*/*")):
         if folder.is_dir():
             yield folder.relative_to(cache_folder()).as_posix(), folder
 
 
 def whole(folder: Path) -> Path | None:
-    """Returns the model in a version's folder if all of it is there.
+    """Return the model in a version's folder if it is complete.
 
     kagglehub writes under final names, so only a file with kagglehub's mark, or of a marked version, counts.
     """
@@ -80,7 +80,7 @@ def whole(folder: Path) -> Path | None:
     if all(file.lower().endswith(".gguf") for file in chosen):
         return folder / chosen[0]
     if chosen == official(files):
-        # Whether all of a Flax tree is there, only the mark of the version tells
+        # Only the mark of the version shows that a Flax tree is complete
         is_file = any(name.endswith(".ckpt") for name in chosen)
         return folder if is_file or _mark(folder, None).is_file() else None
     has_all = set(chosen) >= {path.name for path in folder.glob("*.safetensors")}
@@ -88,9 +88,9 @@ def whole(folder: Path) -> Path | None:
 
 
 def download(name: KaggleName, progress: Callable[[Progress], None], *, attempts: int = _ATTEMPTS) -> Path:
-    """Fetches what is missing of a model's newest or given version, and returns its folder or GGUF file.
+    """Fetch the missing files of a model's newest or given version, and return its folder or GGUF file.
 
-    Raises GemkitError; `Unreachable` if the hub is not there.
+    Raises GemkitError; `Unreachable` without a connection.
     """
     client = session(endpoint(), "KAGGLE_API_ENDPOINT")
     headers = _headers()
@@ -107,7 +107,7 @@ def download(name: KaggleName, progress: Callable[[Progress], None], *, attempts
     try:
         for item, file in ((item, item.target.relative_to(folder).as_posix()) for item in items):
             if item.target.is_file() and not _is_marked(folder, file):
-                item.target.unlink()  # what a broken kagglehub left
+                item.target.unlink()  # left by an interrupted kagglehub
         if items:
             fetch_all(items, client, partial(_refused, name), progress)
         if set(chosen) == set(files):
@@ -123,7 +123,7 @@ def download(name: KaggleName, progress: Callable[[Progress], None], *, attempts
 
 
 def remove(folder: Path) -> None:
-    """Removes a version's folder and its marks."""
+    """Remove a version's folder and its marks."""
     shutil.rmtree(folder)
     shutil.rmtree(folder.parent / ".complete" / folder.name, ignore_errors=True)
     _mark(folder, None).unlink(missing_ok=True)
@@ -139,7 +139,7 @@ def remove(folder: Path) -> None:
 
 
 def _mark(folder: Path, file: str | None) -> Path:
-    """kagglehub's mark of a whole file, or of a whole version."""
+    """Return kagglehub's marker of a complete file or version."""
     if file is None:
         return folder.with_name(f"{folder.name}.complete")
     return folder.parent / ".complete" / folder.name / f"{file}.complete"
@@ -182,7 +182,7 @@ def _item(name: KaggleName, file: str, size: int, folder: Path, headers: dict[st
 
 
 def _md5_of(headers: httpx2.Headers) -> bytes | None:
-    """The checksum in Google Cloud Storage's header, such as `crc32c=n03x6A==,md5=Ojk9c3dhfxgoKVVHYwFbHQ==`."""
+    """Return the checksum in Google Cloud Storage's header, such as `crc32c=n03x6A==,md5=Ojk9c3dhfxgoKVVHYwFbHQ==`."""
     import base64
     import binascii
 
@@ -205,7 +205,7 @@ def _newest(name: KaggleName, client: httpx2.Client, headers: dict[str, str], at
 
 
 def _files(name: KaggleName, client: httpx2.Client, headers: dict[str, str], attempts: int) -> dict[str, int]:
-    """Sizes in bytes by name, 0 where the hub does not say."""
+    """Return sizes in bytes by name, 0 where the hub does not say."""
     found: dict[str, int] = {}
     token = ""
     for _ in range(_MOST_PAGES):
@@ -224,7 +224,7 @@ def _files(name: KaggleName, client: httpx2.Client, headers: dict[str, str], att
 
 
 def _ask(name: KaggleName, url: str, client: httpx2.Client, headers: dict[str, str], attempts: int) -> dict[str, Any]:
-    """One JSON answer."""
+    """Return one JSON answer."""
     import httpx2
 
     for attempt in range(attempts):
@@ -280,7 +280,7 @@ def _refused(name: KaggleName, response: httpx2.Response) -> GemkitError:
 
 
 def _elsewhere(name: KaggleName) -> str:
-    """The same model on Hugging Face, where it is known."""
+    """Return the same model on Hugging Face, where it is known."""
     from gemkit.arch.presets import PRESETS
     from gemkit.hub.names import kaggle_handle
 
@@ -295,7 +295,7 @@ def _headers() -> dict[str, str]:
 
 
 def credentials() -> dict[str, str]:
-    """The header that signs in, by the variables and files that kagglehub reads; empty without them."""
+    """Return the header that signs in, by the variables and files that kagglehub reads; empty without them."""
     import base64
 
     folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or os.path.expanduser(os.path.join("~", ".kaggle")))

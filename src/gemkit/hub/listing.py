@@ -1,4 +1,4 @@
-"""What is downloaded: the Gemma models in the hubs' caches and the demo model, whole or not. No network."""
+"""Downloaded models: those in the hubs' caches and the demo model, complete or partial. No network."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _TYPES = {*STOP_TOKEN_IDS, "gemma3"}  # gemma3: the multimodal wrapper, whose te
 
 @dataclass(frozen=True)
 class Entry:
-    """One model. name: what `resolve` takes. path: its folder or GGUF file. ready: whether all of it is there.
+    """One model. name: what `resolve` takes. path: its folder or GGUF file. ready: it is complete.
 
-    format: file format and number type. size: bytes on disk. modified: seconds since 1970. The rest tells where it is
-    from: repo, revision (as the hub calls it) and commit on Hugging Face; handle and version on Kaggle.
+    format: file format and element type. size: bytes on disk. modified: seconds since 1970. The rest is its
+    source: repo, revision (the hub's name) and commit on Hugging Face; handle and version on Kaggle.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Entry:
     version: int | None = None
 
     def remove(self) -> None:
-        """Deletes its files; raises OSError."""
+        """Delete its files; raises OSError."""
         if self.repo is not None:
             folder = hf_cache.repo_folder(self.repo)
             if self.path.is_file():
@@ -55,7 +55,7 @@ class Entry:
 
 
 def installed() -> list[Entry]:
-    """Returns the models that are downloaded, by name; those that broke off are there with `ready` False."""
+    """Return the models that are downloaded, by name; interrupted downloads have `ready` False."""
     return sorted([*_demo(), *_hugging_face(), *_kaggle()], key=lambda entry: entry.name)
 
 
@@ -73,12 +73,12 @@ def _hugging_face() -> Iterator[Entry]:
         for snapshot in hf_cache.snapshots(folder):
             reference = names.get(snapshot.name)
             revision = None if reference == "main" else reference or snapshot.name[:12]
-            facts = {"repo": repo, "revision": reference, "commit": snapshot.name}
+            origin = {"repo": repo, "revision": reference, "commit": snapshot.name}
             for path, ready, format in _models(snapshot):
                 found = True
                 selector = path.relative_to(snapshot).as_posix() if path != snapshot else None
                 name = str(HfName(repo, revision, selector))
-                yield Entry(name, path, ready, format, *_size(path), **facts)
+                yield Entry(name, path, ready, format, *_size(path), **origin)
         if not found and "gemma" in repo.lower() and any(folder.glob("blobs/*")):
             yield Entry(str(HfName(repo)), folder, False, "", *_size(folder / "blobs"), repo=repo)
 
@@ -96,7 +96,7 @@ def _kaggle() -> Iterator[Entry]:
 
 
 def _models(folder: Path) -> Iterator[tuple[Path, bool, str]]:
-    """The Gemma models in a folder: path, whether it is whole, format."""
+    """Yield the Gemma models in a folder: path, whether it is whole, format."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
@@ -131,7 +131,7 @@ def _gguf_format(path: Path) -> str:
 
 
 def _size(path: Path) -> tuple[int, float]:
-    """Bytes on disk, and when they last changed."""
+    """Return bytes on disk, and when they last changed."""
     files = [file for file in (part_paths(path) if path.is_file() else path.rglob("*")) if file.is_file()]
-    facts = [file.stat() for file in files]
-    return sum(fact.st_size for fact in facts), max((fact.st_mtime for fact in facts), default=0.0)
+    stats = [file.stat() for file in files]
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime for stat in stats), default=0.0)

@@ -1,4 +1,4 @@
-"""What a model may be called, and which of a repository's files a name means. No file or network is touched here.
+"""Names of models, and the files of a repository that a name selects. No file or network access.
 
 `demo`; a short name of a published model (`gemma-3-1b-it`); `hf:org/name[@revision][:file, glob or quantisation]`, also
 without `hf:`; `kaggle:owner/model/framework/variation[/version]`.
@@ -31,7 +31,7 @@ _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _HF = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?(?::(?P<selector>[^:@\s]+))?")
 _KAGGLE = re.compile(rf"(?P<handle>{_PART}/{_PART}/{_PART}/{_PART})(?:/(?P<version>[1-9][0-9]{{0,8}}))?")
 
-# Small files, all at the top of a repository; beside them the weights are fetched, and nothing else.
+# Small files, all at the top of a repository; besides them only the weights are fetched.
 _SMALL = frozenset(
     {
         CONFIG,
@@ -42,7 +42,7 @@ _SMALL = frozenset(
         "chat_template.json",
     }
 )
-# What only folders of Flax arrays have
+# Files that only folders of Flax arrays have
 _FLAX = frozenset({"_METADATA", "manifest.ocdbt", "checkpoint"})
 _QUANT = re.compile(r"(?:^|[-._])((?:I?Q|TQ|MXFP)\d\w*|BF16|FP?16|FP?32)$", re.IGNORECASE)
 
@@ -75,7 +75,7 @@ Name = HfName | KaggleName
 
 
 def parse(name: str) -> tuple[Name, ...]:
-    """Returns where a model of that name is published, the first choice first.
+    """Return where a model of that name is published, the first choice first.
 
     Raises UsageError for a malformed name and GemkitError, with the nearest names, for an unknown one.
     Example: ``parse("gemma-2-2b-it")`` is ``(HfName("google/gemma-2-2b-it"), KaggleName(…))``.
@@ -98,7 +98,7 @@ def parse(name: str) -> tuple[Name, ...]:
 
 
 def quick(name: str) -> HfName | None:
-    """Returns Google's 4-bit file of a model, if `name` is a short one and there is such a file.
+    """Return Google's 4-bit file of a model, if `name` is a short one and there is such a file.
 
     Example: ``quick("gemma-3-1b-it")`` is ``HfName("google/gemma-3-1b-it-qat-q4_0-gguf")``.
     """
@@ -109,14 +109,14 @@ def quick(name: str) -> HfName | None:
 
 
 def original_of(repo: str) -> str | None:
-    """Returns the repository with the original weights, if `repo` has Google's 4-bit file of them."""
+    """Return the repository with the original weights, if `repo` has Google's 4-bit file of them."""
     from gemkit.arch.presets import PRESETS
 
     return next((preset.hub_id for preset in PRESETS.values() if preset.qat_id == repo), None)
 
 
 def with_revision(name: str, revision: str) -> str:
-    """Returns the name with a revision of Hugging Face, or a version of Kaggle, put in."""
+    """Return the name with a revision of Hugging Face, or a version of Kaggle, put in."""
     first = parse(name)[0]
     if isinstance(first, HfName):
         changed: Name = replace(first, revision=revision)
@@ -146,7 +146,7 @@ def _short(text: str) -> tuple[Name, ...]:
 
 
 def kaggle_handle(repo: str) -> str | None:
-    """Returns Kaggle's name for a model that Google publishes on both hubs, or None where it is not known."""
+    """Return Kaggle's name for a model that Google publishes on both hubs, or None where it is not known."""
     match = re.fullmatch(r"google/(gemma(?:-[23])?)-(\d.*)", repo)
     if not match or "-qat-" in repo:
         return None
@@ -155,7 +155,7 @@ def kaggle_handle(repo: str) -> str | None:
 
 
 def select(files: Iterable[str], selector: str | None, label: str) -> list[str]:
-    """Returns the files of a repository that gemkit needs: a Hugging Face model's, one GGUF file, or Google's own.
+    """Return the files of a repository that gemkit needs: a Hugging Face model's, one GGUF file, or Google's own.
 
     A repository with both means its safetensors, unless a selector picks a GGUF. Of a split GGUF file, all parts are
     returned. label: the name, for messages.
@@ -181,9 +181,9 @@ def select(files: Iterable[str], selector: str | None, label: str) -> list[str]:
 
 
 def official(files: Iterable[str]) -> list[str]:
-    """The files of one of Google's own checkpoints: a ``.ckpt`` and what stands beside it, or all of a Flax tree.
+    """Return the files of one of Google's own checkpoints: a ``.ckpt`` and the files next to it, or a whole Flax tree.
 
-    Without a tokenizer it is none. gemkit reads both without running code of theirs.
+    A checkpoint needs a tokenizer. gemkit reads both without running code from them.
     """
     files = sorted(files)
     if not any(name.rsplit("/", 1)[-1] == "tokenizer.model" for name in files):
@@ -196,7 +196,7 @@ def official(files: Iterable[str]) -> list[str]:
 
 
 def quantisation(name: str) -> str | None:
-    """Returns the block format in a GGUF file's name: `Q4_K_M` for `gemma-2b-it.Q4_K_M.gguf`."""
+    """Return the block format in a GGUF file's name: `Q4_K_M` for `gemma-2b-it.Q4_K_M.gguf`."""
     match = _QUANT.search(stem(name))
     return match[1] if match else None
 
@@ -225,7 +225,7 @@ def _gguf(ggufs: list[str], selector: str | None, label: str) -> list[str]:
 
 
 def _listed(names: list[str]) -> str:
-    """Quantisations where they tell the files apart, else the files."""
+    """Return the quantisations if they are unique to the files, else the files."""
     quants = [quantisation(name) for name in names]
     if None not in quants and len(set(quants)) == len(quants):
         return ", ".join(str(quant) for quant in quants)
@@ -233,6 +233,6 @@ def _listed(names: list[str]) -> str:
 
 
 def is_safe(name: str) -> bool:
-    """Whether a file's name from a hub stays inside the folder that it is put in."""
+    """Return whether a file's name from a hub stays inside the target folder."""
     parts = name.split("/")
     return not any(part in ("", ".", "..") for part in parts) and not re.search(r"[\\:\x00-\x1f]", name)

@@ -16,7 +16,7 @@ _BUSY_SECONDS = 60
 def downloads() -> list[Copy]:
     """Return the partial files of Gemma models in the caches of Hugging Face and Kaggle.
 
-    They may be gone on with, so that nothing removes them unasked.
+    They can be resumed, so they are removed only on request.
     """
     found = []
     for repo, folder in hf_cache.repo_folders():
@@ -32,7 +32,7 @@ def downloads() -> list[Copy]:
 
 
 def _is_written(path: Path) -> bool:
-    """True while a process fetches this file; other programs' locks are not seen, so a fresh file counts."""
+    """Return whether a process writes this file; other programs' locks are not visible, so a recent file counts."""
     try:
         return time.time() - path.stat().st_mtime < _BUSY_SECONDS or is_locked(path)
     except OSError:

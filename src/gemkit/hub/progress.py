@@ -1,4 +1,4 @@
-"""How far a download is: the figures, and the line that shows them on a terminal."""
+"""Progress of a download: the figures, and the line that shows them on a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Sized(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """files, bytes: those that are there. total_files, total_bytes: those that there will be. rate: bytes a second."""
+    """Progress figures. files, bytes: done. total_files, total_bytes: at the end. rate: bytes a second."""
 
     files: int
     total_files: int
@@ -34,7 +34,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """By the present rate; None if nothing arrives."""
+        """Remaining time at the current rate; None if no data arrives."""
         return (self.total_bytes - self.bytes) / self.rate if self.rate > 0 else None
 
 
@@ -50,24 +50,24 @@ class Tally:
         self._past: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
 
     def resumed(self, item: _Sized, size: int) -> None:
-        """Sets what is there of an item without having been fetched."""
+        """Set the bytes of an item that an earlier download left."""
         with self._lock:
             self._have[id(item)] = size
 
     def arrived(self, item: _Sized, size: int) -> None:
-        """Adds bytes that were fetched."""
+        """Add bytes that were fetched."""
         with self._lock:
             self._have[id(item)] += size
             self._arrived += size
 
     def whole(self, item: _Sized) -> None:
-        """Marks an item as done."""
+        """Mark an item as done."""
         with self._lock:
             self._whole.add(id(item))
             self._have[id(item)] = self._items[id(item)] or self._have[id(item)]
 
     def now(self) -> Progress:
-        """The figures of this moment."""
+        """Return the figures of this moment."""
         with self._lock:
             at = time.monotonic()
             self._past.append((at, self._arrived))
@@ -80,9 +80,9 @@ class Tally:
 
 
 def on_terminal(title: str, stream: TextIO | None = None) -> Callable[[Progress | None], None]:
-    """Returns what shows a download in one line of standard error, and clears it when called with None.
+    """Return a function that shows a download in one line of standard error, and clears the line when given None.
 
-    It shows nothing where standard error is not a terminal.
+    It does nothing where standard error is not a terminal.
     """
     stream = stream or sys.stderr
     if stream is None or not stream.isatty():
@@ -104,7 +104,7 @@ def on_terminal(title: str, stream: TextIO | None = None) -> Callable[[Progress 
 
 
 def describe(progress: Progress) -> str:
-    """The line of `on_terminal`: files, megabytes (decimal), share, rate and the time that is left."""
+    """Return the line of `on_terminal`: files, megabytes (decimal), share, rate and the time that is left."""
     left = progress.seconds_left
     share = 100 * progress.bytes // progress.total_bytes if progress.total_bytes else 0
     return (

@@ -29,7 +29,7 @@ def resolve(
     refresh: bool = False,
     original: bool = False,
 ) -> Path:
-    """Returns a model's GGUF file or folder, and downloads it first if it is a hub's and not here whole.
+    """Return a model's GGUF file or folder, and downloads it first if it is a hub's and not here whole.
 
     name: a path; "demo"; a published model's short name; `hf:org/name[@revision][:file or quantisation]`, also without
     `hf:`; `kaggle:owner/model/framework/variation[/version]`. offline: never ask a hub, nor with HF_HUB_OFFLINE=1.
@@ -68,7 +68,7 @@ def resolve(
 
 
 def named(name: str) -> list[Entry]:
-    """Returns the downloaded models that a name means, whole or not: all revisions and files unless it names one.
+    """Return the downloaded models that a name means, whole or not: all revisions and files unless it names one.
 
     Raises GemkitError if there is none.
     """
@@ -85,7 +85,7 @@ def named(name: str) -> list[Entry]:
 
 
 def remove(entries: Iterable[Entry]) -> set[Path]:
-    """Delete downloaded models; files that other revisions share stay. Return the paths of these models."""
+    """Delete downloaded models; files shared with other revisions are kept. Return the paths of these models."""
     removed: set[Path] = set()
     for entry in entries:
         paths = {entry.path, *entry.path.rglob("*")} if entry.path.is_dir() else {entry.path}
@@ -99,7 +99,7 @@ def remove(entries: Iterable[Entry]) -> set[Path]:
 
 
 def _local(name: str | os.PathLike[str]) -> Path | None:
-    """The path, if the name is one; raises GemkitError if it can only be one and is not there."""
+    """Return the path, if the name is one; raises GemkitError if it can only be one and does not exist."""
     text = os.fspath(name)
     if not text or "\0" in text:
         raise UsageError("the model's name is empty: give a file, a folder or a name like gemma-3-1b-it")
@@ -151,7 +151,7 @@ def _say(text: str) -> None:
 
 
 def _not_here(text: str, names: Iterable[Name], offline: bool, other: Path | None = None) -> GemkitError:
-    """other: Google's 4-bit file of the model, if that is here and the original was asked for."""
+    """Return the error for a missing model. other: Google's 4-bit file of the model, if that is downloaded instead."""
     entries = installed()
     partly = any(
         any(_means(name, entry) for entry in entries)
@@ -171,7 +171,7 @@ def _not_here(text: str, names: Iterable[Name], offline: bool, other: Path | Non
 
 
 def _means(name: Name, entry: Entry) -> bool:
-    """Whether a name means a downloaded model."""
+    """Return whether a name refers to a downloaded model."""
     if isinstance(name, KaggleName):
         return entry.handle == name.handle and name.version in (None, entry.version)
     if entry.repo != name.repo:
