@@ -1,4 +1,4 @@
-"""What is said to fit: held to the plan of a loaded model, that to a process, and to sizes of types. Budget: 20 s."""
+"""Memory plans: of published models, of a loaded model, of a process, and sizes of types. Budget: 20 s."""
 
 import json
 import os
@@ -64,7 +64,7 @@ print(peak)
 @pytest.mark.parametrize("packed", ["0", "1"])
 def test_a_full_context_takes_what_show_plans(packed: str):
     with gemkit.load("demo") as model:
-        model.settle()  # the packed copy is there
+        model.settle()  # the packed copy is complete
     environment = os.environ | {"GEMKIT_PACKED": packed}
     size = "1024"
 

@@ -196,7 +196,7 @@ def test_perplexity_is_not_above_that_of_llama_cpps_quantiser(real):
 
 
 def test_llama_cpp_chooses_the_same_tokens(real):
-    """Where the two likeliest tokens are not too close for another rounding of activations."""
+    """Select positions whose two most probable tokens are too far apart for another rounding of activations."""
     with gemkit.load(real[0], threads=2) as model:
         ids = model.tokenizer.encode("The planets of the solar system, in order from the Sun, are")
         answer = model.generate(ids, max_tokens=24, temperature=0).ids

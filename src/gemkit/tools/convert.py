@@ -1,4 +1,4 @@
-"""A model from one format to another, and the proof that nothing changed: `convert`, `verify`."""
+"""Conversion of a model between formats, and its verification: `convert`, `verify`."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def convert(
     progress: Callable[[int, int], None] = lambda done, total: None,
     check: Check | None = None,
 ) -> Path:
-    """Writes the model at `source` (a path) to `target` and returns its path.
+    """Write the model at `source` (a path) to `target` and return its path.
 
-    What was written is read back before it gets its name, so that `target` is a model that loads, or is not there.
+    The result is read back before it gets its name, so that `target` is a model that loads, or does not exist.
 
     to: "hf", a folder with safetensors, "gguf", a file, or "orbax", a folder as Google's Flax releases (its extra).
     dtype: of the matrices; "auto" keeps what is stored, and for "hf" and "orbax", which have no quantised types, takes
@@ -69,7 +69,7 @@ def convert(
 
 
 def check_request(to: str, dtype: str) -> None:
-    """Raises UsageError for a format or type that there is not, or a combination that cannot be written."""
+    """Raise UsageError for a format or type that there is not, or a combination that cannot be written."""
     if to not in FORMATS:
         raise UsageError(f"the format is {to!r}; choose from {', '.join(FORMATS)}")
     if dtype not in DTYPES:
@@ -82,10 +82,10 @@ def check_request(to: str, dtype: str) -> None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two models differ.
+    """Differences of two models.
 
     tokens: compared. logits: max|Δ| / max|logit|. kl: mean divergence from the first's distribution, nats a token.
-    agreement: share of positions with the same likeliest token. perplexity: of the text, by each model.
+    agreement: share of positions with the same most probable token. perplexity: of the text, by each model.
     tensor: the first tensor that differs, in the order of the model, and by how much (max|Δ| / max|value|); None if all
     are equal. same_ids: whether both tokenizers cut the text alike.
     """
@@ -108,10 +108,10 @@ def verify(
     activations: str = "float32",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
-    """Loads both models and compares tensors, ids and logits on at most `most` tokens of a text.
+    """Load both models and compare tensors, ids and logits on at most `most` tokens of a text.
 
     activations: as in `gemkit.load`; with "float32" both models take 4 bytes a parameter, and nothing is rounded.
-    progress: gets the tokens that are done, and their number. Raises GemkitError if there is nothing to compare.
+    progress: called with the tokens done and their total. Raises GemkitError if there are no tokens to compare.
     """
     with open_checkpoint(first) as one, open_checkpoint(second) as other:
         if one.config.layers != other.config.layers or one.config.vocab_size != other.config.vocab_size:
@@ -143,7 +143,7 @@ def verify(
 
 
 class _Sums:
-    """What is added up over the slices of a text."""
+    """Sums over the slices of a text."""
 
     def __init__(self) -> None:
         self.difference = self.largest = self.kl = 0.0
@@ -151,7 +151,7 @@ class _Sums:
         self.nll = [0.0, 0.0]
 
     def add(self, one: np.ndarray, other: np.ndarray, targets: np.ndarray) -> None:
-        """The logits [T, V] of both models, which are overwritten, and the ids that follow [T or T - 1]."""
+        """Add a slice: logits [T, V] of both models, which are overwritten, and the ids that follow [T or T - 1]."""
         self.targets += len(targets)
         for t, rows in enumerate(zip(one, other)):  # row by row: one fits into the processor's cache, a slice does not
             self.largest = max(self.largest, float(rows[0].max()), -float(rows[0].min()))
@@ -191,7 +191,7 @@ class _Scored:
         self._pages = np.arange(pages, dtype=np.int32)[None]
 
     def logits(self, tokens: np.ndarray, start: int) -> np.ndarray:
-        """float32 [T, V] of the tokens that begin at position `start`, after those of the calls before.
+        """Return logits float32 [T, V] of the tokens that begin at position `start`, after those of the calls before.
 
         Raises GemkitError if any is not finite.
         """

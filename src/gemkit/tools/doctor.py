@@ -1,6 +1,6 @@
-"""`examine`: what this machine has, what is wrong with it, and which published Gemmas run on it.
+"""Report on this machine: resources, problems, and the published models that run on it. See `examine`.
 
-Nothing here needs the C++ core or the network: a machine on which the core does not load is the one that asks.
+It needs neither the C++ core nor the network, since it must also run where the core does not load.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Problem:
 
 
 def examine(model: str | None = None, measure: Callable[[int], float] | None = None) -> dict[str, Any]:
-    """Everything about this machine, ready for JSON.
+    """Return everything about this machine, ready for JSON.
 
     model: a model's path, to see whether it fits. measure: takes a number of threads and gives the read bandwidth in
     GB/s; without it no rates are predicted. Raises GemkitError if there is no such model or it cannot be read.
@@ -110,7 +110,7 @@ def _read(path: str) -> str:
 
 
 def machine() -> str:
-    """The processor's family under its Linux name."""
+    """Return the processor's family under its Linux name."""
     name = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
@@ -141,7 +141,7 @@ def _mac_processor() -> str:
 
 
 def _native(problems: list[Problem], instructions: Collection[str]) -> dict[str, Any]:
-    """Whether the core loads, the kernels it takes, and why these."""
+    """Return whether the core loads, the kernels it takes, and why these."""
     compiled = COMPILED.get(machine(), ("portable",))
     report = {"loads": False, "path": None, "why": "the core does not load", "compiled": list(compiled)}
     try:
@@ -175,7 +175,7 @@ def _native(problems: list[Problem], instructions: Collection[str]) -> dict[str,
 
 
 def core_remedy(fault: str) -> str:
-    """What to do when the core's module does not load, by what the system said."""
+    """Return the remedy when the core's module does not load, by the system's error."""
     if re.search(r"GLIBC|CXXABI|GLIBCXX", fault):
         return f"the wheel is made for a newer system; build gemkit here from its source: {reinstall()}"
     if re.search(r"(?i)architecture|ELF|Mach-O|win32", fault):
@@ -184,7 +184,7 @@ def core_remedy(fault: str) -> str:
 
 
 def _memory(problems: list[Problem]) -> dict[str, Any]:
-    """Bytes, as far as the system tells; a container's bound counts."""
+    """Return memory in bytes, where the system reports it, within a container's limit."""
     total, available = system_memory()
     if (container := container_memory()) is not None and (total is None or container[0] < total):
         total, available = container[0], min(available or container[0], container[1])
@@ -193,7 +193,7 @@ def _memory(problems: list[Problem]) -> dict[str, Any]:
     if state == "never":
         problems.append(
             Problem(
-                "huge pages are switched off, so weights lie in pages of 4 KiB",
+                "huge pages are switched off, so weights are in pages of 4 KiB",
                 "as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
             )
         )
@@ -201,7 +201,7 @@ def _memory(problems: list[Problem]) -> dict[str, Any]:
 
 
 def _folders(problems: list[Problem]) -> list[dict[str, Any]]:
-    """Where models and caches lie: free space, and whether they can be written."""
+    """Report the folders of models and caches: free space, and whether they can be written."""
     found = []
     for name, folder in _places(problems):
         there = next((parent for parent in (folder, *folder.parents) if parent.is_dir()), None)
@@ -246,7 +246,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def tokens(problems: list[Problem]) -> dict[str, bool]:
-    """Of which hubs there is a token or key, in the environment or in the files that their own programs write."""
+    """Return for each hub whether it has a token or key, in the environment or its own programs' files."""
     from huggingface_hub import get_token
 
     from gemkit.hub import huggingface, kaggle
@@ -260,7 +260,8 @@ def tokens(problems: list[Problem]) -> dict[str, bool]:
     try:
         found["Kaggle"] = bool(kaggle.credentials())
     except (GemkitError, OSError, ValueError) as error:
-        problems.append(Problem(f"the key of Kaggle cannot be read: {error}", "write it anew, or set KAGGLE_API_TOKEN"))
+        fault = f"the key of Kaggle cannot be read: {error}"
+        problems.append(Problem(fault, "write it again, or set KAGGLE_API_TOKEN"))
     return found
 
 
@@ -268,7 +269,7 @@ _NO_DOWNLOADS = "until then nothing can be downloaded; what is here works"
 
 
 def _settings(problems: list[Problem]) -> None:
-    """Proxies, certificates and addresses with which no download can work."""
+    """Report proxies, certificates and addresses that prevent downloads."""
     from gemkit.hub import errors as hub_errors
     from gemkit.hub import huggingface, kaggle
 
@@ -282,7 +283,7 @@ def _settings(problems: list[Problem]) -> None:
 
 
 def _cache(problems: list[Problem]) -> dict[str, int] | None:
-    """Bytes of the copies that gemkit keeps, and the most that it keeps; None where that is unknown."""
+    """Return bytes of the copies that gemkit keeps, and the most that it keeps; None where that is unknown."""
     from gemkit.models import kept
 
     try:
@@ -293,7 +294,7 @@ def _cache(problems: list[Problem]) -> dict[str, int] | None:
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that change what gemkit does. Of secrets, and of whatever might be one, only that it is set."""
+    """Return the variables that affect gemkit; the values of secrets, and of possible secrets, are masked."""
     shown = {}
     for name in sorted(filter(_VARIABLE.fullmatch, environment)):
         plain = _PLAIN.fullmatch(name) and not _SECRET.search(name)
@@ -303,7 +304,7 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def extras() -> list[dict[str, Any]]:
-    """gemkit's optional extras for users: what is missing of each. Empty if gemkit was not installed by pip."""
+    """Return gemkit's optional extras with their missing packages. Empty if gemkit was not installed by pip."""
     wanted = {
         name: [re.match(r"[\w.-]+", requirement)[0] for requirement in packages]
         for name, packages in requirements().items()
@@ -319,7 +320,7 @@ def extras() -> list[dict[str, Any]]:
 
 
 def _version(package: str) -> str | None:
-    """Of an installed package, without importing it; None if it is not there."""
+    """Return an installed package's version, without importing it; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""What fits into memory: the published sizes by type, and one model with its context.
+"""Memory needs: of the published sizes by type, and of one model with its context.
 
-`plan`, which `gemkit show` prints, asks the core about a model that is loaded. The others may have no core and no
-model: their numbers come from the configuration alone; a test holds the two together.
+`plan`, which `gemkit show` prints, queries the core about a loaded model. The others need neither core nor model:
+their figures come from the configuration alone; a test compares the two.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gemkit.weights.quant import BLOCKS, GGMLType
 if TYPE_CHECKING:
     from gemkit.api.model import Model
 
-CONTEXT = 4096  # tokens that the table of models makes room for
+CONTEXT = 4096  # context of the table of models, in tokens
 ROOM = 200 << 20  # Python, its libraries, the vocabulary and the activations
 _PROGRAM = 100 << 20  # the first three, where the system does not say
 _STEP = 512  # tokens in one step of a long prompt
@@ -31,11 +31,11 @@ TYPES = {
 
 
 def plan(model: Model, loading: int) -> dict[str, Any]:
-    """Bytes for one sequence as long as the context, in the parts that a process holds at once.
+    """Return bytes for one sequence as long as the context, in the parts that a process holds at once.
 
-    loading: the most that this process has held so far. The first load of a model also reads its file.
+    loading: the peak of this process so far. The first load of a model also reads its file.
     program: Python, its libraries and the vocabulary, as they are now. cache: a sliding layer keeps only the pages that
-    its window touches. Backends other than the native one know only of their weights and caches.
+    its window touches. Backends other than the native one report only their weights and caches.
     """
     runner, allocator, ctx_size = model.engine.runner, model.engine.allocator, model.ctx_size
     cache = []
@@ -69,7 +69,7 @@ def plan(model: Model, loading: int) -> dict[str, Any]:
 
 
 def _program(weights: int) -> int:
-    """What this process holds now beside its weights: these bytes, and what it has mapped of packed files."""
+    """Return this process's memory without its weights: these bytes, and the mapped part of packed files."""
     try:
         smaps = Path("/proc/self/smaps").read_text()
     except OSError:
@@ -84,21 +84,21 @@ def _program(weights: int) -> int:
 
 
 def cache_bytes(config: ModelConfig, tokens: int) -> int:
-    """The keys and values of one sequence in 16 bits: a sliding layer keeps its window and the step that runs."""
+    """Return bytes of one sequence's keys and values in 16 bits: a sliding layer keeps its window and one step."""
     one = 2 * 2 * config.num_key_value_heads * config.head_dim
     seen = (tokens if la.sliding_window is None else min(tokens, la.sliding_window + _STEP) for la in config.layers)
     return sum(one * count for count in seen)
 
 
 def weight_bytes(config: ModelConfig, matrices: GGMLType, embedding: GGMLType) -> int:
-    """Bytes of a model's weights in these types."""
+    """Return bytes of a model's weights in these types."""
     counts = config.parameter_counts()
     parts = ((counts.embedding, embedding), (counts.non_embedding, matrices))
     return int(sum(count * BLOCKS[kind].bytes / BLOCKS[kind].elements for count, kind in parts))
 
 
 def screen_bytes(config: ModelConfig, kind: GGMLType) -> int:
-    """Bytes of the screen that a head of this type gets: four bits of each weight, and a byte for 32; 0 if none."""
+    """Return bytes of the screen of a head of this type: four bits of each weight, and a byte for 32; 0 if none."""
     block = BLOCKS[kind]
     if block.elements == 1 or 8 * block.bytes / block.elements <= 1.25 * 4.5 or config.vocab_size < 4096:
         return 0
@@ -106,7 +106,7 @@ def screen_bytes(config: ModelConfig, kind: GGMLType) -> int:
 
 
 def models(free: int | None, bandwidth: float | None) -> list[dict[str, Any]]:
-    """The published sizes, small ones first: bytes in each type with a context of `CONTEXT`, and whether they fit.
+    """Return the published models by size: bytes in each type with a context of `CONTEXT`, and whether they fit.
 
     bandwidth: in GB/s. A decoded token reads about all weights once, so its rate is about bandwidth / bytes.
     """
@@ -129,7 +129,7 @@ def models(free: int | None, bandwidth: float | None) -> list[dict[str, Any]]:
 
 
 def fit(model: str, free: int | None, bandwidth: float | None) -> dict[str, Any]:
-    """The memory that a model takes with its whole context, and the longest context that fits."""
+    """Return the memory that a model takes with its whole context, and the longest context that fits."""
     from gemkit.api.load import find
     from gemkit.weights.open import open_checkpoint
 
@@ -154,7 +154,7 @@ def fit(model: str, free: int | None, bandwidth: float | None) -> dict[str, Any]
 
 
 def _longest(config: ModelConfig, room: int) -> int:
-    """The longest context of which the cache fits in so many bytes; 0 if none does."""
+    """Return the longest context of which the cache fits in so many bytes; 0 if none does."""
     low, high = 0, config.max_position_embeddings
     while low < high:
         middle = (low + high + 1) // 2

@@ -47,7 +47,7 @@ MIXES = {"q5_k_m": (GGMLType.Q5_K, GGMLType.Q6_K), "q4_k_m": (GGMLType.Q4_K, GGM
 _WIDER_IN_MIXES = ("self_attn.v_proj.weight", "mlp.down_proj.weight")
 NAMES = (*TYPES, *MIXES)
 
-# What takes the place of a type whose blocks do not fit into a row: of 256 numbers, then of 32.
+# Substitutes for a type when its blocks do not divide a row: of 256 elements, then of 32.
 _FALLBACK = {GGMLType.Q4_K: GGMLType.Q5_0, GGMLType.Q5_K: GGMLType.Q5_1, GGMLType.Q6_K: GGMLType.Q8_0}
 _LAST_FALLBACK = GGMLType.F16
 
@@ -57,15 +57,15 @@ MOST_TOKENS = 4096  # of the text that the damage is measured on
 FEW_TOKENS = 1000  # with fewer, a change of perplexity says little
 MUCH = 0.05  # rise of perplexity from which on it is called so
 
-_CHUNK = 1 << 18  # numbers that a thread converts at a time: about 10 MB of temporaries
+_CHUNK = 1 << 18  # elements that a thread converts at a time: about 10 MB of temporaries
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize` did.
+    """The result of `quantize`.
 
     bytes: size of the file. parameters: of the model. types: how many tensors have which type.
-    errors: by tensor, sqrt(Σ(new - old)² / Σold²), the largest first; those that were rounded.
+    errors: by tensor, sqrt(Σ(new - old)² / Σold²), the largest first; rounded tensors only.
     """
 
     path: Path
@@ -86,13 +86,13 @@ class Damage:
 
     @property
     def rise(self) -> float:
-        """Of the perplexity, as a share."""
+        """The relative rise of the perplexity."""
         before, after = self.compared.perplexity
         return after / before - 1
 
 
 def plan(checkpoint: Checkpoint, name: str, embedding: str | None = None) -> dict[str, GGMLType]:
-    """The type of each tensor, by canonical name. Arguments and errors as of `quantize`."""
+    """Return the type of each tensor, by canonical name. Arguments and errors as of `quantize`."""
     main, wider = MIXES.get(name.lower(), (TYPES.get(name.lower()),) * 2)
     if main is None:
         raise UsageError(f"the type is {name!r}; choose from {', '.join(NAMES)}")
@@ -121,13 +121,13 @@ def _bits(kind: GGMLType) -> float:
 
 
 def _is_wider(layer: int, layers: int) -> bool:
-    """In a mix: the first eighth of the layers, the last eighth, and every third between, as llama.cpp has it."""
+    """Return whether a mix widens a layer: the first and last eighth, and every third between, as in llama.cpp."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _fitting(kind: GGMLType, columns: int) -> GGMLType:
-    """The type itself, or what llama.cpp takes for rows that are not whole blocks."""
+    """Return the type itself, or what llama.cpp takes for rows that are not whole blocks."""
     if columns % BLOCKS[kind].elements:
         kind = _FALLBACK.get(kind, _LAST_FALLBACK)
     return _LAST_FALLBACK if columns % BLOCKS[kind].elements else kind
@@ -143,13 +143,13 @@ def quantize(
     progress: Progress = lambda done, total: None,
     check: Check | None = None,
 ) -> Quantized:
-    """Writes the model at `source` (a path) to the GGUF file `target`, its matrices in `type`.
+    """Write the model at `source` (a path) to the GGUF file `target`, its matrices in `type`.
 
-    The file is read back before it gets its name, so that `target` is a model that loads, or is not there.
+    The file is read back before it gets its name, so that `target` is a model that loads, or does not exist.
 
     type: a name of `NAMES`, in small or capital letters. embedding: of the embedding, a name of `TYPES`; by default
-    `type`, but not below 8 bits. Norms stay float32, and what has its type already stays as it is.
-    threads: by default the physical cores. progress: gets the numbers that are done, and how many there are.
+    `type`, but not below 8 bits. Norms stay float32, and a tensor that has its type already is copied.
+    threads: by default the physical cores. progress: called with the elements done and their total.
     check: called with the path of the result before it gets its name; whatever it raises leaves no file.
     Raises UsageError for an unknown type, GemkitError if the target exists or the disk is too small for it. Warns
     (GemkitWarning) of an embedding below 8 bits and of a source that was quantised before.
@@ -187,7 +187,7 @@ def measure(
     text: str = TEXT,
     progress: Progress = lambda done, total: None,
 ) -> Damage:
-    """Compares both models on at most `MOST_TOKENS` tokens of a text; progress gets tokens. Errors as of `verify`."""
+    """Compare both models on at most `MOST_TOKENS` tokens of a text; progress gets tokens. Errors as of `verify`."""
     with open_checkpoint(source) as one, open_checkpoint(target) as other:
         sizes = tuple(sum(tensor.nbytes for tensor in c.tensors.values()) for c in (one, other))
         parameters = one.config.parameter_count()
@@ -199,14 +199,14 @@ def measure(
 
 
 def check_measurable(source: str | os.PathLike[str]) -> None:
-    """Raises GemkitError if `measure` would fail, since the source has no tokenizer."""
+    """Raise GemkitError if `measure` would fail, since the source has no tokenizer."""
     with open_checkpoint(source) as stored:
         if stored.vocabulary_key is None:
             raise GemkitError(f"{source} has no tokenizer to measure the damage with: give --no-measure")
 
 
 def is_memory_shortage(error: BaseException) -> bool:
-    """Says whether an error of `measure` is about this machine's memory and not about the models."""
+    """Return whether an error of `measure` is about this machine's memory and not about the models."""
     return isinstance(error, MemoryError) or "not enough memory" in str(error)  # the core's words, which are text
 
 
@@ -234,7 +234,7 @@ def _warn(checkpoint: Checkpoint, types: dict[str, GGMLType]) -> None:
 
 
 def _check_space(target: Path, checkpoint: Checkpoint, types: dict[str, GGMLType]) -> None:
-    """Raises GemkitError if the disk has no room for the file."""
+    """Raise GemkitError if the disk is too small for the file."""
     vocabulary = checkpoint.vocabulary
     needed = sum(nbytes(types[name], tensor.shape) + 128 for name, tensor in checkpoint.tensors.items()) + (1 << 16)
     if vocabulary is not None:
@@ -265,7 +265,7 @@ class _Work:
         self._progress(self._done, self._total)
 
     def close(self) -> None:
-        """Waits for what runs and drops what does not yet."""
+        """Wait for running tasks and cancel queued ones."""
         self.pool.shutdown(cancel_futures=True)
 
 
@@ -287,7 +287,7 @@ class _Quantised(Tensor):
         step = max(1, _CHUNK // columns)
 
         def convert(at: int) -> tuple[int, float, float]:
-            """Some rows; returns their numbers, squared error and squared sum."""
+            """Convert a range of rows; return the elements, squared error and squared sum."""
             rows = old[at : at + step]
             shape = len(rows), columns
             values = dequantise(self._original.type, rows, shape)

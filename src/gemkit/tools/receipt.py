@@ -24,7 +24,7 @@ from gemkit.errors import GemkitError, UsageError
 from gemkit.weights.open import open_checkpoint
 
 FORMAT = 1
-# What `load` is told and changes numbers
+# Arguments of `load` that change results
 LOAD = ("dtype", "activations", "adapter")
 _FIELDS = {
     "format": int,
@@ -48,7 +48,7 @@ def write_receipt(
     settings: Mapping[str, object],
     ids: Sequence[int],
 ) -> None:
-    """Writes a receipt, whole or not at all.
+    """Write a receipt, whole or not at all.
 
     model: as it was given to `gemkit.load`, with `load`. settings: of `Model.generate`, the seed among them. ids: what
     was generated. Raises GemkitError if the file cannot be written.
@@ -75,7 +75,7 @@ def write_receipt(
 
 
 def read_receipt(path: str | os.PathLike[str]) -> dict:
-    """The record of a receipt. Raises GemkitError if the file is none, or was changed."""
+    """Return the record of a receipt. Raises GemkitError if the file is none, or was changed."""
     try:
         record = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -91,7 +91,7 @@ def read_receipt(path: str | os.PathLike[str]) -> dict:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay gave. ids: the new tokens. first_difference: the place of the first token that is another than the
+    """The result of a replay. ids: the new tokens. first_difference: the index of the first token that differs from the
     receipt's; None if all are equal. instructions: the kernels then and now."""
 
     ids: list[int]
@@ -103,7 +103,7 @@ class Replay:
 def replay(
     record: Mapping, *, model: str | os.PathLike[str] | None = None, threads: int | None = None, batch: int = 1
 ) -> Replay:
-    """Makes the text of a receipt again.
+    """Make the text of a receipt again.
 
     record: of `read_receipt`. model: where the weights are, if not where they were. threads: any number. batch: how
     many requests share the steps; the others have other prompts.
@@ -136,7 +136,7 @@ def _original(load: Mapping[str, object]) -> bool:
 
 
 def _weights(source: Path) -> str:
-    """SHA-256 of a model's configuration and of its tensors as stored."""
+    """Return the SHA-256 of a model's configuration and of its tensors as stored."""
     digest = hashlib.sha256()
     with open_checkpoint(source) as checkpoint:
         digest.update(json.dumps(to_hf(checkpoint.config), sort_keys=True).encode())
@@ -148,7 +148,7 @@ def _weights(source: Path) -> str:
 
 
 def _folder(path: object) -> str:
-    """SHA-256 of the files of an adapter's folder, by name."""
+    """Return the SHA-256 of the files of an adapter's folder, by name."""
     digest = hashlib.sha256()
     for file in sorted(Path(str(path)).glob("adapter_*")):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())

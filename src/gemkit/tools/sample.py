@@ -1,7 +1,7 @@
 """The text on which `gemkit quantize` measures the damage where the user gives none: about 1,500 tokens of many kinds.
 
-A model's perplexity on it says little; how much it rises says what quantisation cost. Dialogue, code, tables and other
-languages are there because they suffer before English prose does.
+A model's perplexity on it means little; its rise is the cost of quantisation. Dialogue, code, tables and other
+languages are included because they degrade before English prose does.
 """
 
 TEXT = """\

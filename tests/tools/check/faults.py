@@ -148,7 +148,7 @@ def norms(shift: float) -> Callable[[Path], None]:
 
 
 def stored_as(name: str, kind: GGMLType) -> Callable[[Path], None]:
-    """Quantises one tensor of a GGUF file anew."""
+    """Quantise one tensor of a GGUF file again."""
 
     def plant(path: Path) -> None:
         with GGUFFile.open(path) as file:
@@ -172,7 +172,7 @@ def untyped(path: Path) -> None:
 
 
 def other_type(path: Path) -> None:
-    """A tensor in a type that gemkit does not read (IQ4_NL has blocks of 32 numbers in 18 bytes)."""
+    """A tensor in a type that gemkit does not read (IQ4_NL has blocks of 32 elements in 18 bytes)."""
     edit_gguf(path, tensors={"blk.0.ffn_down.weight": (20, (32, 64), bytes(32 * 2 * 18))})
 
 
@@ -221,7 +221,7 @@ def pieces(change: Callable[[list[bytes]], object]) -> Callable[[Path], None]:
 
 
 def gguf_beside(folder: Path) -> None:
-    """Puts the GGUF file of another generation beside the weights."""
+    """Puts the GGUF file of another generation next to the weights."""
     gguf_file(folder / "other.gguf", "gemma2")
 
 

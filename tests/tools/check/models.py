@@ -66,7 +66,7 @@ def small_tokenizer(name: str) -> bytes:
 
 
 def tokenizer_config(model_type: str) -> dict:
-    """The real one, without the pieces for images, which lie behind those that were cut off."""
+    """The real one, without the pieces for images, which follow the pieces that were cut off."""
     data = json.loads(data_file("tokenizers", f"{NAMES[model_type]}.tokenizer_config.json").read_text("utf-8"))
     for key in ("boi_token", "eoi_token", "image_token", "extra_special_tokens", "processor_class"):
         data.pop(key, None)

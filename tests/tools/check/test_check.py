@@ -74,7 +74,7 @@ def text_of(finding: Finding) -> str:
 
 
 def assert_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has no error must load, in the engine itself."""
+    """A model without errors must load, in the engine itself."""
     monkeypatch.setenv("GEMKIT_PACKED", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GemkitWarning)
@@ -157,7 +157,7 @@ def test_the_demo_model_is_clean():
 
 
 def test_multimodal_files_are_healthy_too(bases, tmp_path):
-    """The text model under the other prefixes, beside an image tower, with the configuration nested."""
+    """The text model under the other prefixes, with an image tower, with the configuration nested."""
     from safetensors.torch import load_file, save_file
 
     for number, prefix in enumerate(("language_model.model.", "model.language_model.")):

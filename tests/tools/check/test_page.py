@@ -1,4 +1,4 @@
-"""docs/guides/check.md lists the rules there are; `python tests/apps/check/test_page.py` writes it. Budget: 1 s."""
+"""docs/guides/check.md lists the rules there are; `python tests/tools/check/test_page.py` writes it. Budget: 1 s."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def _cell(text: str) -> str:
 
 def test_the_page_lists_the_rules():
     text = page()
-    assert PAGE.read_text(encoding="utf-8") == text, "run `python tests/apps/check/test_page.py`"
+    assert PAGE.read_text(encoding="utf-8") == text, "run `python tests/tools/check/test_page.py`"
     assert all(text.count(f"| `{rule.id}` |") == 1 for rule in RULES)
 
 

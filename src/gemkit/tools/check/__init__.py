@@ -47,20 +47,20 @@ RULES: tuple[Rule, ...] = (
 
 
 def check(path: str | os.PathLike[str], deep: bool = False) -> list[Finding]:
-    """Everything that is found wrong with a model's files, errors first.
+    """Return all findings about a model's files, errors first.
 
     path: any file or folder that `gemkit.load` takes, or a KerasHub preset's folder. deep: read every tensor to its
-    end; without it, some rows of the large ones. Raises UsageError if there is nothing that could be a model; a broken
-    model is a finding.
+    end; without it, some rows of the large ones. Raises UsageError if no file could be a model; a broken model
+    is a finding.
     Example: ``check("gemma-3-1b-it")`` is an empty list if all is well.
     """
     return judge(read(Path(path), deep))
 
 
 def judge(subject: Subject) -> list[Finding]:
-    """What the rules find in what was read, errors first; consequences of another finding are left out."""
-    if any(where == subject.facts for where, _ in subject.broken):
-        # Of a model whose facts are lost, nothing else can be said
+    """Apply the rules to a subject; return findings, errors first, without consequences of other findings."""
+    if any(where == subject.config_file for where, _ in subject.broken):
+        # Without configuration and tensors the other rules cannot be applied
         return [*files.lfs_pointer.findings(subject), *files.unreadable.findings(subject)]
     if other := config.other_family.findings(subject):
         return other
@@ -72,7 +72,7 @@ def judge(subject: Subject) -> list[Finding]:
 
 
 def scope(subject: Subject) -> dict[str, object]:
-    """What was looked at, ready for JSON: a list without findings is worth as much as this."""
+    """Return the scope of the check for JSON: an empty list of findings is only as good as its scope."""
     config, preset = subject.config, subject.preset
     return {
         "format": subject.kind,
@@ -88,7 +88,7 @@ def scope(subject: Subject) -> dict[str, object]:
 
 
 def read(path: Path, deep: bool = False) -> Subject:
-    """Reads what there is at a path; see `check`."""
+    """Read what there is at a path; see `check`."""
     if path.is_dir():
         return _read_folder(path, deep)
     if not path.is_file():
@@ -105,7 +105,7 @@ def read(path: Path, deep: bool = False) -> Subject:
 
 
 def _read_folder(path: Path, deep: bool) -> Subject:
-    """By the rule of `gemkit.weights.folder`, but for presets of KerasHub, which gemkit does not load."""
+    """Read a folder by the rule of `gemkit.weights.folder`, or a KerasHub preset, which gemkit does not load."""
     subject = Subject(path, "hf", folder=path, files=folder.files_of(path), deep=deep)
     subject.pointers = folder.pointers_of(path, subject.files)
     names = [name for name in subject.files if "/" not in name]
@@ -129,7 +129,7 @@ def _read_folder(path: Path, deep: bool) -> Subject:
 
 
 def _read_gguf(path: Path, deep: bool, around: Path | None = None, names: list[str] | None = None) -> Subject:
-    """around, names: the folder that was given, if it was, and its files."""
+    """Read a GGUF file. around, names: the folder that was given, if any, and its files."""
     subject = Subject(path, "gguf", deep=deep, pointers=folder.pointers_of(path.parent, [path.name]))
     gguf.read(path, subject)
     loading.load(subject, path)
@@ -146,7 +146,7 @@ def _read_google(path: Path, deep: bool, around: Path | None = None, names: list
 
 
 def _nothing(path: Path) -> UsageError:
-    """What the loader says of a path where there is no model."""
+    """Return the loader's error for a path without a model."""
     try:
         open_checkpoint(path).close()
     except GemkitError as error:

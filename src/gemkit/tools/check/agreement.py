@@ -1,4 +1,4 @@
-"""Rules about facts that are stated more than once: two keys, or two files, of which programs read one or the other."""
+"""Rules about settings that are stated more than once, in two keys or two files: programs read one or the other."""
 
 from __future__ import annotations
 
@@ -100,15 +100,15 @@ def _gguf_rope(s: Subject) -> Iterator[Hit]:
     }
     factor, old = _number(value["rope.scaling.factor"]), _number(value["rope.scale_linear"])
     if _differ(factor, old):
-        yield f"{s.facts}: {name}.rope.scaling.factor", f"it is {factor:g}, and rope.scale_linear {old:g}"
+        yield f"{s.config_file}: {name}.rope.scaling.factor", f"it is {factor:g}, and rope.scale_linear {old:g}"
     if value["rope.scaling.type"] == "none" and factor not in (None, 0.0, 1.0):
-        yield f"{s.facts}: {name}.rope.scaling.type", f"it is none, and the factor {factor:g}"
+        yield f"{s.config_file}: {name}.rope.scaling.type", f"it is none, and the factor {factor:g}"
     turned, width = (
         _number(s.raw.get(f"{name}.rope.dimension_count")),
         _number(s.raw.get(f"{name}.attention.key_length")),
     )
     if _differ(turned, width):
-        yield f"{s.facts}: {name}.rope.dimension_count", f"it is {turned:g}, and attention.key_length {width:g}"
+        yield f"{s.config_file}: {name}.rope.dimension_count", f"it is {turned:g}, and attention.key_length {width:g}"
 
 
 @rule(
@@ -122,7 +122,7 @@ def config_contradiction(s: Subject) -> Iterator[Hit]:
     if s.kind == GGUF:
         rows, said = s.config and s.config.vocab_size, s.raw.get(f"{s.raw.get('general.architecture')}.vocab_size")
         if rows and type(said) is int and said != rows:
-            yield f"{s.facts}: vocab_size", f"it is {said:,}, the embedding has {rows:,} rows"
+            yield f"{s.config_file}: vocab_size", f"it is {said:,}, the embedding has {rows:,} rows"
         return
     if s.kind != HF:
         return

@@ -1,4 +1,4 @@
-"""Rules about the configuration: does it say what the published models say."""
+"""Rules about the configuration: agreement with the published models."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from gemkit.errors import listed
 from gemkit.tools.check.finding import ERROR, WARNING, Hit, rule
 from gemkit.tools.check.subject import GGUF, HF, Subject
 
-# What all published models of a family have in common; read from the presets, so that no number is written twice.
+# Settings that all published models of a family share, read from the presets.
 _OF_FAMILY: dict[str, list[ModelConfig]] = {}
 for _preset in PRESETS.values():
     _OF_FAMILY.setdefault(_preset.config.model_type, []).append(_preset.config)
 
 
 def _common(family: str, name: str) -> object:
-    """The value of a field if all models of the family have the same, else `...`."""
+    """Return the value of a field if all models of the family have the same, else `...`."""
     values = {getattr(config, name) for config in _OF_FAMILY.get(family, [])}
     return values.pop() if len(values) == 1 else ...
 
 
 def slides(layers: tuple[LayerSpec, ...]) -> list[bool]:
-    """Which layers slide."""
+    """Return for each layer whether it slides."""
     return [layer.sliding_window is not None for layer in layers]
 
 
 def expected_slides(s: Subject) -> list[bool]:
-    """Which layers slide, by the family's pattern, for as many layers as there are."""
+    """Return for each layer whether it slides by the family's pattern."""
     longest = max(_OF_FAMILY[s.config.model_type], key=lambda config: config.num_hidden_layers)
     pattern = slides(longest.layers)
     period = pattern.index(False) + 1
@@ -38,7 +38,7 @@ def expected_slides(s: Subject) -> list[bool]:
 
 
 def _lacks_window(s: Subject) -> bool:
-    """A GGUF file without a window, by which all its layers look as if they saw everything."""
+    """Return whether a GGUF file lacks the window, without which all its layers appear to be full."""
     key = f"{s.raw.get('general.architecture')}.attention.sliding_window"
     return s.kind == GGUF and s.family != "gemma" and key not in s.raw
 
@@ -70,9 +70,9 @@ def _do_not_fit(s: Subject) -> bool:
 )
 def config_invalid(s: Subject) -> Iterator[Hit]:
     if s.config_fault:
-        yield s.facts, s.config_fault
+        yield s.config_file, s.config_fault
     elif s.kind == HF and (absent := left_out(s.raw)) and _do_not_fit(s):
-        yield s.facts, f"it has no {listed(absent)}; programs take defaults, which do not fit the tensors"
+        yield s.config_file, f"it has no {listed(absent)}; programs take defaults, which do not fit the tensors"
 
 
 @rule(
@@ -85,7 +85,7 @@ def config_invalid(s: Subject) -> Iterator[Hit]:
 def other_family(s: Subject) -> Iterator[Hit]:
     key = "general.architecture" if s.kind == GGUF else "model_type"
     if s.family is None:
-        yield f"{s.facts}: {key}", f"it is {s.raw[key]!r}" if key in s.raw else "it is not there"
+        yield f"{s.config_file}: {key}", f"it is {s.raw[key]!r}" if key in s.raw else "it is missing"
 
 
 @rule(
@@ -109,7 +109,7 @@ def family(s: Subject) -> Iterator[Hit]:
     seen = "gemma3_text" if third else "gemma2" if second else "gemma"
     if seen != s.family:
         reason = "query norms" if third else "norms behind the feed-forward" if second else "two norms a layer"
-        yield s.facts, f"it says {s.family}; the tensors have {reason}, as {seen} does"
+        yield s.config_file, f"it says {s.family}; the tensors have {reason}, as {seen} does"
 
 
 @rule(
@@ -121,7 +121,7 @@ def family(s: Subject) -> Iterator[Hit]:
 )
 def rms_eps(s: Subject) -> Iterator[Hit]:
     if s.config and not _near(s.config.rms_norm_eps, _common(s.config.model_type, "rms_norm_eps")):
-        yield s.facts, f"it is {s.config.rms_norm_eps:g}"
+        yield s.config_file, f"it is {s.config.rms_norm_eps:g}"
 
 
 @rule(
@@ -147,7 +147,7 @@ def rope_base(s: Subject) -> Iterator[Hit]:
             found.setdefault((slides, layer.rope_theta), []).append(i)
     for (slides, theta), numbers in found.items():
         kind = "sliding" if slides else "full"
-        yield s.facts, f"{kind} layers {listed(numbers)} have base {theta:g}, published is {wanted[slides]:g}"
+        yield s.config_file, f"{kind} layers {listed(numbers)} have base {theta:g}, published is {wanted[slides]:g}"
 
 
 @rule(
@@ -175,7 +175,8 @@ def rope_factor(s: Subject) -> Iterator[Hit]:
             found.setdefault((slides, layer.rope_factor), []).append(i)
     for (slides, factor), numbers in found.items():
         kind = "sliding" if slides else "full"
-        yield s.facts, f"{kind} layers {listed(numbers)} have factor {factor:g}, published is {wanted.get(slides, 1):g}"
+        factor_text = f"{kind} layers {listed(numbers)} have factor {factor:g}, published is {wanted.get(slides, 1):g}"
+        yield s.config_file, factor_text
 
 
 @rule(
@@ -192,7 +193,7 @@ def layer_pattern(s: Subject) -> Iterator[Hit]:
     wrong = [i for i, (a, b) in enumerate(zip(found, wanted)) if a != b]
     if wrong:
         first = "slides" if found[wrong[0]] else "sees everything"
-        yield s.facts, f"layers {listed(wrong)} are of the other kind; layer {wrong[0]} {first}"
+        yield s.config_file, f"layers {listed(wrong)} are of the other kind; layer {wrong[0]} {first}"
 
 
 @rule(
@@ -206,14 +207,14 @@ def window(s: Subject) -> Iterator[Hit]:
     if s.config is None:
         return
     if _lacks_window(s):
-        yield s.facts, "it is not there"
+        yield s.config_file, "it is missing"
         return
     found = {layer.sliding_window for layer in s.config.layers} - {None}
     # A model of one's own may have a window of one's own; no window at all is for the rule about the pattern
     if s.preset is not None and found:
         known = {layer.sliding_window for layer in s.preset.config.layers} - {None}
         if found != known:
-            yield s.facts, f"it is {listed(sorted(found))}, published is {listed(sorted(known))}"
+            yield s.config_file, f"it is {listed(sorted(found))}, published is {listed(sorted(known))}"
 
 
 @rule(
@@ -229,7 +230,7 @@ def soft_caps(s: Subject) -> Iterator[Hit]:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         wanted, found = _common(s.config.model_type, key), getattr(s.config, key)
         if (found is None) != (wanted is None) or (found is not None and not _near(found, wanted)):
-            yield f"{s.facts}: {key}", f"it is {found}, published is {wanted}"
+            yield f"{s.config_file}: {key}", f"it is {found}, published is {wanted}"
 
 
 @rule(
@@ -244,24 +245,24 @@ def query_scale(s: Subject) -> Iterator[Hit]:
         return
     found = s.config.query_pre_attn_scalar
     wanted = s.preset.config.query_pre_attn_scalar if s.preset is not None else None
-    # Of a model of one's own: the head's width, or width / heads, is what makes sense.
+    # For an unpublished model: the head's width, or width / heads, is plausible.
     usual = {s.config.head_dim, s.config.hidden_size // s.config.num_attention_heads} if wanted is None else {wanted}
     if not any(_near(found, value) for value in usual):
-        yield s.facts, f"query_pre_attn_scalar is {found:g}, expected {listed(f'{v:g}' for v in sorted(usual))}"
+        yield s.config_file, f"query_pre_attn_scalar is {found:g}, expected {listed(f'{v:g}' for v in sorted(usual))}"
 
 
 @rule(
     "context",
     WARNING,
     "The context length is not the published one.",
-    why="longer than trained, and the text degrades past that point; shorter, and a part of the model lies idle",
+    why="longer than trained, and the text degrades past that point; shorter, and a part of the model stays unused",
     remedy="set max_position_embeddings (in GGUF context_length) to the published length",
 )
 def context(s: Subject) -> Iterator[Hit]:
     if s.config is not None and s.preset is not None:
         found, wanted = s.config.max_position_embeddings, s.preset.config.max_position_embeddings
         if found != wanted:
-            yield s.facts, f"it is {found:,}, of {s.preset.name} {wanted:,}"
+            yield s.config_file, f"it is {found:,}, of {s.preset.name} {wanted:,}"
 
 
 @rule(
@@ -295,8 +296,8 @@ def gguf_key_length(s: Subject) -> Iterator[Hit]:
     hidden, heads = (s.raw.get(f"{architecture}.{key}") for key in ("embedding_length", "attention.head_count"))
     if type(hidden) is int and type(heads) is int and heads > 0 and query.shape[0] != hidden // heads * heads:
         yield (
-            f"{s.facts}: {architecture}.attention.key_length",
-            (f"it is not there; {hidden} / {heads} is {hidden // heads}, the tensors have {query.shape[0] / heads:g}"),
+            f"{s.config_file}: {architecture}.attention.key_length",
+            (f"it is missing; {hidden} / {heads} is {hidden // heads}, the tensors have {query.shape[0] / heads:g}"),
         )
 
 

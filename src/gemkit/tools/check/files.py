@@ -25,7 +25,7 @@ _LEFT_OVER = re.compile(
     r"|wandb/.*|(checkpoint-|global_step)\d+/.*)$"
 )
 _MAX_PICKLE = 64 << 20
-# What weights and their bookkeeping need; torch's own loader allows about the same.
+# Globals that weights and their metadata need; torch's own loader allows about the same.
 _HARMLESS = re.compile(
     r"torch(\._utils _rebuild_\w+|\._tensor _rebuild\w*|\.\w*Storage| \w*Storage| Size| device| dtype"
     r"| (b?float\d*|double|half|u?int\d+|long|bool)|\.serialization _get_layout|\.nn\.parameter Parameter)"
@@ -76,7 +76,7 @@ def truncated(s: Subject) -> Iterator[Hit]:
 @rule(
     "shard-missing",
     ERROR,
-    "The index names a file, or a tensor in a file, that is not there.",
+    "The index names a file, or a tensor in a file, that is missing.",
     why="loaders stop, or fill the hole with random numbers",
     remedy="download all shards together with their index",
     causes=("unloadable",),
@@ -101,7 +101,7 @@ def unlisted(s: Subject) -> Iterator[Hit]:
     "unfinished",
     WARNING,
     "A download or a copy was not finished.",
-    why="what it should become is missing, or an older file stands in for it",
+    why="what it should become is missing, or an older file takes its place",
     remedy="download again (`gemkit download` goes on where it stopped), or delete it",
 )
 def unfinished(s: Subject) -> Iterator[Hit]:
@@ -113,8 +113,8 @@ def unfinished(s: Subject) -> Iterator[Hit]:
 @rule(
     "leftovers",
     NOTE,
-    "A training run's own files lie in the folder.",
-    why="nobody who runs the model needs them; they may be larger than the weights, and tell of the training data",
+    "A training run's own files are in the folder.",
+    why="users of the model do not need them; they may be larger than the weights, and tell of the training data",
     remedy="delete them from what you publish",
 )
 def leftovers(s: Subject) -> Iterator[Hit]:
@@ -149,14 +149,14 @@ def keras_files(s: Subject) -> Iterator[Hit]:
     if s.kind == KERAS:
         for name in FILES:
             if name not in s.files:
-                yield name, "it is not there"
+                yield name, "it is missing"
 
 
 @rule(
     "pickle",
     WARNING,
-    "Weights or settings are there as a pickle (.bin, .pt, .pth, .ckpt, .pkl).",
-    why="whoever opens a pickle runs the program in it",
+    "Weights or settings are stored as a pickle (.bin, .pt, .pth, .ckpt, .pkl).",
+    why="opening a pickle runs the program in it",
     remedy="save the weights as safetensors and delete the pickle",
 )
 def pickle(s: Subject) -> Iterator[Hit]:
@@ -171,7 +171,7 @@ def pickle(s: Subject) -> Iterator[Hit]:
     ERROR,
     "A pickle calls something that has no business in a file of weights.",
     why="opening it runs that call on the reader's machine: this is how malware is spread in models",
-    remedy="do not open it; delete it and tell whoever published it",
+    remedy="do not open it; delete it and tell its publisher",
     causes=("pickle",),
 )
 def pickle_code(s: Subject) -> Iterator[Hit]:
@@ -183,7 +183,7 @@ def pickle_code(s: Subject) -> Iterator[Hit]:
 
 
 def _calls(path: Path) -> list[str]:
-    """The names "module attribute" that a pickle, or the ones inside a torch archive, import; none if it is neither."""
+    """Return the names "module attribute" imported by a pickle or those in a torch archive; none for other files."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -198,7 +198,7 @@ def _calls(path: Path) -> list[str]:
 
 
 def _imports(data: bytes) -> list[str]:
-    """GLOBAL carries both names; STACK_GLOBAL takes the two strings pushed last, which may come from the memo."""
+    """Return the imported names: GLOBAL has both; STACK_GLOBAL pops two strings, which may come from the memo."""
     found: dict[str, None] = {}
     memo: dict[int, object] = {}
     pushed: list[object] = []
@@ -217,7 +217,7 @@ def _imports(data: bytes) -> list[str]:
             elif opcode.stack_after:
                 pushed.append(argument if isinstance(argument, str) else None)
             del pushed[:-4]
-    except Exception:  # pickletools raises whatever the broken bytes lead to; what came before them is known
+    except Exception:  # pickletools raises any exception for broken bytes; the names before them are known
         pass
     return list(found)
 
@@ -232,7 +232,7 @@ def _imports(data: bytes) -> list[str]:
 def terms(s: Subject) -> Iterator[Hit]:
     cached = any(part.startswith("models--") or part == "kagglehub" for part in s.path.absolute().parts)
     if s.folder is None or s.kind == GGUF or cached:
-        return  # a hub's cache is passed on to nobody
+        return  # a hub's cache is not published
     for name in filter(_TEXTS.match, s.files):
         try:
             with open(s.folder / name, encoding="utf-8", errors="replace") as file:
@@ -252,20 +252,20 @@ def terms(s: Subject) -> Iterator[Hit]:
 )
 def terms_unsaid(s: Subject) -> Iterator[Hit]:
     if s.kind == GGUF and s.raw and not s.raw.get("general.license"):
-        yield f"{s.facts}: general.license", "it is not there"
+        yield f"{s.config_file}: general.license", "it is missing"
 
 
 @rule(
     "adapter-beside",
     WARNING,
-    "A LoRA adapter lies beside the weights of a whole model.",
+    "A LoRA adapter is in the folder of a whole model.",
     why="if the weights are merged already, loaders that find the adapter add it a second time",
     remedy="delete adapter_config.json and adapter_model.* from the merged model, or give the adapter its own folder",
 )
 def adapter_beside(s: Subject) -> Iterator[Hit]:
     adapters = [name for name in s.files if is_adapter(name) and "/" not in name]
     if adapters and s.tensors:
-        yield listed(adapters), "beside the weights of a model"
+        yield listed(adapters), "next to the weights of a model"
 
 
 RULES = (

@@ -1,4 +1,4 @@
-"""What a rule is and what it finds."""
+"""Rules and findings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 ERROR, WARNING, NOTE = LEVELS = ("error", "warning", "note")
 
-# Where it is (a file, and a key or tensor in it), and what was found there.
+# Location (a file, and a key or tensor in it), and the value found.
 Hit = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault. what: in general; where: file and key or tensor; found: what is there; why: whom it hurts."""
+    """One fault. what: in general; where: file and key or tensor; found: the value; why: the consequence."""
 
     rule: str
     level: str
@@ -31,10 +31,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rule:
-    """What to look for.
+    """A check for one kind of fault.
 
-    what, why, remedy: for the reader. look: finds the places. causes: rules that fire as a consequence of this fault;
-    where it is found they say nothing new, and are left out.
+    what, why, remedy: for the reader. look: finds the locations. causes: rules that fire as a consequence of it;
+    their findings are left out where it is found.
     """
 
     id: str
@@ -46,7 +46,7 @@ class Rule:
     causes: tuple[str, ...] = ()
 
     def findings(self, subject: Subject) -> list[Finding]:
-        """All places of this fault, each once."""
+        """Return all places of this fault, each once."""
         hits = dict.fromkeys((shown(where), shown(found)) for where, found in self.look(subject))
         return [Finding(self.id, self.level, self.what, where, found, self.why, self.remedy) for where, found in hits]
 
@@ -54,17 +54,17 @@ class Rule:
 def rule(
     id: str, level: str, what: str, *, why: str, remedy: str, causes: tuple[str, ...] = ()
 ) -> Callable[[Callable], Rule]:
-    """Turns a function of a `Subject` that yields hits into a `Rule`."""
+    """Turn a function of a `Subject` that yields hits into a `Rule`."""
     return lambda look: Rule(id, level, what, why, remedy, look, causes)
 
 
 def shown(text: str) -> str:
-    """Text that may come from a hostile file: on one line, printable, not long."""
+    """Return text that may come from a hostile file: on one line, printable, not long."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:2000])
     return text if len(text) <= 400 else f"{text[:380]}..."
 
 
 def fault_of(path: Path, fault: object) -> str:
-    """What a reader says of a file, without the path in front of it and the advice behind it."""
+    """Return a reader's error message without the path before it and the remedy after it."""
     text = str(fault).removeprefix(str(path)).lstrip(": ")
     return text.removesuffix("; the file is damaged: get it again").removesuffix("; get the file again")

@@ -34,7 +34,7 @@ _MAX_HEADER = 100_000_000
 
 
 def files_of(folder: Path) -> list[str]:
-    """The regular files in a folder and three levels below, by relative name; version control's own are left out."""
+    """Return the regular files in a folder and three levels below, by relative name, without version control's."""
     found: list[str] = []
     for root, folders, names in os.walk(folder):
         near = len(Path(root).relative_to(folder).parts) < 3
@@ -47,7 +47,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def pointers_of(folder: Path, files: list[str]) -> list[str]:
-    """Those of the files that are Git LFS pointers."""
+    """Return the files that are Git LFS pointers."""
     found = []
     for name in files:
         try:
@@ -60,13 +60,13 @@ def pointers_of(folder: Path, files: list[str]) -> list[str]:
 
 
 def name_of(folder: Path) -> str:
-    """What a folder is called; in Hugging Face's cache, where it is called by a checksum, what the model is."""
+    """Return a folder's name; in Hugging Face's cache, where that is a checksum, the model's name."""
     folder = folder.resolve()
     return next((part for part in folder.parts if part.startswith("models--")), folder.name).replace("--", "/")
 
 
 def read_json(subject: Subject, name: str) -> dict[str, object] | None:
-    """A JSON object of the folder; None if there is no such file, or it is broken, which is written down."""
+    """Return a JSON object of the folder; None if there is no such file, or it is broken, which is written down."""
     if name not in subject.files:
         return None
     try:
@@ -77,8 +77,8 @@ def read_json(subject: Subject, name: str) -> dict[str, object] | None:
 
 
 def read(subject: Subject, config: Mapping[str, object] | None) -> None:
-    """Fills in what a folder says. config: its ``config.json``, None if that is missing or broken."""
-    subject.kind, subject.facts = HF, "config.json"
+    """Fill in a subject from a folder. config: its ``config.json``, None if that is missing or broken."""
+    subject.kind, subject.config_file = HF, "config.json"
     raw = config or {}
     text = raw.get("text_config")
     outer = {key: value for key, value in raw.items() if key != "text_config"}
@@ -96,7 +96,7 @@ def read(subject: Subject, config: Mapping[str, object] | None) -> None:
 
 
 def _fill_ids(subject: Subject) -> None:
-    """The ids that begin and end a text. generation_config.json alone decides where to stop, if it is there."""
+    """Fill in the ids that begin and end a text. generation_config.json, if it exists, alone decides where to stop."""
     name = "generation_config.json"
     generation = read_json(subject, name)
     for where, data in ((name, generation or {}), ("config.json", subject.raw)):
@@ -115,7 +115,7 @@ def _fill_ids(subject: Subject) -> None:
 
 
 def fill_config(subject: Subject, raw: Mapping[str, object]) -> None:
-    """`config`, or `config_fault`."""
+    """Fill in `config`, or `config_fault`."""
     try:
         subject.config = from_hf(raw)
     except GemkitError as error:
@@ -128,7 +128,7 @@ def fill_config(subject: Subject, raw: Mapping[str, object]) -> None:
 
 
 def fill_tokens(subject: Subject) -> None:
-    """The tokenizer, its settings and the chat template."""
+    """Fill in the tokenizer, its settings and the chat template."""
     settings = read_json(subject, "tokenizer_config.json")
     subject.tokenizer_config = settings
     if "tokenizer.json" in subject.files and (data := read_json(subject, "tokenizer.json")) is not None:
@@ -151,7 +151,7 @@ def fill_tokens(subject: Subject) -> None:
 
 
 def _fill_gguf_neighbour(subject: Subject) -> None:
-    """The pieces of a GGUF file that lies beside the safetensors."""
+    """Fill in the pieces of a GGUF file next to the safetensors."""
     from gemkit.tools.check.gguf import tokens_of
 
     names = ggufs_of(name for name in subject.files if "/" not in name)
@@ -166,7 +166,7 @@ def _fill_gguf_neighbour(subject: Subject) -> None:
 
 
 def _fill_template(subject: Subject, settings: Mapping[str, object]) -> None:
-    """The templates in the order in which transformers looks for them: the first counts."""
+    """Fill in the templates in the order in which transformers looks for them: the first is used."""
     found: dict[str, str] = {}
     if "chat_template.jinja" in subject.files:
         try:
@@ -203,7 +203,7 @@ def _from_json(data: Mapping[str, object]) -> Tokens | None:
 
 
 def _bos_of(data: Mapping[str, object]) -> int:
-    """How many <bos> the post-processor puts in front of one text."""
+    """Count the <bos> tokens that the post-processor puts in front of one text."""
 
     def count(processor: object) -> int:
         if not isinstance(processor, Mapping):
@@ -218,7 +218,7 @@ def _bos_of(data: Mapping[str, object]) -> int:
 
 
 def from_sentencepiece(subject: Subject, name: str) -> Tokens | None:
-    """The pieces of a ``tokenizer.model``; None if it is broken, which is written down."""
+    """Return the pieces of a ``tokenizer.model``; None if it is broken, which is written down."""
     try:
         vocabulary = read_model(read_file(subject.folder / name))
     except GemkitError as error:
@@ -232,13 +232,13 @@ def from_sentencepiece(subject: Subject, name: str) -> Tokens | None:
 
 
 def is_adapter(name: str) -> bool:
-    """Says whether a file is part of a LoRA adapter."""
+    """Return whether a file is part of a LoRA adapter."""
     name = Path(name).name
     return is_adapter_file(name) or name.startswith(("adapter_model.", "adapter_config."))
 
 
 def _fill_weights(subject: Subject) -> None:
-    """The tensors of the files that the loader would open, and what an index promises and does not keep."""
+    """Fill in the tensors of the files that the loader would open, and the mismatches with an index."""
     here = [name for name in subject.files if name.endswith(".safetensors") and "/" not in name]
     promised: dict[str, str] = {}
     index = read_json(subject, INDEX)
@@ -249,7 +249,7 @@ def _fill_weights(subject: Subject) -> None:
             weight_map = {}
         for tensor, name in weight_map.items():
             if not isinstance(name, str) or not _INSIDE.fullmatch(name) or ".." in name.split("/"):
-                subject.broken.append((f"{INDEX}: {tensor}", f"{name!r} is no name of a file beside it"))
+                subject.broken.append((f"{INDEX}: {tensor}", f"{name!r} is no name of a file next to it"))
             else:
                 promised[tensor] = name
         chosen = sorted(set(promised.values()))
@@ -263,7 +263,7 @@ def _fill_weights(subject: Subject) -> None:
         subject.unlisted += [(name, f"it is not read: the model is in {listed(chosen, 2)}") for name in left]
     for name in chosen:
         if name not in subject.files:
-            subject.absent_shards.append((INDEX, f"it names {name}, which is not there"))
+            subject.absent_shards.append((INDEX, f"it names {name}, which is missing"))
             subject.tensors_known = False
         else:
             subject.tensors += _read_shard(subject, name)
@@ -272,7 +272,7 @@ def _fill_weights(subject: Subject) -> None:
 
 
 def _compare_with_index(subject: Subject, promised: Mapping[str, str]) -> None:
-    """promised: the file of each tensor. In which of the files a tensor is does not matter to a loader."""
+    """Compare with an index. promised: the file of each tensor. Loaders accept a tensor in any of the files."""
     found = {view.name for view in subject.tensors}
     keys = {view.key for view in subject.tensors}
     for tensor, name in promised.items():
@@ -302,7 +302,7 @@ def _read_shard(subject: Subject, name: str) -> list[TensorView]:
 
 
 def _salvage(path: Path) -> tuple[list[tuple[str, str, tuple[int, ...]]], str]:
-    """Names, types and shapes of a broken file's tensors, and, if it ends too early, by how much."""
+    """Return names, types and shapes of a broken file's tensors, and, if it is truncated, by how much."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return [], ""

@@ -18,7 +18,7 @@ from gemkit.weights.gguf.container import ALIGNMENT, STRING, GGUFArray, GGUFFile
 from gemkit.weights.gguf.read import ARCHITECTURES, config_from_metadata, names
 from gemkit.weights.quant import BLOCKS, OTHER_TYPES, Block, GGMLType
 
-# Sizes of the types that gemkit does not read, by their number in ggml, to see whether such a tensor is whole.
+# Sizes of the types that gemkit does not read, by their value in ggml, to see whether such a tensor is complete.
 _OTHER_BLOCKS = {9: (32, 40), 10: (256, 84), 11: (256, 110), 15: (256, 292), 16: (256, 66), 17: (256, 74)}
 _OTHER_BLOCKS |= {18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136)}
 _OTHER_BLOCKS |= {24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 34: (256, 54)}
@@ -47,7 +47,7 @@ class _Lenient(GGUFFile):
             self._salvage(str(error))
 
     def _salvage(self, fault: str) -> None:
-        """Reads again from the start, up to the byte where nothing more can be read."""
+        """Read again from the start, up to the first byte that cannot be read."""
         self.metadata, self.tensors, self._spans, self._at = {}, {}, {}, 4
         try:
             if self._map[:4] != b"GGUF" or self._u32("the version") not in (2, 3):
@@ -65,7 +65,7 @@ class _Lenient(GGUFFile):
             self.faults.append(fault)
             return
         self._views(rows, -(-self._at // alignment) * alignment)
-        # What explains the fault: an end that came too early, or types that other programs read.
+        # Explanations of the fault: a truncated file, or types that other programs read.
         types = {number for _, _, number, _ in rows}
         others = types & set(OTHER_TYPES)
         if not self.cut and not (others and types <= others | _READ):
@@ -83,7 +83,7 @@ class _Lenient(GGUFFile):
         return rows
 
     def _views(self, rows: list[tuple[str, tuple[int, ...], int, int]], base: int) -> None:
-        """Tensors that are whole, and in `cut` the names of the others."""
+        """Return complete tensors, and add the names of the others to `cut`."""
         for name, shape, number, offset in rows:
             form = GGMLType(number) if number in _READ else None
             block = BLOCKS[form] if form is not None else Block(*_OTHER_BLOCKS.get(number, (1, 1)))
@@ -99,8 +99,8 @@ class _Lenient(GGUFFile):
 
 
 def read(path: Path, subject: Subject) -> None:
-    """Fills in what a GGUF file says."""
-    subject.kind, subject.facts = GGUF, path.name
+    """Fill in a subject from a GGUF file."""
+    subject.kind, subject.config_file = GGUF, path.name
     try:
         file = _Lenient(path)
     except GemkitError as error:
@@ -110,21 +110,21 @@ def read(path: Path, subject: Subject) -> None:
         subject.broken += [(path.name, fault_of(path, fault)) for fault in file.faults]
         return
     subject.truncated += [(path.name, fault) for fault in file.cut]
-    facts = file.metadata
-    subject.raw = {key: value for key, value in facts.items() if not isinstance(value, GGUFArray)}
-    architecture = facts.get("general.architecture")
+    pairs = file.metadata
+    subject.raw = {key: value for key, value in pairs.items() if not isinstance(value, GGUFArray)}
+    architecture = pairs.get("general.architecture")
     subject.family = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
     _fill_tensors(subject, file)
-    _fill_config(subject, facts, {view.name: view.shape for view in subject.tensors})
-    subject.name = _name(facts, path)
-    _fill_tokens(subject, facts)
-    template = facts.get("tokenizer.chat_template")
+    _fill_config(subject, pairs, {view.name: view.shape for view in subject.tensors})
+    subject.name = _name(pairs, path)
+    _fill_tokens(subject, pairs)
+    template = pairs.get("tokenizer.chat_template")
     if isinstance(template, str) and template.strip():
         subject.template, subject.where_template = template, f"{path.name}: tokenizer.chat_template"
 
 
-def _name(facts: dict[str, object], path: Path) -> str:
-    parts = [facts.get(f"general.{key}") for key in ("name", "finetune", "basename")]
+def _name(pairs: dict[str, object], path: Path) -> str:
+    parts = [pairs.get(f"general.{key}") for key in ("name", "finetune", "basename")]
     said = " ".join(part for part in parts if isinstance(part, str))
     return said or path.stem
 
@@ -138,32 +138,32 @@ def _fill_tensors(subject: Subject, file: _Lenient) -> None:
         subject.tensors.append(TensorView(name, key, kind, shape, file.path.name, form, data, add_one))
 
 
-def _fill_config(subject: Subject, facts: dict[str, object], shapes: dict[str, tuple[int, ...]]) -> None:
-    if not any(key.endswith((".rope.freq_base", ".rope.global.freq_base")) for key in facts):
+def _fill_config(subject: Subject, pairs: dict[str, object], shapes: dict[str, tuple[int, ...]]) -> None:
+    if not any(key.endswith((".rope.freq_base", ".rope.global.freq_base")) for key in pairs):
         # gemkit takes the published base, llama.cpp this one
-        facts = facts | {f"{facts.get('general.architecture')}.rope.freq_base": 10_000.0}
+        pairs = pairs | {f"{pairs.get('general.architecture')}.rope.freq_base": 10_000.0}
     try:
-        subject.config = config_from_metadata(facts, shapes)
+        subject.config = config_from_metadata(pairs, shapes)
     except (GemkitError, OverflowError, ValueError) as error:
         subject.config_fault = str(error)
 
 
-def _fill_tokens(subject: Subject, facts: dict[str, object]) -> None:
-    where = subject.facts
+def _fill_tokens(subject: Subject, pairs: dict[str, object]) -> None:
+    where = subject.config_file
     for key in ("eos_token_id", "eot_token_id"):
-        if (value := facts.get(f"tokenizer.ggml.{key}")) is not None:
+        if (value := pairs.get(f"tokenizer.ggml.{key}")) is not None:
             subject.said_eos[f"{where}: tokenizer.ggml.{key}"] = [value]
-    if (value := facts.get("tokenizer.ggml.bos_token_id")) is not None:
+    if (value := pairs.get("tokenizer.ggml.bos_token_id")) is not None:
         subject.said_bos[f"{where}: tokenizer.ggml.bos_token_id"] = value
     subject.where_bos = f"{where}: tokenizer.ggml.add_bos_token"
-    said = facts.get("tokenizer.ggml.add_bos_token")
+    said = pairs.get("tokenizer.ggml.add_bos_token")
     subject.add_bos = said if isinstance(said, bool) else None
-    subject.tokens = tokens_of(facts, where)
+    subject.tokens = tokens_of(pairs, where)
 
 
-def tokens_of(facts: Mapping[str, object], where: str) -> Tokens | None:
-    """The pieces that a file's key-values hold; where: its name."""
-    arrays = [facts.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type")]
+def tokens_of(pairs: Mapping[str, object], where: str) -> Tokens | None:
+    """Return the pieces that a file's key-values hold; where: its name."""
+    arrays = [pairs.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type")]
     tokens, types = arrays
     if not isinstance(tokens, GGUFArray) or tokens.type != STRING or len(tokens) > _MAX_PIECES:
         return None

@@ -16,7 +16,7 @@ from gemkit.tools.check.subject import KERAS, Subject
 
 VOCABULARY = "assets/tokenizer/vocabulary.spm"
 SINGLE, SHARDS = "model.weights.h5", "model.weights.json"
-FILES = ("metadata.json", "tokenizer.json", "task.json", "preprocessor.json")  # what from_preset reads besides
+FILES = ("metadata.json", "tokenizer.json", "task.json", "preprocessor.json")  # read by from_preset as well
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 # config.json of Hugging Face: of the backbone
@@ -33,7 +33,7 @@ _NAMES = {
 
 
 def is_preset(raw: Mapping[str, object]) -> bool:
-    """Says whether a config.json is a KerasHub Gemma's."""
+    """Return whether a config.json is a KerasHub Gemma's."""
     return any(_backbone(raw.get(key)) for key in ("class_name", "registered_name"))
 
 
@@ -42,8 +42,8 @@ def _backbone(name: object) -> bool:
 
 
 def read(subject: Subject, raw: Mapping[str, object]) -> None:
-    """Fills in what a preset's folder says."""
-    subject.kind, subject.facts = KERAS, "config.json"
+    """Fill in a subject from a preset's folder."""
+    subject.kind, subject.config_file = KERAS, "config.json"
     inner = raw.get("config")
     config = inner if isinstance(inner, Mapping) else {}
     subject.raw = config
@@ -55,10 +55,10 @@ def read(subject: Subject, raw: Mapping[str, object]) -> None:
     subject.tensors_known = False
     if VOCABULARY in subject.files:
         subject.tokens = from_sentencepiece(subject, VOCABULARY)
-    facts = {name: read_json(subject, name) for name in FILES}
-    task = _layer_config(facts["task.json"]) or {}
+    records = {name: read_json(subject, name) for name in FILES}
+    task = _layer_config(records["task.json"]) or {}
     nested = task.get("preprocessor")
-    said = (_layer_config(facts["preprocessor.json"]) or _layer_config(nested) or {}).get("add_start_token")
+    said = (_layer_config(records["preprocessor.json"]) or _layer_config(nested) or {}).get("add_start_token")
     subject.where_bos = "preprocessor.json: add_start_token"
     subject.add_bos = said if isinstance(said, bool) else None
     _look_at_weights(subject)
@@ -70,7 +70,7 @@ def _layer_config(data: object) -> Mapping[str, object] | None:
 
 
 def _as_hf(config: Mapping[str, object], family: str) -> dict[str, object]:
-    """The same facts under the names of Hugging Face."""
+    """Return the configuration under Hugging Face's names."""
     out: dict[str, object] = {"model_type": family}
     out |= {name: config[key] for name, key in _NAMES.items() if key in config}
     # Gemma 1 and 2 count gate and up projection together
@@ -102,14 +102,14 @@ def _as_hf(config: Mapping[str, object], family: str) -> dict[str, object]:
 
 
 def _look_at_weights(subject: Subject) -> None:
-    """Whether the HDF5 files are there and as long as they say."""
+    """Check that the HDF5 files exist and have the size that their header states."""
     names = [name for name in subject.files if name.endswith(".h5")]
     index = read_json(subject, SHARDS) if SHARDS in subject.files else None
     weight_map = (index or {}).get("weight_map")
     for value in weight_map.values() if isinstance(weight_map, Mapping) else []:
         for shard in value if isinstance(value, list) else [value]:
             if isinstance(shard, str) and shard not in names:
-                subject.absent_shards.append((SHARDS, f"it names {shard}, which is not there"))
+                subject.absent_shards.append((SHARDS, f"it names {shard}, which is missing"))
     for name in names:
         path = subject.folder / name
         size, end = path.stat().st_size, _end_of(path)
@@ -120,7 +120,7 @@ def _look_at_weights(subject: Subject) -> None:
 
 
 def _end_of(path: Path) -> int | None:
-    """The length that an HDF5 file's superblock states; None if it has none."""
+    """Return the length that an HDF5 file's superblock states; None if it has none."""
     try:
         with open(path, "rb") as file:
             head = file.read(96)

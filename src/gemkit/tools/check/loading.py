@@ -15,13 +15,13 @@ from gemkit.tools.check.subject import KERAS, Subject
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.open import open_checkpoint
 
-# What the native engine takes: native/src/plan.cc, validate
+# Limits of the native engine: native/src/plan.cc, validate
 _HEAD_STEP = 32
 _MAX_CONTEXT = 1 << 24
 
 
 def load(subject: Subject, path: Path) -> None:
-    """Opens the model and its tokenizer: `checkpoint`, or `refusal`. The checkpoint stays open for the rules."""
+    """Open the model and its tokenizer: `checkpoint`, or `refusal`. The checkpoint stays open for the rules."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GemkitWarning)  # each has a rule here
         try:
@@ -38,7 +38,7 @@ def load(subject: Subject, path: Path) -> None:
 
 
 def _take_converted(subject: Subject, checkpoint: Checkpoint) -> None:
-    """Takes the numbers of tensors from the loader where it converts their types."""
+    """Take the values of tensors from the loader where it converts their types."""
     for at, view in enumerate(subject.tensors):
         if view.form is None and (tensor := checkpoint.tensors.get(view.key)) is not None:
             read_data = lambda tensor=tensor: tensor.data  # noqa: E731
@@ -69,12 +69,12 @@ def engine_limits(s: Subject) -> Iterator[Hit]:
     if s.config is None or s.kind == KERAS:
         return
     if s.config.head_dim % _HEAD_STEP:
-        yield f"{s.facts}: head_dim", f"it is {s.config.head_dim}, no multiple of {_HEAD_STEP}"
+        yield f"{s.config_file}: head_dim", f"it is {s.config.head_dim}, no multiple of {_HEAD_STEP}"
     if s.config.max_position_embeddings > _MAX_CONTEXT:
-        yield f"{s.facts}: max_position_embeddings", f"it is {s.config.max_position_embeddings:,}"
+        yield f"{s.config_file}: max_position_embeddings", f"it is {s.config.max_position_embeddings:,}"
     bases = sorted({layer.rope_theta for layer in s.config.layers if layer.rope_theta <= 1})
     if bases:
-        yield f"{s.facts}: rope_theta", f"it is {listed(bases)}, not above 1"
+        yield f"{s.config_file}: rope_theta", f"it is {listed(bases)}, not above 1"
 
 
 @rule(
@@ -93,7 +93,7 @@ def layer_count(s: Subject) -> Iterator[Hit]:
     }
     wanted = s.config.num_hidden_layers
     if numbers and len(numbers) != wanted and numbers == set(range(len(numbers))):
-        yield s.facts, f"it says {wanted}, the tensors are of {len(numbers)}"
+        yield s.config_file, f"it says {wanted}, the tensors are of {len(numbers)}"
 
 
 RULES = (unloadable, engine_limits, layer_count)

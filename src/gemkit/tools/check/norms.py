@@ -1,9 +1,9 @@
-"""Is the one in a norm's 1 + w where the format puts it?
+"""Rules about norms: the 1 of 1 + w must be where the format puts it.
 
-Published weights are bfloat16, so w has 8 significant bits. GGUF stores 1 + w in float32: take the one away and such
-numbers come out, which they do not if it was added twice or never. That is proof, from `certain`. Weights that were
-trained on in float32, or rounded after the addition, carry no such mark; for them `likely` knows that in a trained
-Gemma 3 nearly every norm has a factor near 0, and nearly none a factor far below.
+Published weights are bfloat16, so w has 8 significant bits. GGUF stores 1 + w in float32: minus 1, such values result,
+which they do not if it was added twice or never. That is proof, from `certain`. Weights that were trained on in
+float32, or rounded after the addition, lack this property; for them `likely` relies on trained Gemma 3 models, where
+almost every norm has a factor near 0, and almost none a factor far below.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from gemkit.tools.check.subject import Subject, TensorView
 from gemkit.weights.quant import GGMLType
 
 _ON_GRID, _OFF_GRID = 0.999, 0.9
-_LEAST = 16  # numbers that a norm must have to prove anything
-# `likely`: where the low factors lie, how far off they may be, how many norms it takes, what shows training.
+_LEAST = 16  # elements that a norm needs to prove a fault
+# `likely`: position of the low factors, tolerance, number of norms needed, evidence of training.
 _LOW, _SLACK, _NORMS, _TRAINED = 0.002, 0.25, 24, 4.0
 
 _FAULTS = {0: "the one was not added", 2: "the one was added twice"}
@@ -30,7 +30,7 @@ def _norms(s: Subject) -> list[TensorView]:
 
 
 def _factors(view: TensorView) -> np.ndarray:
-    """What the norm multiplies by, if the file follows its format."""
+    """Return the norm's factors, if the file follows its format."""
     values = view.numbers().reshape(-1)
     return values if view.add_one else values + np.float32(1)
 
@@ -42,7 +42,7 @@ def _is_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def certain(s: Subject) -> Iterator[Hit]:
-    """Norms of which the numbers themselves show the fault."""
+    """Yield norms whose values prove the fault."""
     found: dict[int, list[TensorView]] = {}
     for view in _norms(s):
         factors = _factors(view)
@@ -62,7 +62,7 @@ def certain(s: Subject) -> Iterator[Hit]:
 
 
 def likely(s: Subject) -> Iterator[Hit]:
-    """The same by statistics, for a trained Gemma 3 as a whole."""
+    """Yield the same by statistics, for a trained Gemma 3 as a whole."""
     if s.family != "gemma3_text":
         return
     views = [view for view in _norms(s) if not view.key.endswith(("input_layernorm.weight", "model.norm.weight"))]

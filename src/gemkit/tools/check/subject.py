@@ -1,7 +1,7 @@
-"""A model's files as the rules see them: whatever could be read, and what could not.
+"""The subject of a check: the content of a model's files that could be read, and the faults of the rest.
 
-Nothing here has been validated. A reader fills in what it finds and writes down what it could not read; a rule looks at
-what is there and stays silent about the rest.
+No value is validated. A reader fills in the content and records what it could not read; a rule ignores fields that
+are missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gemkit.weights.tuned import by_name
 GGUF, HF, KERAS, GOOGLE = "gguf", "hf", "keras", "google"
 
 
-_WHOLE = 1 << 20  # tensors up to this many numbers are read whole
+_WHOLE = 1 << 20  # tensors up to this many elements are read completely
 _SAMPLED_ROWS = 256
 
 
@@ -33,9 +33,9 @@ _SAMPLED_ROWS = 256
 class TensorView:
     """A tensor as stored.
 
-    name: in its file. key: its canonical name, None if it is none of a Gemma's text tensors. type: the file's word for
-    it. form: the same as `GGMLType` if gemkit can read the numbers. data: its bytes, or a function that reads them;
-    None if they are not there. add_one: the file should hold 1 + w.
+    name: in its file. key: its canonical name, None if it is not a Gemma text tensor. type: the file's name of
+    it. form: the same as `GGMLType` if gemkit can read the values. data: its bytes, or a function that reads them;
+    None if they are missing. add_one: the file should hold 1 + w.
     """
 
     name: str
@@ -57,22 +57,22 @@ class TensorView:
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     def raw(self, rows: slice | np.ndarray | None = None, table: np.ndarray | None = None) -> np.ndarray:
-        """The bytes of some rows (all but the last dimension flattened), uint8 [rows, bytes]. table: of all rows."""
+        """Return the bytes of rows (all but the last dimension flattened), uint8 [rows, bytes]. table: of all rows."""
         table = self.table() if table is None else table
         return table if rows is None else table[rows]
 
     def table(self) -> np.ndarray:
-        """The bytes of all rows, uint8 [rows, bytes]."""
+        """Return the bytes of all rows, uint8 [rows, bytes]."""
         data = self.data() if callable(self.data) else self.data
         assert data is not None
         return data.reshape(max(1, self.size // max(1, self.shape[-1] if self.shape else 1)), -1)
 
     def numbers(self, rows: slice | np.ndarray | None = None, table: np.ndarray | None = None) -> np.ndarray:
-        """Some rows as float32 [rows, columns]; they may hold anything. table: the bytes of all rows, if known."""
+        """Return rows as float32 [rows, columns], any values. table: the bytes of all rows, if known."""
         assert self.form is not None
         raw = self.raw(rows, table)
         columns = self.shape[-1] if self.shape else 1
@@ -80,7 +80,7 @@ class TensorView:
             return dequantise(self.form, np.ascontiguousarray(raw), (len(raw), columns))
 
     def chunks(self, deep: bool) -> Iterator[np.ndarray]:
-        """All rows, a few megabytes at a time; without `deep` some rows of a large tensor, the last among them."""
+        """Yield all rows, a few megabytes at a time; without `deep` a sample of a large tensor with its last rows."""
         columns = max(1, self.shape[-1] if self.shape else 1)
         rows, table = self.size // columns, self.table()
         if self.size <= _WHOLE:
@@ -97,7 +97,7 @@ class TensorView:
 
 @dataclass(frozen=True)
 class Scan:
-    """What reading a tensor showed: numbers that are not finite, and the largest absolute value of the others."""
+    """Statistics of a tensor: elements that are not finite, and the largest absolute value of the others."""
 
     not_finite: int
     largest: float
@@ -126,18 +126,19 @@ class Tokens:
 
 @dataclass
 class Subject:
-    """What was found at a path.
+    """The content found at a path.
 
     kind: GGUF, HF, KERAS or GOOGLE. folder: None for a single file. files: the folder's, by relative name.
     checkpoint, tokenizer: the model as gemkit loads it, or refusal: why it does not. pointers: files that are Git LFS
     pointers.
-    broken, truncated: (where, what) that could not be read. unlisted: what no index names.
-    raw: the configuration as in the file (of a GGUF file its key-values, without arrays); facts: where it is. outer,
-    inner: the two levels of a multimodal config.json. config: the same understood, else config_fault says why not.
-    tokens: the tokenizer that is used; neighbours: those beside it, which other programs use.
-    said_eos, said_bos, said_pad: what the files give as ids, by where. add_bos: what they say, where_bos where.
-    template: the one that counts; other_templates: those beside it, by where.
-    memory: what rules found out once for all of them.
+    broken, truncated: (where, what) that could not be read. unlisted: tensors that no index names.
+    raw: the configuration as in the file (of a GGUF file its key-values, without arrays); config_file: its
+    location. outer, inner: the two levels of a multimodal config.json. config: the parsed configuration, else
+    config_fault is the reason.
+    tokens: the tokenizer that is used; neighbours: those next to it, which other programs use.
+    said_eos, said_bos, said_pad: the ids in the files, by location. add_bos: the setting, where_bos its location.
+    template: the one in use; other_templates: the others, by location.
+    memory: results that rules share.
     """
 
     path: Path
@@ -154,7 +155,7 @@ class Subject:
     truncated: list[tuple[str, str]] = field(default_factory=list)
     absent_shards: list[tuple[str, str]] = field(default_factory=list)
     unlisted: list[tuple[str, str]] = field(default_factory=list)
-    facts: str = ""
+    config_file: str = ""
     raw: Mapping[str, object] = field(default_factory=dict)
     family: str | None = None
     config: ModelConfig | None = None
@@ -178,35 +179,35 @@ class Subject:
 
     @cached_property
     def tuned(self) -> bool | None:
-        """It expects chat turns: its name has "it", or it has a template. None if nothing tells."""
+        """True if it expects chat turns: its name has "it", or it has a template. None if unknown."""
         # Stop ids do not tell: many tools, gemkit's own among them, list the end of the turn for every model.
         said = by_name(self.name)
         return True if said is None and self.template else said
 
     @cached_property
     def answers(self) -> bool:
-        """It is tuned to answer; ShieldGemma is tuned, but only scores."""
+        """True if it is tuned to answer; ShieldGemma is tuned, but only scores."""
         return bool(self.tuned) and "shieldgemma" not in self.name.lower()
 
     @cached_property
     def is_quantised(self) -> bool:
-        """Its tensors are in another project's packed form, which the configuration announces."""
+        """True if its tensors are in another project's packed format, according to the configuration."""
         return any(self.raw.get(key) for key in ("quantization_config", "quantization"))
 
     def token_id(self, piece: str) -> int | None:
-        """The id of a token in the tokenizer's file, or else among those that its settings add."""
+        """Return the id of a token in the tokenizer's file, or else among those that its settings add."""
         found = self.tokens.ids.get(piece) if self.tokens is not None else None
         return self.tokenizer.find(piece) if found is None and self.tokenizer is not None else found
 
     @cached_property
     def end_of_turn(self) -> int | None:
-        """Its id, by the vocabulary if there is one, else by the family."""
+        """Return its id, by the vocabulary if there is one, else by the family."""
         if self.tokens is not None and (found := self.tokens.ids.get("<end_of_turn>")) is not None:
             return found
         return STOP_TOKEN_IDS[self.family][1] if self.family in STOP_TOKEN_IDS else None
 
     def scanned(self, view: TensorView) -> Scan:
-        """A tensor's numbers, read once; of one that cannot be read, nothing."""
+        """Return a tensor's statistics, computed once; empty if it cannot be read."""
         if view not in self._scans:
             self._scans[view] = _scan(view, self.deep) if view.is_readable else Scan(0, 0.0)
         return self._scans[view]
@@ -248,7 +249,7 @@ def _scan(view: TensorView, deep: bool) -> Scan:
 
 
 def sizes(config: ModelConfig) -> tuple:
-    """What tells the published models apart."""
+    """Return the sizes that identify a published model."""
     return (
         config.model_type,
         config.hidden_size,

@@ -23,7 +23,7 @@ _MARKER = re.compile(r"<[|/]?\w[^<>\s]{0,40}>|\[/?[A-Z]{2,12}\]")
 
 @dataclass(frozen=True)
 class Rendered:
-    """What the template makes of the probes; fault: why it makes nothing of the plainest ones.
+    """The template's output for the probes; fault: the error for the plainest ones.
 
     one, more: with the model's turn opened; bare: `one` without that; two: a conversation that the model ended.
     system: with a system message, None if the template refuses that.
@@ -38,7 +38,7 @@ class Rendered:
 
 
 def rendered(s: Subject) -> Rendered | None:
-    """The probes by the model's template, once for all rules; None if there is none that answers turns."""
+    """Return the probes by the model's template, once for all rules; None if there is none that answers turns."""
     if not s.template or not s.answers or s.kind == KERAS:
         return None
     if "rendered" not in s.memory:
@@ -68,7 +68,7 @@ def _render(s: Subject) -> Rendered:
 
 
 def _variables(s: Subject) -> Mapping[str, str]:
-    """The special tokens by the names that templates use."""
+    """Return the special tokens by the names that templates use."""
     found = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     for key in found:
         value = (s.tokenizer_config or {}).get(key)
@@ -79,7 +79,7 @@ def _variables(s: Subject) -> Mapping[str, str]:
 
 
 def closer(s: Subject) -> str | None:
-    """The token with which the template closes the model's turn, "" if it is none; None if that cannot be said."""
+    """Return the token that closes the model's turn in the template, "" if it is not a token; None if unknown."""
     made = rendered(s)
     if made is None or made.fault or s.tokens is None or _MODEL not in made.two:
         return None
@@ -231,12 +231,12 @@ def template_other(s: Subject) -> Iterator[Hit]:
 
 
 def _equal_but_bos(text: str, wanted: str) -> bool:
-    """A missing or second <bos> has a rule of its own."""
+    """Return whether two texts are equal but for <bos>: a missing or second one has its own rule."""
     return text.replace("<bos>", "") == wanted.replace("<bos>", "")
 
 
 def _tells(messages: list[dict[str, str]], text: str) -> bool:
-    """Text that is left out has a rule of its own."""
+    """Return whether the difference is evidence of a fault: missing text has its own rule."""
     return all(message["content"] in text for message in messages)
 
 
@@ -277,8 +277,10 @@ def template_twice(s: Subject) -> Iterator[Hit]:
 )
 def template_missing(s: Subject) -> Iterator[Hit]:
     if s.answers and not s.template and s.kind not in (KERAS, GOOGLE):
-        where = f"{s.facts}: tokenizer.chat_template" if s.kind == GGUF else "tokenizer_config.json: chat_template"
-        yield where, "it is not there"
+        where = (
+            f"{s.config_file}: tokenizer.chat_template" if s.kind == GGUF else "tokenizer_config.json: chat_template"
+        )
+        yield where, "it is missing"
 
 
 @rule(

@@ -1,4 +1,4 @@
-"""Rules about the weights: all there, of the right shapes, and with sane numbers."""
+"""Rules about the weights: complete, with the right shapes and plausible values."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _MOST = 8  # places named one by one
 
 
 def _label(s: Subject, key: str) -> str:
-    """A canonical name as the file would call it."""
+    """Return a canonical name as the file would call it."""
     row = from_canonical(key, s.config.post_norms) if s.kind == GGUF and s.config else None
     return row.gguf if row else key
 
 
 def _wanted(s: Subject) -> dict[str, tuple[int, ...]]:
-    """The shapes that the configuration asks for; none if they cannot be compared."""
+    """Return the shapes that the configuration requires; none if they cannot be compared."""
     if not s.tensors or not s.tensors_known or s.is_quantised:
         return {}
     return {key: spec.shape for key, spec in s.manifest.items()}
@@ -40,8 +40,8 @@ def _wanted(s: Subject) -> dict[str, tuple[int, ...]]:
 @rule(
     "tensor-missing",
     ERROR,
-    "Tensors that the configuration asks for are not there.",
-    why="strict loaders stop; others fill them with random numbers and say so in a line that nobody reads",
+    "Tensors that the configuration requires are missing.",
+    why="strict loaders stop; others fill them with random numbers and say so only in a log line",
     remedy="get all shards, or convert again from the complete model",
     causes=("unloadable",),
 )
@@ -202,7 +202,7 @@ def head_different(s: Subject) -> Iterator[Hit]:
 
 
 def _same(a: TensorView, b: TensorView | None) -> bool | None:
-    """Whether two matrices agree up to rounding to their types; None if that cannot be said."""
+    """Return whether two matrices agree up to rounding to their types; None if that cannot be said."""
     if b is None or not a.is_readable or not b.is_readable:
         return None
     if a.shape != b.shape:
@@ -277,7 +277,7 @@ def norm_offset_likely(s: Subject) -> Iterator[Hit]:
 )
 def type_unread(s: Subject) -> Iterator[Hit]:
     types: dict[str, int] = {}
-    # Of a model that loads, it is a tensor that nobody reads
+    # In a model that loads, it is an unused tensor
     for view in s.tensors if s.checkpoint is None else ():
         if view.form is None and not image_part(view.name):
             types[view.type] = types.get(view.type, 0) + 1

@@ -57,7 +57,7 @@ def tokenizer_differs(s: Subject) -> Iterator[Hit]:
 
 
 def _added(s: Subject) -> dict[str, int]:
-    """The tokens that the settings list, by piece."""
+    """Return the tokens that the settings list, by piece."""
     rows = (s.tokenizer_config or {}).get("added_tokens_decoder")
     found = {}
     for number, row in rows.items() if isinstance(rows, Mapping) else ():
@@ -70,7 +70,7 @@ def _added(s: Subject) -> dict[str, int]:
 
 
 def _pieces(one: Tokens, other: Tokens, listed_pieces: set[str]) -> Iterator[Hit]:
-    """The first ids that stand for other pieces, and pieces that only one of the two has."""
+    """Yield the first ids that have different pieces, and pieces that only one of the two has."""
     wrong = [
         f"{number} is {piece!r}, in {one.where} {one.pieces[number]!r}"
         for number, piece in other.pieces.items()
@@ -90,7 +90,7 @@ def _pieces(one: Tokens, other: Tokens, listed_pieces: set[str]) -> Iterator[Hit
 
 
 def _encodings(folder: Path) -> Iterator[Hit]:
-    """Texts that the two files with equal pieces take apart differently: scores and merges."""
+    """Yield texts that the two files with equal pieces take apart differently: scores and merges."""
     try:
         one, other = (Tokenizer.from_file(folder / name) for name in TOKENIZERS)
     except GemkitError as error:
@@ -104,7 +104,7 @@ def _encodings(folder: Path) -> Iterator[Hit]:
 
 
 def _names(s: Subject) -> Iterator[Hit]:
-    """Special tokens by name in special_tokens_map.json, which older programs read."""
+    """Read special tokens by name in special_tokens_map.json, which older programs read."""
     mapped = read_json(s, "special_tokens_map.json") or {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         a, b = (_content(source.get(key)) for source in (mapped, s.tokenizer_config or {}))

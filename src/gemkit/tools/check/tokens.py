@@ -34,10 +34,10 @@ def stop_turn(s: Subject) -> Iterator[Hit]:
     if s.kind != HF or not s.answers or s.end_of_turn is None or closer(s) not in (None, END_OF_TURN):
         return
     if not s.said_eos and not s.broken:
-        yield "config.json: eos_token_id", "it is not there, and there is no generation_config.json"
+        yield "config.json: eos_token_id", "it is missing, and there is no generation_config.json"
     for where, ids in s.said_eos.items():
         if s.end_of_turn not in ids:
-            yield where, f"it is {listed(ids)}, without {s.end_of_turn}" if ids else "it is not there"
+            yield where, f"it is {listed(ids)}, without {s.end_of_turn}" if ids else "it is missing"
 
 
 @rule(
@@ -52,7 +52,7 @@ def stop_turn_gguf(s: Subject) -> Iterator[Hit]:
     if closer(s) not in (None, END_OF_TURN):
         return
     if s.kind == GGUF and s.answers and s.end_of_turn is not None and s.end_of_turn not in ids:
-        yield f"{s.facts}: tokenizer.ggml.eot_token_id", f"the end ids are {listed(ids) or 'missing'}"
+        yield f"{s.config_file}: tokenizer.ggml.eot_token_id", f"the end ids are {listed(ids) or 'missing'}"
 
 
 @rule(
@@ -60,12 +60,12 @@ def stop_turn_gguf(s: Subject) -> Iterator[Hit]:
     WARNING,
     "The stop ids lack <eos> (1).",
     why="a model that ends the whole text, as pretrained ones do, runs on",
-    remedy="put 1 into eos_token_id in generation_config.json, beside the end of turn",
+    remedy="put 1 into eos_token_id in generation_config.json, next to the end of turn",
 )
 def stop_text(s: Subject) -> Iterator[Hit]:
     for where, ids in s.said_eos.items():
         if s.kind == HF and _eos(s) not in ids:
-            yield where, f"it is {listed(ids)}, without {_eos(s)}" if ids else "it is not there"
+            yield where, f"it is {listed(ids)}, without {_eos(s)}" if ids else "it is missing"
 
 
 @rule(
@@ -120,7 +120,7 @@ def bos_off(s: Subject) -> Iterator[Hit]:
 )
 def bos_unsaid(s: Subject) -> Iterator[Hit]:
     if s.kind == GGUF and s.add_bos is None and s.tokens is not None:
-        yield s.where_bos, "it is not there"
+        yield s.where_bos, "it is missing"
 
 
 @rule(
@@ -136,7 +136,7 @@ def bos_id(s: Subject) -> Iterator[Hit]:
         if value != wanted:
             yield where, f"it is {value}, <bos> is {wanted}"
     if s.kind == GGUF and s.tokens is not None and not s.said_bos:
-        yield f"{s.facts}: tokenizer.ggml.bos_token_id", "it is not there"
+        yield f"{s.config_file}: tokenizer.ggml.bos_token_id", "it is missing"
 
 
 @rule(
@@ -171,7 +171,7 @@ def special_ids(s: Subject) -> Iterator[Hit]:
     start, end = ids.get(START_OF_TURN), ids.get(END_OF_TURN)
     wanted = STOP_TOKEN_IDS.get(s.family, (None, end))[1]
     if start is None and end is None and closer(s):
-        return  # tuned to turns of another kind, of which the template tells
+        return  # tuned to other turns, which the template defines
     if end is None or start is None or end != start + 1 or end != wanted:
         yield s.tokens.where, f"{START_OF_TURN} is at {start} and {END_OF_TURN} at {end}, which should be {wanted}"
 
@@ -203,7 +203,7 @@ def tokenizer_config(s: Subject) -> Iterator[Hit]:
         return
     if s.tokenizer_config is None:
         if "tokenizer_config.json" not in s.files:
-            yield "tokenizer_config.json", "it is not there"
+            yield "tokenizer_config.json", "it is missing"
         return
     # Tuned models are published with either end as eos_token
     allowed = {"bos": ("<bos>",), "eos": ("<eos>", END_OF_TURN), "pad": ("<pad>",), "unk": ("<unk>",)}
