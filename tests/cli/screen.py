@@ -48,7 +48,7 @@ class Screen:
         self.screen.resize(rows, columns)
 
     def read(self, seconds: float) -> None:
-        """Reads what is there, or what comes in so many seconds."""
+        """Read the available output, or the output of so many seconds."""
         try:
             data = self.child.read_nonblocking(1 << 16, timeout=seconds)
         except (pexpect.TIMEOUT, pexpect.EOF):

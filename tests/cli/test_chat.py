@@ -62,7 +62,7 @@ def chat(program):
     program.send("/set max_tokens=24\r")
     program.until(lambda text: "max_tokens is 24" in text and ready(text))
     program.send("/clear\r")
-    program.until(lambda text: "starts anew" in text and ready(text))
+    program.until(lambda text: "starts again" in text and ready(text))
     return program
 
 
@@ -133,7 +133,7 @@ def test_commands_and_their_other_names(chat):
     chat.send("/set temp=hot\r")
     chat.until(lambda text: "temperature is 'hot'" in text and ready(text))
     chat.send("!clear\r")
-    chat.until(lambda text: "> !clear\nThe conversation starts anew." in text and ready(text))
+    chat.until(lambda text: "> !clear\nThe conversation starts again." in text and ready(text))
     chat.send("/sy\tBe brief.\r")
     chat.until(lambda text: "The system prompt is set" in text and ready(text))
     chat.send("/system\r")
@@ -198,7 +198,7 @@ def test_a_table_of_a_loaded_conversation_is_laid_out(chat, tmp_path):
     text = chat.until(lambda text: "after" in text and ready(text))
     assert "> show\n\nname │  n\n─────┼───\n日本 │ 12\nx    │  3\n\nafter\n\n>" in text
     chat.send("/clear\r")
-    chat.until(lambda text: "starts anew" in text and ready(text))
+    chat.until(lambda text: "starts again" in text and ready(text))
 
 
 def test_resizing_is_harmless(chat):

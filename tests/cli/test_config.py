@@ -24,7 +24,7 @@ def file(tmp_path, monkeypatch):
 
 
 def params(*args: str) -> dict[str, object]:
-    """What a verb is called with."""
+    """The arguments that a verb is called with."""
     context = click.Context(cli, info_name="gemkit")
     command = cli.get_command(context, args[0])
     return command.make_context(args[0], list(args[1:]), context).params

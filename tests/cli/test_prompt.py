@@ -1,4 +1,4 @@
-"""What the prompt is: arguments, files, pipes and terminals, alone and together. Budget: 15 s."""
+"""The prompt's text: arguments, files, pipes and terminals, alone and together. Budget: 15 s."""
 
 import io
 import json

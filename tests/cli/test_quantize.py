@@ -49,7 +49,7 @@ def test_the_report(tmp_path, capsys, start):
     assert re.search(r"^weights +0\.\d MB +0\.\d MB +-\d\d\.\d %$", out, re.M)
     assert re.search(r"^perplexity +[\d.,]+ +[\d.,]+ +[+-][\d.]+ %$", out, re.M)
     assert re.search(r"^divergence, nats a token +0\.\d+$", out, re.M)
-    assert re.search(r"^same likeliest token +[\d.]+ %$", out, re.M)
+    assert re.search(r"^top-1 agreement +[\d.]+ %$", out, re.M)
     assert len(re.findall(r"^model\.layers\.\d\.\S+weight +\d+\.\d %$", out, re.M)) == 5
     assert "fewer than 1,000 tokens" in out
     with open_checkpoint(target) as end:

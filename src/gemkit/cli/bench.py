@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gemkit.api.model import Model
 
 
-@click.command("bench", cls=Verb, short_help="Measure speed, and how near it is to the machine's limits.")
+@click.command("bench", cls=Verb, short_help="Measure speed, and compare it with the machine's limits.")
 @default_model_argument
 @click.option(
     "-p",
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     metavar="N",
     default=64,
     show_default=True,
-    help="Tokens to generate.",
+    help="Number of tokens to generate.",
 )
 @click.option(
     "-r",
@@ -117,7 +117,7 @@ def command(
 
 
 def _run(model: "Model", prompt_tokens: int, max_tokens: int, repetition: int) -> tuple[float, float]:
-    """One cold prompt and its continuation: prefill and decode rate, tokens per second."""
+    """Run one uncached prompt and its continuation: prefill and decode rate, tokens per second."""
     ids = _prompt(model, prompt_tokens, repetition)
     started = time.perf_counter()
     times = []
@@ -129,14 +129,14 @@ def _run(model: "Model", prompt_tokens: int, max_tokens: int, repetition: int) -
 
 
 def _prompt(model: "Model", count: int, repetition: int) -> list[int]:
-    """`count` ids, different ones in each repetition, so that no cached prefix helps."""
+    """Return `count` ids, different ones in each repetition, so that no cached prefix helps."""
     vocab = model.config.vocab_size
     body = [1000 + (7919 * i + 104729 * repetition) % (vocab - 2000) for i in range(1, count)]
     return [model.config.bos_token_id, *body]
 
 
 def _first_token(model: str, load: dict) -> float:
-    """Seconds from the start of a new process to the end of its first token."""
+    """Return seconds from the start of a new process to the end of its first token."""
     options = ["--prompt", "Hello", "--raw", "--max-tokens", "1", "--temp", "0"]
     for name, value in load.items():
         flag = {"adapter": "--adapter-path"}.get(name, f"--{name.replace('_', '-')}")

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 @click.command("cache", cls=Verb, short_help="List or remove packed weights and other copies.")
 @click.argument("action", metavar="[list|prune]", type=click.Choice(["list", "prune"]), default="list")
 @click.option("--all", "everything", is_flag=True, help="prune: remove all copies, and partial downloads.")
-@click.option("--older-than", metavar="TIME", help="prune: remove what was not used for so long, such as 30d or 12h.")
+@click.option("--older-than", metavar="TIME", help="prune: remove copies not used for this time, such as 30d or 12h.")
 @click.option("--max-size", metavar="SIZE", help="prune: keep no more than this, such as 5GB, the last used first.")
 @json_option
 def command(action: str, everything: bool, older_than: str | None, max_size: str | None, as_json: bool) -> None:
     """List, or with `prune` remove, the copies that gemkit keeps to start faster: packed weights and tokenizers.
 
-    All of them are made again when they are needed; models stay, `gemkit rm` deletes those. Without an option, prune
-    removes the copies whose models are gone or changed, and what is over the limit (GEMKIT_CACHE_SIZE, 20 GB), which
-    also happens by itself. Partial downloads, which the next download goes on with, are listed, and removed by --all
+    All of them are made again when they are needed; `gemkit rm` deletes models. Without an option, prune
+    removes the copies whose models are gone or changed, and copies over the limit (GEMKIT_CACHE_SIZE, 20 GB), which
+    also happens automatically. Partial downloads, which the next download continues, are listed, and removed by --all
     and --older-than.
     """
     from gemkit.cache import parse_age, parse_size

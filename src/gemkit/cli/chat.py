@@ -37,16 +37,16 @@ PRETRAINED = (
 @default_model_argument
 @click.option("--system-prompt", type=Text(), help="Instructions put before the conversation.")
 @template_option
-@_whole("-n", "--max-tokens", help="Stop an answer after so many tokens (default: up to the context).")
-@_real("--temp", "--temperature", "temperature", default=1.0, help="0 takes the likeliest token.")
-@_whole("--top-k", default=64, help="Draw from the N likeliest tokens; 0 is off.")
-@_real("--top-p", default=0.95, help="Draw from the likeliest tokens that make up this share.")
-@_real("--min-p", help="Leave out tokens under this share of the likeliest.")
-@_real("--repetition-penalty", help="Above 1 discourages what the text already has.")
+@_whole("-n", "--max-tokens", help="Maximum number of tokens in an answer (default: up to the context).")
+@_real("--temp", "--temperature", "temperature", default=1.0, help="Temperature; 0 takes the most probable token.")
+@_whole("--top-k", default=64, help="Sample from the N most probable tokens; 0 disables it.")
+@_real("--top-p", default=0.95, help="Sample from the most probable tokens with this total probability.")
+@_real("--min-p", help="Exclude tokens below this fraction of the highest probability.")
+@_real("--repetition-penalty", help="Above 1, penalise tokens that the text already has.")
 @_whole("-s", "--seed", help="The same seed gives the same answers.")
-@click.option("--continue", "resume", is_flag=True, help="Go on with the last conversation.")
+@click.option("--continue", "resume", is_flag=True, help="Continue the last conversation.")
 @click.option("--context-shift", is_flag=True, help="Leave out the oldest messages when the context is full.")
-@click.option("--no-history", is_flag=True, help="Keep neither the conversation nor what was typed.")
+@click.option("--no-history", is_flag=True, help="Save neither the conversation nor the input history.")
 @click.option("--plain", is_flag=True, help="No colours, no rendered Markdown.")
 @click.option("--quiet", is_flag=True, help="No greeting, no line about speed.")
 @load_options
@@ -134,7 +134,7 @@ class _Last:
 
 
 def _last(context: click.Context) -> _Last:
-    """Finds the last conversation; raises UsageError if there is none."""
+    """Find the last conversation; raises UsageError if there is none."""
     from gemkit.cli.repl import transcript
 
     if config.is_given(context, "system_prompt"):
@@ -152,7 +152,7 @@ def _last(context: click.Context) -> _Last:
 
 
 class Keeper:
-    """Keeps the conversation after each turn, for `--continue`. argument: the model's name; None keeps nothing."""
+    """Saves the conversation after each turn, for `--continue`. argument: the model's name; None disables it."""
 
     def __init__(self, argument: str | None) -> None:
         # A path means the same from another folder
@@ -160,7 +160,7 @@ class Keeper:
         self._kept: object = None
 
     def keep(self, session: "Session") -> bool:
-        """Writes the conversation if it changed and is not empty; returns False if that failed."""
+        """Write the conversation if it changed and is not empty; return False if that failed."""
         if self._argument is None or session.messages is self._kept or session.last_question() is None:
             return True
         from gemkit.cli.repl import transcript
@@ -179,7 +179,7 @@ NOT_KEPT = "The conversation cannot be kept for --continue: the cache folder can
 
 @contextmanager
 def _loaded(model: str, loading: dict[str, object], styled: bool, history: bool) -> "Iterator[tuple[Model, Terminal]]":
-    """The model and the terminal, whose library is imported while the weights are read."""
+    """Give the model and the terminal; the terminal's library is imported while the weights are read."""
     import gemkit
     from gemkit.cache import cache_dir
 
@@ -206,15 +206,15 @@ def _greet(session: "Session", terminal: "Terminal", quiet: bool) -> None:
     threads = session.model.threads
     if not quiet:
         terminal.say(session.name, "bold", end="")
-        facts = f"{threads} thread{'' if threads == 1 else 's'} · context {session.model.ctx_size:,} · /? for help"
-        terminal.say(f"  {facts}", "dim")
+        line = f"{threads} thread{'' if threads == 1 else 's'} · context {session.model.ctx_size:,} · /? for help"
+        terminal.say(f"  {line}", "dim")
     if _is_pretrained(session):
         terminal.note(PRETRAINED.format(name=session.name), "warning")
     terminal.say("")
 
 
 def _recall(session: "Session", terminal: "Terminal") -> None:
-    """Shows a conversation that was loaded, its newest messages if it is long."""
+    """Show a conversation that was loaded, its newest messages if it is long."""
     shown = session.messages[-RECALLED:]
     if len(shown) < len(session.messages):
         terminal.note(f"{len(session.messages) - len(shown)} earlier messages are not shown.", "dim")
@@ -231,7 +231,7 @@ def _recall(session: "Session", terminal: "Terminal") -> None:
 
 
 def _converse(session: "Session", terminal: "Terminal", quiet: bool, keeper: Keeper) -> None:
-    """Reads messages and commands until the user leaves."""
+    """Read messages and commands until the user leaves."""
     debug = click.get_current_context().find_root().params.get("debug")
     while True:
         try:
@@ -256,7 +256,7 @@ def _converse(session: "Session", terminal: "Terminal", quiet: bool, keeper: Kee
 
 
 def _line(session: "Session", terminal: "Terminal", line: str, quiet: bool) -> bool:
-    """Runs a command or answers a message; returns False to leave."""
+    """Run a command or answer a message; return False to leave."""
     from gemkit.cli.repl import commands
 
     reply = commands.run(session, line)
@@ -274,7 +274,7 @@ def _line(session: "Session", terminal: "Terminal", line: str, quiet: bool) -> b
 
 
 def _turn(session: "Session", terminal: "Terminal", answer: "Answer", quiet: bool) -> None:
-    """One answer, shown as it comes. Ctrl-C ends it; what was said stays."""
+    """Show one answer as it streams. Ctrl-C ends it and keeps its text."""
     if answer.dropped > session.dropped:
         terminal.note(SHIFTED.format(count=answer.dropped), "warning")
     terminal.say("")
@@ -320,7 +320,7 @@ def _speed(session: "Session", turn: "Turn") -> str:
 
 
 def _answer_once(session: "Session", text: str) -> None:
-    """Prints the answer to one message as plain text."""
+    """Print the answer to one message as plain text."""
     from gemkit.cli.repl.text import visible
 
     answer = session.ask(text)

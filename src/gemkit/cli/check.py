@@ -31,7 +31,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "note": "blue"}
 @click.option("--strict", is_flag=True, help="Exit with 1 for warnings too.")
 @json_option
 def command(model: str, deep: bool, strict: bool, as_json: bool) -> None:
-    """Report what is wrong with the files of MODEL, also of one that does not load, with the remedy of each fault.
+    """Report faults in the files of MODEL, also of one that does not load, with the remedy of each fault.
 
     MODEL is a GGUF file, a Hugging Face folder, a KerasHub preset's folder, `demo`, or the name of a downloaded model.
     Exits with 1 if there are errors.
@@ -57,7 +57,7 @@ def command(model: str, deep: bool, strict: bool, as_json: bool) -> None:
 
 
 def _print_findings(found: "list[Finding]") -> None:
-    """A paragraph for each rule: what is wrong, all places of it, why it hurts and what to do."""
+    """Print a paragraph for each rule: the fault, its locations, the consequence and the remedy."""
     width = _width()
     for rule, findings in groupby(found, key=lambda finding: finding.rule):
         first, *rest = findings
@@ -78,7 +78,7 @@ def _width() -> int:
 
 
 def _scope(seen: dict, deep: bool) -> str:
-    """What was looked at, in a line."""
+    """Return the scope of the check, in a line."""
     parts = [FORMATS[seen["format"]], seen["family"] or "family unknown"]
     if seen["parameters"]:
         parts.append(f"sizes of {seen['published_as']}" if seen["published_as"] else "sizes of no published model")
@@ -94,6 +94,6 @@ def _scope(seen: dict, deep: bool) -> str:
 
 
 def _counted(counts: dict[str, int]) -> str:
-    """Example: "2 errors, 1 warning"; notes only if there are any."""
+    """Count findings. Example: "2 errors, 1 warning"; notes only if there are any."""
     shown = [level for level in counts if level != "note" or counts[level]]
     return ", ".join(f"{counts[level]} {level}{'' if counts[level] == 1 else 's'}" for level in shown)

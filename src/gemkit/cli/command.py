@@ -13,7 +13,7 @@ from gemkit.cli import config
 from gemkit.cli.common import failure
 from gemkit.errors import UsageError
 
-# The help's sections and the parameters in them; those of no section stand in the last one.
+# The help's sections and the parameters in them; those of no section are in the last one.
 GROUPS = {
     "Prompt": ("prompt", "files", "system_prompt", "suffix", "raw", "template", "special"),
     "Conversation": ("resume", "context_shift", "no_history"),
@@ -37,7 +37,7 @@ _REST = "Other"
 # A shorter list of options is easier to read without headings.
 _FEW = 12
 HELP_NAMES = ["-h", "--help"]
-# What other programs call a verb.
+# Names of verbs in other programs.
 _ELSEWHERE = {
     "list": "ls",
     "pull": "download",
@@ -59,7 +59,7 @@ _ELSEWHERE = {
 
 
 class Verb(click.Command):
-    """A command whose options have defaults in the environment and the configuration file, where it runs a model.
+    """A command with defaults of its options from the environment and the configuration file, where it runs a model.
 
     Its help lists the options in groups, if there are many.
     """
@@ -73,7 +73,7 @@ class Verb(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: object
     ) -> click.Context:
-        """Parses the arguments over the defaults; raises UsageError for a configuration file that is wrong."""
+        """Parse the arguments over the defaults; raises UsageError for a configuration file that is wrong."""
         if not extra.get("resilient_parsing"):
             try:
                 extra["default_map"] = config.defaults(self.name, self.params)
@@ -93,11 +93,11 @@ class Verb(click.Command):
             raise
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
-        """Returns the names of the help option, in whichever context."""
+        """Return the names of the help option, in whichever context."""
         return HELP_NAMES
 
     def sections(self, ctx: click.Context) -> dict[str, list[click.Option]]:
-        """Returns the options by their headings; a short list of options has one heading."""
+        """Return the options by their headings; a short list of options has one heading."""
         options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         if len(options) <= _FEW:
             return {"Options": options}
@@ -109,7 +109,7 @@ class Verb(click.Command):
         return {group: some for group, some in found.items() if some}
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the options, each section under its heading."""
+        """Write the options, each section under its heading."""
         for group, options in self.sections(ctx).items():
             with formatter.section(group):
                 formatter.write_dl([record for option in options if (record := option.get_help_record(ctx))])
@@ -123,22 +123,22 @@ class Verbs(click.Group):
         self.verbs, self.aliases = tuple(verbs), aliases
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
-        """Returns the names of the help option, in whichever context."""
+        """Return the names of the help option, in whichever context."""
         return HELP_NAMES
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Returns the verbs, an alias after its verb."""
+        """Return the verbs, an alias after its verb."""
         return [name for verb in self.verbs for name in self._names(verb)]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Returns the verb's command, None for an unknown name."""
+        """Return the verb's command, None for an unknown name."""
         verb = self.aliases.get(name, name)
         return import_module(f"gemkit.cli.{verb}").command if verb in self.verbs else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Finds the verb; raises UsageError with the nearest one."""
+        """Find the verb; raises UsageError with the nearest one."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -147,13 +147,13 @@ class Verbs(click.Group):
             raise click.UsageError(self._unknown(args[0]), ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the verbs, those with two names on one line."""
+        """Write the verbs, those with two names on one line."""
         with formatter.section("Commands"):
             rows = [(", ".join(self._names(verb)), self.get_command(ctx, verb).short_help) for verb in self.verbs]
             formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Runs the verb; every error becomes one line, unless `--debug` is given."""
+        """Run the verb; every error becomes one line, unless `--debug` is given."""
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
@@ -165,7 +165,7 @@ class Verbs(click.Group):
         return [verb, *(alias for alias, target in self.aliases.items() if target == verb)]
 
     def _unknown(self, name: str) -> str:
-        """The message for a word that is no verb: the nearest one, or how a model is given."""
+        """Return the message for a word that is no verb: the nearest one, or how a model is given."""
         if name == "help":
             return "no verb 'help': 'gemkit -h' lists the verbs, 'gemkit VERB -h' the options of one"
         from difflib import get_close_matches

@@ -1,4 +1,4 @@
-"""What the verbs share: their common options, tables, JSON and the process's peak memory."""
+"""Shared parts of the verbs: common options, tables, JSON and the process's peak memory."""
 
 import ctypes
 import functools
@@ -43,7 +43,7 @@ def failure(error: Exception) -> click.ClickException:
 
 
 def interrupted(left: str) -> NoReturn:
-    """Say what an interrupted command leaves, and end with the exit code of interrupted programs."""
+    """Print what an interrupted command leaves, and exit with the exit code of interrupted programs."""
     click.echo(f"gemkit: interrupted; {left}", err=True)
     sys.exit(130)
 
@@ -109,7 +109,7 @@ def split_text(ctx: click.Context, model: str, words: tuple[str, ...], alone: bo
     return (default, (model, *words)) if is_text else (model, words)
 
 
-# What begins as a model's name, or has the form of a path.
+# The beginnings of a model's name, or the form of a path.
 _MODEL = re.compile(r"(code|shield)?gemma|demo$|hf:|kaggle:|.*[/\\]|.*\.(gguf|ckpt|safetensors)$", re.IGNORECASE)
 
 
@@ -127,16 +127,16 @@ LOAD_OPTIONS = (
         type=click.Choice(["auto", "bfloat16", "float32", "int8", "float16", "int4"]),
         default="auto",
         show_default=True,
-        help="What to make of the weights; auto takes them as they are stored. float16, int4: torch, jax.",
+        help="Type of the weights; auto keeps the stored type. float16, int4: torch, jax.",
     ),
     click.option(
         "--backend",
         type=click.Choice(["native", "torch", "jax", "keras"]),
         default="native",
         show_default=True,
-        help="What runs the model; torch, jax and keras are extras.",
+        help="Backend; torch, jax and keras are extras.",
     ),
-    click.option("--device", metavar="NAME", help="Of the backends torch and jax: cpu, cuda, cuda:1, ... ."),
+    click.option("--device", metavar="NAME", help="Device of the backends torch and jax: cpu, cuda, cuda:1, ... ."),
     click.option(
         "--adapter-path",
         "adapter",
@@ -144,7 +144,7 @@ LOAD_OPTIONS = (
         type=click.Path(),
         help="A folder with a LoRA adapter (PEFT) to use.",
     ),
-    click.option("--offline", is_flag=True, help="Never ask a hub: use what was downloaded before."),
+    click.option("--offline", is_flag=True, help="Use downloaded files only; make no request to a hub."),
     click.option(
         "--activations",
         type=click.Choice(["int8", "float32"]),
@@ -179,7 +179,7 @@ def special_option(help: str) -> Callable:
 
 
 def warn_of_control(tokenizer: "Tokenizer", text: str) -> None:
-    """Say on standard error which control tokens a text names that is read as plain text."""
+    """Warn on standard error of control tokens that are named in a text but read as plain text."""
     if names := tokenizer.find_control(text):
         click.echo(
             f"gemkit: the text holds {listed(names)}, read as plain text: --special reads control tokens", err=True
@@ -192,7 +192,7 @@ def json_option(command: Callable) -> Callable:
 
 
 def target_file(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    """Check, before any work, that the folder of a file to be written exists: none is made unasked."""
+    """Check, before any work, that the folder of an output file exists; it is not created."""
     if path is not None and not path.parent.is_dir():
         message = f"the folder {path.parent} does not exist: make it first, or choose another"
         if path.parent.exists():

@@ -1,4 +1,4 @@
-"""What the shell completes a model's name to: published names, downloaded models, files. No network, no weights."""
+"""Shell completion of a model's name: published names, downloaded models, files. No network, no weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 
 
 def models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Returns names that begin so, then files and folders; paths are left to the shell."""
+    """Return names with this prefix, then files and folders; paths are left to the shell."""
     if incomplete.startswith((".", "~", os.sep)):
         return [CompletionItem(incomplete, type="file")]
     names = dict.fromkeys([*_published(), *_downloaded()])
@@ -22,7 +22,7 @@ def models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[
 
 
 def downloaded(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Returns the names of `gemkit ls` that begin so."""
+    """Return the names of `gemkit ls` with this prefix."""
     from gemkit.hub.resolve import installed
 
     names = dict.fromkeys(entry.name for entry in installed())
@@ -30,7 +30,7 @@ def downloaded(ctx: click.Context, param: click.Parameter, incomplete: str) -> l
 
 
 def published(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Returns the short names of published models that begin so."""
+    """Return the short names of published models with this prefix."""
     return [CompletionItem(name) for name in _published() if name.startswith(incomplete.lower())]
 
 
@@ -41,7 +41,7 @@ def _published() -> list[str]:
 
 
 def _downloaded() -> Iterator[str]:
-    """Repositories in Hugging Face's cache, without the prefix, at whose colon bash would break the word."""
+    """Yield repositories in Hugging Face's cache, without the prefix, as bash breaks words at a colon."""
     from gemkit.hub.hf_cache import repo_folders
 
     for repo, _ in repo_folders():
@@ -50,7 +50,7 @@ def _downloaded() -> Iterator[str]:
 
 
 def _files(incomplete: str) -> Iterator[str]:
-    """GGUF files, and folders that hold a model, where the word points."""
+    """Yield GGUF files, and folders with a model, that match the word."""
     folder, _, start = incomplete.rpartition("/")
     with contextlib.suppress(OSError):
         for path in sorted(Path(folder or ".").iterdir()):

@@ -38,7 +38,7 @@ _WRITE = (
     "context_shift",
     "no_history",
 )
-# By verb, the parameters that may have such defaults. What makes files or changes a measurement takes none.
+# By verb, the parameters that may have such defaults; not those that write files or change a measurement.
 SETTABLE = {
     "generate": _LOAD + _WRITE,
     "chat": _LOAD + _WRITE,
@@ -54,9 +54,9 @@ _DEFAULT_MODEL = "the default model"
 
 
 def path() -> Path | None:
-    """Returns where the file is looked for; None for nowhere.
+    """Return the file's path; None to use no file.
 
-    GEMKIT_CONFIG names it, or nothing if it is empty; else XDG_CONFIG_HOME/gemkit/config.toml; else, on Windows
+    GEMKIT_CONFIG names it, or disables it if empty; else XDG_CONFIG_HOME/gemkit/config.toml; else, on Windows
     %APPDATA%\\gemkit\\config.toml, elsewhere ~/.config/gemkit/config.toml.
     """
     own = os.environ.get("GEMKIT_CONFIG")
@@ -76,7 +76,7 @@ def path() -> Path | None:
 
 
 def shown_path() -> str:
-    """Returns the file's path as it is named in messages, `~` for the home folder."""
+    """Return the file's path as it is named in messages, `~` for the home folder."""
     where = path()
     if where is None:
         return "the configuration file"
@@ -87,14 +87,14 @@ def shown_path() -> str:
 
 
 def variable(param: click.Parameter) -> str | None:
-    """Returns the environment variable of an option; None if it has none, as those that may be repeated."""
+    """Return the environment variable of an option; None if it has none, as those that may be repeated."""
     if not isinstance(param, click.Option) or param.multiple:
         return None
     return "GEMKIT_" + max(param.opts, key=len).lstrip("-").replace("-", "_").upper()
 
 
 def defaults(verb: str, params: Sequence[click.Parameter]) -> dict[str, object]:
-    """Returns the file's values for a verb by the names of its parameters, and the model.
+    """Return the file's values for a verb by the names of its parameters, and the model.
 
     Raises UsageError for a file that is not TOML, an unknown key or table, and a value of the wrong kind.
     """
@@ -133,12 +133,12 @@ def defaults(verb: str, params: Sequence[click.Parameter]) -> dict[str, object]:
 
 
 def default_model(ctx: click.Context) -> str | None:
-    """Returns the model for a verb that was given none: GEMKIT_MODEL, then the file's; None if there is neither."""
+    """Return the model for a verb that was given none: GEMKIT_MODEL, then the file's; None if there is neither."""
     return os.environ.get("GEMKIT_MODEL") or (ctx.default_map or {}).get(_DEFAULT_MODEL)
 
 
 def is_given(ctx: click.Context, name: str) -> bool:
-    """Says whether a parameter stands on the command line; any other value gives way to one that does."""
+    """Return whether a parameter is on the command line, where it takes precedence over other values."""
     return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
@@ -156,7 +156,7 @@ def _read(where: Path) -> dict[str, object]:
 
 
 def _options(verb: str, params: Sequence[click.Parameter]) -> dict[str, click.Option]:
-    """The settable options of a verb, by each of their long names."""
+    """Return the settable options of a verb, by each of their long names."""
     return {
         name.lstrip("-"): param
         for param in params
@@ -167,7 +167,7 @@ def _options(verb: str, params: Sequence[click.Parameter]) -> dict[str, click.Op
 
 
 def _every_key() -> set[str]:
-    """The keys that may stand at the top: those of `generate` and `chat`, which have all of them."""
+    """Return the keys allowed at the top level: those of `generate` and `chat`, which have all of them."""
     commands = {verb: import_module(f"gemkit.cli.{verb}").command for verb in ("generate", "chat")}
     return {key for verb, command in commands.items() for key in _options(verb, command.params)} | {MODEL}
 
@@ -177,7 +177,7 @@ def _plain(key: str) -> str:
 
 
 def _value(where: Path, key: str, option: click.Option, value: object) -> object:
-    """A value of the kind that the option takes; its range is checked by the option itself."""
+    """Return a value of the kind that the option takes; its range is checked by the option itself."""
     if option.multiple:
         value = [value] if isinstance(value, str) else value
         if isinstance(value, list) and all(isinstance(one, str) for one in value):

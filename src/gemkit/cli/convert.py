@@ -1,4 +1,4 @@
-"""gemkit convert: a model from one format to another, with a proof that nothing changed."""
+"""gemkit convert: write a model in another format, and verify that the weights did not change."""
 
 import dataclasses
 import sys
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
     default="auto",
     show_default=True,
-    help="Of the matrices; auto keeps what is stored. int8 (Q8_0) is for GGUF; Flax takes float32 or bfloat16.",
+    help="Type of the matrices; auto keeps the stored type. int8 (Q8_0) is for GGUF; Flax takes float32 or bfloat16.",
 )
 @click.option("--verify", "check", is_flag=True, help="Load the result and compare it with the original.")
 @click.option(
     "--text-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The text to compare on (UTF-8)."
 )
-@click.option("--offline", is_flag=True, help="Never ask a hub: use what was downloaded before.")
+@click.option("--offline", is_flag=True, help="Use downloaded files only; make no request to a hub.")
 @json_option
 def command(
     model: str, target: Path, to: str, dtype: str, check: bool, text_file: Path | None, offline: bool, as_json: bool
 ) -> None:
-    """Writes MODEL to TARGET, which must not exist.
+    """Write MODEL to TARGET, which must not exist.
 
     MODEL may also be one of Google's own checkpoints: a Flax/Orbax folder or a PyTorch .ckpt file.
 
-    Tensors, tokenizer, chat template and stop ids go along; nothing half-written is left behind, and nothing that
-    cannot be read back. Quantised weights become float32 in a Hugging Face or Flax folder, which is exact. With
-    --verify the result is loaded and compared: if ids differ, or if nothing was to be rounded and something was,
-    nothing is kept and the exit code is 1.
+    Tensors, tokenizer, chat template and stop ids are written; a result that is incomplete or cannot be read back is
+    removed. Quantised weights become float32 in a Hugging Face or Flax folder, which is exact. With --verify the
+    result is loaded and compared: if ids differ, or if a lossless conversion rounded weights, the result is removed
+    and the exit code is 1.
     """
     if text_file is not None and not check:
         raise UsageError("--text-file is the text for --verify: give that too")
@@ -122,7 +122,7 @@ def _report(found: "Comparison") -> str:
         ("ids", "the same" if found.same_ids else "different"),
         ("largest difference of logits, relative", f"{found.logits:.1e}"),
         ("mean divergence, nats a token", f"{found.kl:.1e}"),
-        ("same likeliest token", f"{found.agreement:.2%}"),
+        ("top-1 agreement", f"{found.agreement:.2%}"),
         ("perplexity of the text", "{:.4f}, before {:.4f}".format(*reversed(found.perplexity))),
         ("first tensor that differs", where),
     ]

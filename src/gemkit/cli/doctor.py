@@ -11,12 +11,12 @@ from gemkit.cli.command import Verb
 from gemkit.cli.common import Text, completion, json_option, print_json, table
 
 
-@click.command("doctor", cls=Verb, short_help="Look at this machine: what it can run, and what is wrong.")
+@click.command("doctor", cls=Verb, short_help="Report on this machine: models that it can run, and problems.")
 @click.argument("model", metavar="[MODEL]", required=False, type=Text(), shell_complete=completion("models"))
 @click.option("--measure", is_flag=True, help="Measure the read bandwidth, and predict decode rates from it.")
 @json_option
 def command(model: str | None, measure: bool, as_json: bool) -> None:
-    """Look at this machine: processor, memory, folders, and which published Gemmas fit; with MODEL, whether it fits.
+    """Report on this machine: processor, memory, folders, and the published models that fit; with MODEL, if it fits.
 
     Exits with 1 if the C++ core does not load. Tokens are never printed, and no network is needed.
     """
@@ -66,7 +66,7 @@ def _print_machine(report: dict[str, Any]) -> None:
     processor, native, memory = report["processor"], report["native"], report["memory"]
     quota = "" if processor["quota"] is None else f", of which the container may use {processor['quota']:g}"
     compiled = ", ".join(native["compiled"])
-    facts = [
+    rows = [
         ("gemkit", f"{report['gemkit']} on Python {report['python']}"),
         ("system", report["system"]),
         ("processor", processor["name"]),
@@ -78,15 +78,15 @@ def _print_machine(report: dict[str, Any]) -> None:
         ("huge pages", memory["huge_pages"] or "unknown"),
     ]
     if report["bandwidth"] is not None:
-        facts.append(("read bandwidth", f"{report['bandwidth']:.1f} GB/s"))
+        rows.append(("read bandwidth", f"{report['bandwidth']:.1f} GB/s"))
     without = {"Hugging Face": "set HF_TOKEN", "Kaggle": "set KAGGLE_API_TOKEN"}
     for hub, there in report["tokens"].items():
-        facts.append((f"{hub} token", "there" if there else f"none: Gemma's weights need one, {without[hub]}"))
-    click.echo(_facts(facts) + "\n")
+        rows.append((f"{hub} token", "there" if there else f"none: Gemma's weights need one, {without[hub]}"))
+    click.echo(_rows(rows) + "\n")
 
 
-def _facts(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and values, a long value on several lines below each other."""
+def _rows(rows: Iterable[tuple[str, str]]) -> str:
+    """Return names and values, a long value on several lines below each other."""
     rows = list(rows)
     indent = max(len(name) for name, _ in rows) + 2
     return "\n".join(_wrapped(name.ljust(indent), value) for name, value in rows)
@@ -126,7 +126,7 @@ def _print_fit(model: dict[str, Any]) -> None:
     if model["rate"] is not None:
         rows.append(("decode, about", f"{model['rate']:.1f} tok/s"))
     click.echo(model["source"])
-    click.echo(_facts(rows) + "\n")
+    click.echo(_rows(rows) + "\n")
 
 
 def _size(size: int | None) -> str:

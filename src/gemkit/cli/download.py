@@ -13,10 +13,10 @@ from gemkit.errors import GemkitWarning
 @click.command("download", cls=Verb, short_help="Fetch a model from Hugging Face or Kaggle.")
 @click.argument("name", metavar="NAME", type=Text(), shell_complete=completion("published"))
 @click.option("--revision", metavar="R", type=Text(), help="Branch, tag or commit; on Kaggle, the version.")
-@click.option("--offline", is_flag=True, help="Use only what is downloaded already.")
+@click.option("--offline", is_flag=True, help="Use downloaded files only; make no request to a hub.")
 @json_option
 def command(name: str, revision: str | None, offline: bool, as_json: bool) -> None:
-    """Fetch the model NAME, or what is missing of it or newer, and print its path."""
+    """Fetch the model NAME, or its missing or newer files, and print its path."""
     from gemkit.hub.names import with_revision
     from gemkit.hub.resolve import resolve
 

@@ -90,7 +90,7 @@ def command(
 
 
 def _texts(words: tuple[str, ...], files: tuple[str, ...]) -> list[str]:
-    """The texts in order; raises UsageError for a blank one, with its place, and if there is none."""
+    """Return the texts in order; raises UsageError for a blank one, with its place, and if there is none."""
     texts = []
     for number, word in enumerate(words, 1):
         lines = _lines(STDIN) if word == STDIN else [(f"text {number}", word)]

@@ -69,23 +69,23 @@ def _whole(*names: str, default: int | None = None, help: str) -> Callable:
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
 @template_option
 @special_option("The prompt is rendered: read control tokens such as <start_of_turn> in it. Implies --raw.")
-@_whole("-n", "--max-tokens", default=256, help="Stop after so many tokens.")
-@_real("--temp", "--temperature", "temperature", default=1.0, help="0 takes the likeliest token.")
-@_whole("--top-k", default=64, help="Draw from the N likeliest tokens; 0 is off.")
-@_real("--top-p", default=0.95, help="Draw from the likeliest tokens that make up this share.")
-@_real("--min-p", help="Leave out tokens under this share of the likeliest.")
-@_real("--repetition-penalty", help="Above 1 discourages what the text already has.")
-@_real("--presence-penalty", help="Taken off the logit of every token generated before.")
-@_real("--frequency-penalty", help="Taken off once for each time the token was generated.")
+@_whole("-n", "--max-tokens", default=256, help="Maximum number of tokens to generate.")
+@_real("--temp", "--temperature", "temperature", default=1.0, help="Temperature; 0 takes the most probable token.")
+@_whole("--top-k", default=64, help="Sample from the N most probable tokens; 0 disables it.")
+@_real("--top-p", default=0.95, help="Sample from the most probable tokens with this total probability.")
+@_real("--min-p", help="Exclude tokens below this fraction of the highest probability.")
+@_real("--repetition-penalty", help="Above 1, penalise tokens that the text already has.")
+@_real("--presence-penalty", help="Subtracted from the logit of every token generated before.")
+@_real("--frequency-penalty", help="Subtracted once for each time the token was generated.")
 @click.option("--logit-bias", type=_Bias(), multiple=True, help="Added to a token's logit; may be repeated.")
 @_whole("-s", "--seed", help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, type=Text(), help="Stop before this text; may be repeated.")
-@_whole("--logprobs", help="With --json: each token's log-probability and the N likeliest.")
+@_whole("--logprobs", help="With --json: each token's log-probability and the N most probable tokens.")
 @click.option(
     "--receipt",
     type=click.Path(dir_okay=False, path_type=Path),
     callback=target_file,
-    help="Write what `gemkit replay` needs to make the same text again.",
+    help="Write a receipt, with which `gemkit replay` makes the same text again.",
 )
 @click.option(
     "-v", "--verbose", is_flag=True, help="Print rates, time to the first token and memory to standard error."
@@ -113,8 +113,8 @@ def command(
 ) -> None:
     """Write text with MODEL: a GGUF file, a Hugging Face folder, a name such as gemma-3-1b-it, or `demo`.
 
-    An instruction-tuned model gets the prompt as a user's turn, a pretrained one goes on from it. The prompt is what
-    comes after MODEL, then the files, then what is piped in, with a blank line between two. With a default model
+    An instruction-tuned model gets the prompt as a user's turn, a pretrained one continues it. The prompt is the
+    text after MODEL, then the files, then standard input, with a blank line between two. With a default model
     (GEMKIT_MODEL), MODEL may be left out.
     """
     context = click.get_current_context()
@@ -204,7 +204,7 @@ def _prompt_ids(
     special: bool,
     template: str | None = None,
 ) -> list[int]:
-    """The prompt's ids, as a user's turn if the model was trained for turns."""
+    """Return the prompt's ids, as a user's turn if the model was trained for turns."""
     tokenizer = model.tokenizer
     turn = suffix is None and not (raw or special)
     turn = turn and (model.checkpoint.instruction_tuned or template is not None)
@@ -254,7 +254,7 @@ def _record(completion: "Completion", tokenizer: "Tokenizer", with_logprobs: boo
 
 
 def _weights(model: "Model", load: dict) -> str:
-    """What the weights are: as stored or converted in the native engine, as they lie in memory in the others."""
+    """Describe the weights: as stored or converted in the native engine, as held in memory in the others."""
     if load.get("backend", "native") == "native":
         from gemkit.weights.dtype import describe
 

@@ -42,7 +42,7 @@ def faster(name: str, model: "Model", load: dict) -> str | None:
 
 
 def _file(name: str) -> str:
-    """The clause on Google's 4-bit file, where the name has one that is not here."""
+    """Return the clause on Google's 4-bit file, where the name has one that is not here."""
     from gemkit.hub.names import quick
 
     if Path(name).exists() or quick(name) is None:

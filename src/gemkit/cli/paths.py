@@ -7,7 +7,7 @@ from gemkit.errors import GemkitError
 
 
 def check_text_file(path: str) -> None:
-    """Raises GemkitError unless `path` is a file that can be read, or `-`, standard input."""
+    """Raise GemkitError unless `path` is a file that can be read, or `-`, standard input."""
     if path == "-":
         return
     if not os.path.exists(path):
@@ -19,14 +19,14 @@ def check_text_file(path: str) -> None:
 
 
 def check_new(path: str | os.PathLike[str]) -> None:
-    """Raises GemkitError if `path` exists, or cannot be made."""
+    """Raise GemkitError if `path` exists, or cannot be made."""
     if os.path.lexists(path):
         raise GemkitError(f"{path} exists: give another name, or delete it first")
     check_writable(path)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises GemkitError unless the file `path`, or the nearest folder above it that exists, can be written."""
+    """Raise GemkitError unless the file `path`, or the nearest folder above it that exists, can be written."""
     target = Path(path).absolute()
     place = next(parent for parent in (target, *target.parents) if parent.exists())
     if place != target and not place.is_dir():

@@ -25,7 +25,7 @@ BETWEEN = "\n\n"
 PATIENCE = 2.0
 # Seconds for an empty pipe to show itself before the model is looked for.
 GLANCE = 0.2
-# Seconds that are left to a pipe whose program may not know of it, once the model is loaded.
+# Seconds to wait for a pipe that its program may have left open, once the model is loaded.
 MOMENT = 0.05
 
 
@@ -56,14 +56,14 @@ class Prompt:
                 f'the text is missing: {verb} MODEL "TEXT", --file FILE or a pipe (- reads the terminal){chat}'
             )
         self._needed = explicit or not given
-        # Words are typed by people, whose pipes end; programs that pass --prompt may leave theirs open.
+        # Arguments are typed interactively, where pipes end; programs that pass --prompt may leave theirs open.
         self._waits = self._needed or bool(words)
         self._input = _Input() if self._needed or kind == "data" else None
         if self._needed and self._input.ends_within(GLANCE):
             self._check(self._input.text())
 
     def text(self) -> str:
-        """Returns the prompt, after the end of standard input if that is part of it.
+        """Return the prompt, after the end of standard input if that is part of it.
 
         Raises UsageError for text that is not UTF-8 and for a standard input that was asked for and is empty.
         """
@@ -109,17 +109,17 @@ class _Input:
 
     @property
     def began(self) -> bool:
-        """Says whether anything came, or the end."""
+        """Return whether data or the end arrived."""
         return bool(self._chunks) or not self._thread.is_alive()
 
     def ends_within(self, seconds: float) -> bool:
-        """Waits so long for the end; says whether it came."""
+        """Wait for the end, at most this long; return whether it arrived."""
         if self._thread.is_alive():
             self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def text(self) -> str:
-        """Waits for the end and returns the text, with a note to standard error if that takes long."""
+        """Wait for the end and return the text, with a note to standard error if that takes long."""
         if not self.ends_within(PATIENCE):
             click.echo("gemkit: waiting for the end of standard input (Ctrl-D on a terminal)", err=True)
             while not self.ends_within(0.5):
@@ -132,7 +132,7 @@ class _Input:
         if self._descriptor is None:
             try:
                 self._chunks.append(sys.stdin.buffer.read() if sys.stdin is not None else b"")
-            except OSError:  # a stand-in that cannot be read
+            except OSError:  # a replacement that cannot be read
                 return
             return
         try:
@@ -143,7 +143,7 @@ class _Input:
 
 
 def input_kind() -> str:
-    """Says what standard input is: "terminal", "data" (a pipe, a file from its start), "other" or "none"."""
+    """Return the kind of standard input: "terminal", "data" (a pipe, a file from its start), "other" or "none"."""
     if sys.stdin is None or sys.stdin.closed:
         return "none"
     if sys.stdin.isatty():

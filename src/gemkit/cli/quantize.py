@@ -33,7 +33,7 @@ EMBEDDINGS = tuple(name for name in NAMES if not name.endswith("_m"))
 WORST = 5  # tensors that the report names
 
 
-@click.command("quantize", cls=Verb, short_help="Write a model in a narrower type, and measure the damage.")
+@click.command("quantize", cls=Verb, short_help="Write a model in a narrower type, and measure the loss.")
 @model_argument
 @click.argument("target", metavar="TARGET", type=click.Path(path_type=Path), callback=target_file)
 @click.option(
@@ -42,20 +42,20 @@ WORST = 5  # tensors that the report names
     type=click.Choice(NAMES, case_sensitive=False),
     metavar="TYPE",
     required=True,
-    help=f"Of the matrices: {', '.join(NAMES)}. Those with _m keep some matrices in q6_k.",
+    help=f"Type of the matrices: {', '.join(NAMES)}. Those with _m keep some matrices in q6_k.",
 )
 @click.option(
     "--embedding-type",
     "embedding",
     type=click.Choice(EMBEDDINGS, case_sensitive=False),
     metavar="TYPE",
-    help="Of the embedding, which is also the output matrix (default: TYPE, but not below q8_0).",
+    help="Type of the embedding, which is also the output matrix (default: TYPE, but not below q8_0).",
 )
 @click.option(
     "--text-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The text to measure on (UTF-8)."
 )
-@click.option("--no-measure", is_flag=True, help="Do not measure the damage.")
-@click.option("--offline", is_flag=True, help="Never ask a hub: use what was downloaded before.")
+@click.option("--no-measure", is_flag=True, help="Do not measure the loss.")
+@click.option("--offline", is_flag=True, help="Use downloaded files only; make no request to a hub.")
 @json_option
 def command(
     model: str,
@@ -171,7 +171,7 @@ def _report(damage: "Damage") -> str:
         ("bytes a parameter", *bytes_each, ""),
         ("perplexity", *(f"{value:,.3f}" for value in found.perplexity), _percent(damage.rise)),
         ("divergence, nats a token", "", f"{found.kl:.2g}", ""),
-        ("same likeliest token", "", f"{100 * found.agreement:.1f} %", ""),
+        ("top-1 agreement", "", f"{100 * found.agreement:.1f} %", ""),
     ]
     return table(rows, (f"on {found.tokens:,} tokens", "before", "after", "change"))
 
@@ -186,7 +186,7 @@ def _worst(done: "Quantized") -> str:
 
 
 def _notes(kind: str, embedding: str | None, damage: "Damage") -> list[str]:
-    """What the user should know of the figures."""
+    """Return notes on the figures."""
     from gemkit.tools.quantize import FEW_TOKENS, MUCH
 
     notes = []

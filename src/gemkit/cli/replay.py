@@ -12,7 +12,7 @@ from gemkit.cli.common import import_numpy, json_option, print_json
 
 @click.command(cls=Verb, short_help="Make the text of a receipt again.")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--model", metavar="MODEL", help="Where the weights are, if not where they were.")
+@click.option("--model", metavar="MODEL", help="Path of the weights, if they were moved.")
 @click.option("-t", "--threads", type=click.IntRange(1), metavar="N", help="Threads (default: the physical cores).")
 @click.option(
     "--batch",
@@ -20,7 +20,7 @@ from gemkit.cli.common import import_numpy, json_option, print_json
     default=1,
     show_default=True,
     metavar="N",
-    help="Requests that run together.",
+    help="Number of requests that run together.",
 )
 @json_option
 def command(file: Path, model: str | None, threads: int | None, batch: int, as_json: bool) -> None:

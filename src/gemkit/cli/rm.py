@@ -13,7 +13,7 @@ from gemkit.errors import GemkitError, UsageError
 @click.argument("name", metavar="NAME", type=Text(), shell_complete=completion("downloaded"))
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def command(name: str, yes: bool) -> None:
-    """Delete the model NAME, as `gemkit ls` calls it, and what gemkit keeps of it."""
+    """Delete the model NAME, a name as in `gemkit ls`, and its cached copies."""
     from gemkit.hub.resolve import named, remove
     from gemkit.models.kept import drop
 

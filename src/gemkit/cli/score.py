@@ -29,7 +29,7 @@ from gemkit.errors import UsageError
 @click.option("--text", type=Text(), help="The text.")
 @click.option("-f", "--file", "path", type=click.Path(allow_dash=True), help="A UTF-8 file with the text.")
 @click.option(
-    "--window", type=click.IntRange(1), metavar="N", help="Tokens scored together (default: the whole context)."
+    "--window", type=click.IntRange(1), metavar="N", help="Tokens to score together (default: the whole context)."
 )
 @special_option("Read control tokens such as <start_of_turn> in the text.")
 @load_options

@@ -70,7 +70,7 @@ def _record(model: "Model") -> dict:
 
 
 def _layers(config: "ModelConfig") -> list[dict]:
-    """Runs of equal layers."""
+    """Group equal layers into runs."""
     runs = []
     for spec, run in groupby(enumerate(config.layers), key=lambda item: item[1]):
         first, *rest = (index for index, _ in run)
@@ -88,7 +88,7 @@ def _layers(config: "ModelConfig") -> list[dict]:
 
 
 def _tensors(checkpoint: "Checkpoint") -> list[dict]:
-    """One row for each tensor name with the layer's number left out, in the order of the model."""
+    """Return one row for each tensor name with the layer's number left out, in the order of the model."""
     from gemkit.arch.tensors import manifest
 
     groups: dict[tuple[str, tuple[int, ...]], list] = {}
@@ -121,7 +121,7 @@ def _print(record: dict) -> None:
     if record["variant"]:
         click.echo(describe_variant(record["variant"]))
     click.echo()
-    facts = [
+    rows = [
         ("parameters", f"{parameters['total']:,}"),
         ("  embedding", f"{parameters['embedding']:,}"),
         ("  other", f"{parameters['non_embedding']:,}"),
@@ -137,7 +137,7 @@ def _print(record: dict) -> None:
         ("kernels", record["kernels"]),
         ("threads", record["threads"]),
     ]
-    click.echo(table(facts, ("fact", "value")) + "\n")
+    click.echo(table(rows, ("property", "value")) + "\n")
     rows = [
         (run["layers"], run["attention"], f"{run['rope_theta']:g}", f"{run['rope_factor']:g}")
         for run in record["layers"]

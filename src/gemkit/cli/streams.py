@@ -16,10 +16,10 @@ _ESCAPE = "gemkit.escape"
 
 @contextmanager
 def whole_text() -> Iterator[None]:
-    """Set the process's streams for a command; at its end, say if standard output lacked characters of the text.
+    """Set the process's streams for a command; at its end, report characters that standard output lacked.
 
     A file or a pipe gets UTF-8, unless PYTHONIOENCODING names an encoding. Where the encoding stays another, as on a
-    terminal with a code page, characters that it lacks are written as backslash escapes: nothing is lost. Warnings of
+    terminal with a code page, characters that it lacks are written as backslash escapes. Warnings of
     gemkit are one line on standard error.
     """
     lacking: list[str] = []
@@ -27,7 +27,7 @@ def whole_text() -> Iterator[None]:
     def escape(error: UnicodeError) -> tuple[str, int]:
         if isinstance(error, UnicodeEncodeError):
             wrong = error.object[error.start : error.end]
-            # Half a surrogate pair stands for a byte of a file's name, which no encoding has
+            # Half a surrogate pair represents a byte of a file's name, which no encoding has
             lacking[:] = lacking or [c for c in wrong if not "\ud800" <= c <= "\udfff"][:1]
         return codecs.backslashreplace_errors(error)
 
@@ -54,7 +54,7 @@ def whole_text() -> Iterator[None]:
 
 
 def is_utf8(stream: object) -> bool:
-    """Say whether a text stream takes all of Unicode."""
+    """Return whether a text stream takes all of Unicode."""
     try:
         return codecs.lookup(getattr(stream, "encoding", None) or "ascii").name in ("utf-8", "utf-8-sig", "utf-16")
     except LookupError:

@@ -43,7 +43,7 @@ def _read(ctx: click.Context, param: click.Parameter, value: str | None) -> str 
 
 
 def set_template(model: "Model", template: str | None) -> str | None:
-    """Set the template that was asked for; return the note on a template of the model's own, if it has one."""
+    """Set the requested template; return the note on a template of the model's own, if it has one."""
     if template is not None:
         model.chat_template = template or None
         return None

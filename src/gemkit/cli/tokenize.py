@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--no-bos", is_flag=True, help="Leave out the BOS token, which a prompt begins with.")
 @click.option("--ids", is_flag=True, help="Print the ids alone, as a list.")
 @click.option("--count", is_flag=True, help="Print the number of tokens alone.")
-@click.option("--offline", is_flag=True, help="Never ask a hub: use what was downloaded before.")
+@click.option("--offline", is_flag=True, help="Use downloaded files only; make no request to a hub.")
 @json_option
 def command(
     model: str,
@@ -80,7 +80,7 @@ def command(
 
 
 def _rendered(model: str, tokenizer: "Tokenizer", text: str, offline: bool) -> list[int]:
-    """The ids of a user's message in the model's chat template, as `generate` gives them to a tuned model."""
+    """Return the ids of a user's message in the model's chat template, as `generate` gives them to a tuned model."""
     from gemkit.api.load import find
     from gemkit.text.chat_template import ChatTemplate
 

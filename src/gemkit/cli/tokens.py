@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def token_record(tokenizer: Tokenizer, token: int) -> dict[str, object]:
-    """Returns {"id", "text"} of a token, control tokens by their names.
+    """Return {"id", "text"} of a token, control tokens by their names.
 
     A token that is a part of a character also has "bytes", and U+FFFD for text.
     """
@@ -22,11 +22,11 @@ def token_record(tokenizer: Tokenizer, token: int) -> dict[str, object]:
 
 
 def token_records(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[dict[str, object]]:
-    """Returns `token_record` of each of them."""
+    """Return `token_record` of each of them."""
     return [token_record(tokenizer, token) for token in tokens]
 
 
 def shown_piece(tokenizer: Tokenizer, token: int) -> str:
-    """Returns a piece as the vocabulary has it, ▁ for a space; what would move the cursor is escaped."""
+    """Return a piece as the vocabulary has it, ▁ for a space; what would move the cursor is escaped."""
     piece = tokenizer.id_to_piece(token)
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in piece)

@@ -54,7 +54,7 @@ def test_system_shows_sets_and_starts_anew():
     s = session("a", "b")
     assert "no system prompt" in run(s, "/system").text
     say(s, "x")
-    assert "starts anew" in run(s, '/system """Be\nbrief."""').text
+    assert "starts again" in run(s, '/system """Be\nbrief."""').text
     assert s.messages == [{"role": "system", "content": "Be\nbrief."}]
     assert run(s, "/system").text == "Be\nbrief."
     say(s, "x")

@@ -1,4 +1,4 @@
-"""What may reach the terminal, and the history file. Budget: 2 s."""
+"""Text that may reach the terminal, and the history file. Budget: 2 s."""
 
 import stat
 import sys

@@ -15,9 +15,9 @@ QUOTES = '"""'
 
 @dataclass(frozen=True)
 class Reply:
-    """What a command answers.
+    """The result of a command.
 
-    action: "exit", "regen" (answer again), "continue" (go on with the answer), "show" (the conversation), or nothing.
+    action: "exit", "regen" (answer again), "continue" (continue the answer), "show" (the conversation), or empty.
     """
 
     text: str = ""
@@ -32,12 +32,12 @@ class Command:
 
 
 def is_open(text: str) -> bool:
-    """Whether a text is the beginning of a block between triple quotes."""
+    """Return whether a text is the beginning of a block between triple quotes."""
     return bool(re.match(r'\s*([/!]system\s+)?"""', text)) and text.count(QUOTES) % 2 == 1
 
 
 def unquote(text: str) -> str:
-    """A text without the triple quotes around it."""
+    """Return a text without the triple quotes around it."""
     inner = text.strip()
     if len(inner) >= 6 and inner.startswith(QUOTES) and inner.endswith(QUOTES):
         return inner[3:-3].removeprefix("\n").removesuffix("\n")
@@ -45,7 +45,7 @@ def unquote(text: str) -> str:
 
 
 def parse(line: str) -> tuple[str, str] | None:
-    """Returns (name, argument) of a command, None for a message.
+    """Return (name, argument) of a command, None for a message.
 
     A first word such as /usr/bin is no command; nor is an unknown one before several lines.
     """
@@ -59,7 +59,7 @@ def parse(line: str) -> tuple[str, str] | None:
 
 
 def run(session: Session, line: str) -> Reply | None:
-    """Runs a line that is a command, returns None for a message; raises UsageError and OSError."""
+    """Run a line that is a command, return None for a message; raises UsageError and OSError."""
     parsed = parse(line)
     if parsed is None:
         return None
@@ -73,7 +73,7 @@ def run(session: Session, line: str) -> Reply | None:
 
 
 def help_(session: Session, argument: str) -> Reply:
-    """The table of commands and keys."""
+    """Return the table of commands and keys."""
     rows = [(f"/{name} {command.usage}".rstrip(), command.help) for name, command in COMMANDS.items()]
     rows += [
         ('"""', "begin and end a message of several lines"),
@@ -86,17 +86,17 @@ def help_(session: Session, argument: str) -> Reply:
 
 
 def system(session: Session, argument: str) -> Reply:
-    """Shows the system prompt, or sets it and starts anew; empty quotes remove it."""
+    """Show the system prompt, or set it and start again; empty quotes remove it."""
     if not argument:
         return Reply(session.system if session.system is not None else "There is no system prompt.")
     text = unquote(argument) if argument.startswith(QUOTES) else argument
     text = None if text.strip() in ("", '""', "''") else text
     session.clear(text)
-    return Reply(f"The system prompt is {'set' if text else 'removed'}; the conversation starts anew.")
+    return Reply(f"The system prompt is {'set' if text else 'removed'}; the conversation starts again.")
 
 
 def set_(session: Session, argument: str) -> Reply:
-    """Lists the settings or changes some: k=v, several of them, or "k v"; "default" takes one back."""
+    """List the settings or change some: k=v, several of them, or "k v"; "default" takes one back."""
     if not argument:
         width = max(map(len, DEFAULTS))
         lines = []
@@ -133,7 +133,7 @@ def _pairs(argument: str) -> list[tuple[str, str]]:
 
 
 def _number(value: str) -> object:
-    """A number if it is one; what is none is refused by name where the settings are checked."""
+    """Return a number if it is one; what is none is refused by name where the settings are checked."""
     for kind in (int, float):
         try:
             return kind(value)
@@ -148,20 +148,20 @@ def _shown(session: Session, name: str) -> str:
 
 
 def save(session: Session, argument: str) -> Reply:
-    """Writes the conversation to a file."""
+    """Write the conversation to a file."""
     path = session.save(_file(argument, "/save"))
     return Reply(f"Saved {_messages(session)} to {path}.")
 
 
 def load(session: Session, argument: str) -> Reply:
-    """Reads a conversation from a file, in place of this one, and shows it."""
+    """Read a conversation from a file, in place of this one, and show it."""
     name = session.load(_file(argument, "/load"))
     other = f" They were saved with {name}." if name not in (None, session.name) else ""
     return Reply(f"Loaded {_messages(session)}.{other}", "show")
 
 
 def read(session: Session, argument: str) -> Reply:
-    """Attaches a text file to the next message; alone, lists the files; empty quotes remove them."""
+    """Attach a text file to the next message; alone, list the files; empty quotes remove them."""
     if argument in ('""', "''"):
         session.attached = []
         return Reply("No file goes with the next message.")
@@ -177,7 +177,7 @@ def read(session: Session, argument: str) -> Reply:
 
 
 def continue_(session: Session, argument: str) -> Reply:
-    """Goes on with an answer that was stopped or reached its limit."""
+    """Continue an answer that was stopped or reached its limit."""
     if not session.messages or session.messages[-1]["role"] != "assistant":
         raise UsageError("there is no answer to go on with: write a message first")
     return Reply(action="continue")
@@ -196,7 +196,7 @@ def _messages(session: Session) -> str:
 
 
 def regen(session: Session, argument: str) -> Reply:
-    """Asks for another answer."""
+    """Generate another answer."""
     if session.last_question() is None:
         raise UsageError("there is nothing to answer again: write a message first")
     fixed = "seed" in session.settings or session.settings.get("temperature") == 0
@@ -204,20 +204,20 @@ def regen(session: Session, argument: str) -> Reply:
 
 
 def undo(session: Session, argument: str) -> Reply:
-    """Forgets the last exchange."""
+    """Forget the last exchange."""
     if not session.undo():
         raise UsageError("there is nothing to undo")
     return Reply(f"The last message and its answer are gone; {_messages(session)} left.")
 
 
 def clear(session: Session, argument: str) -> Reply:
-    """Forgets the conversation, not the system prompt."""
+    """Forget the conversation, not the system prompt."""
     session.clear(session.system)
-    return Reply("The conversation starts anew.")
+    return Reply("The conversation starts again.")
 
 
 def tokens(session: Session, argument: str) -> Reply:
-    """How much of the context is taken, and how fast the last answer was."""
+    """Show the used part of the context, and the speed of the last answer."""
     count, room, last = session.count(), session.model.ctx_size, session.last
     text = f"The conversation takes {count:,} of {room:,} tokens ({share(count, room)})"
     if count < room:
@@ -234,13 +234,13 @@ def tokens(session: Session, argument: str) -> Reply:
 
 
 def exit_(session: Session, argument: str) -> Reply:
-    """Leaves."""
+    """Leave the chat."""
     return Reply(action="exit")
 
 
 COMMANDS = {
     "help": Command(help_, "", "this list"),
-    "system": Command(system, "TEXT", "set the system prompt and start anew; alone: show it"),
+    "system": Command(system, "TEXT", "set the system prompt and start again; alone: show it"),
     "set": Command(set_, "NAME=VALUE", "temperature, top_k, max_tokens, seed, ...; alone: list"),
     "save": Command(save, "FILE", "write the conversation to a file"),
     "load": Command(load, "FILE", "go on with a saved conversation"),

@@ -1,10 +1,10 @@
-"""Markdown as it streams: pieces of source in, styled text out, at once and never taken back.
+"""Streaming Markdown: pieces of source in, styled text out, immediately and final.
 
-What is out is never changed, so nothing flickers and no scrollback is written again. A marker waits until it is known
-what it is: that of a block (a heading's #, a list's -) until its line shows it, that of a phrase (`**`, a backtick, a
-link's bracket) for its partner on the same line, `PHRASE` characters at most. One without a partner is text like any
-other. A table waits for its last row; its source is that of one empty span in front of it. Every character of the
-source is in exactly one span's ``source``, in order, however the source was cut.
+Output is never changed, so that the screen does not flicker and scrollback stays valid. A marker is held back until
+its meaning is known: that of a block (a heading's #, a list's -) until its line shows it, that of a phrase (`**`, a
+backtick, a link's bracket) until its partner on the same line, `PHRASE` characters at most. One without a partner is
+plain text. A table is held back until its last row; its source is that of one empty span in front of it. Every
+character of the source is in exactly one span's ``source``, in order, however the source was cut.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _STYLES = {
 
 
 class Span(NamedTuple):
-    """text: what is shown. style: words such as "bold code". source: what it stands for, "" shown or not.
+    """Styled text. text: as shown. style: words such as "bold code". source: its Markdown, "" shown or not.
 
-    hang: what continuation lines of a wrapped line begin with; None if the line is not to be wrapped.
+    hang: the beginning of continuation lines of a wrapped line; None if the line is not to be wrapped.
     """
 
     text: str
@@ -53,7 +53,7 @@ class Markdown:
     def __init__(self, width: Callable[[], int] = lambda: 80, cells: Callable[[str], int] = len) -> None:
         self._width, self._cells = width, cells
         self.rows: int | None = None
-        self._text = ""  # what waits
+        self._text = ""  # held back
         self._line_start = True
         self._previous = "\n"  # the last source character that is out
         self._style = ""  # of the line
@@ -63,12 +63,12 @@ class Markdown:
         self._out: list[Span] = []
 
     def feed(self, piece: str) -> list[Span]:
-        """Returns what can be shown with this piece."""
+        """Return the output that this piece completes."""
         self._text += piece
         return self._run(final=False)
 
     def finish(self) -> list[Span]:
-        """Returns what still waits, and begins a new text."""
+        """Return the text held back, and reset for a new text."""
         spans = self._run(final=True)
         self.__init__(self._width, self._cells)
         return spans
@@ -82,7 +82,7 @@ class Markdown:
         return spans
 
     def _emit(self, count: int, style: str | None = None, text: str | None = None) -> None:
-        """Puts out the first characters of what waits, or another text in their place."""
+        """Output the first characters of the text held back, or another text in their place."""
         source, self._text = self._text[:count], self._text[count:]
         shown = source if text is None else text
         self._previous = source[-1]
@@ -91,7 +91,7 @@ class Markdown:
     # Lines
 
     def _begin_line(self, final: bool) -> bool:
-        """Finds what a line is and shows its marker; returns False if more is needed to know."""
+        """Detect the kind of a line and show its marker; return False if more is needed to know."""
         if not self._quoted:
             self._style, self._hang = "", ""
         if self._fence:
@@ -130,7 +130,7 @@ class Markdown:
         return self._begun()
 
     def _table(self, final: bool) -> bool | None:
-        """Shows a whole table; None if the line begins none."""
+        """Show a whole table; None if the line begins none."""
         found = table.find(self._text, final)
         self.rows = found if isinstance(found, int) else None
         if not isinstance(found, table.Table):
@@ -149,7 +149,7 @@ class Markdown:
         return True
 
     def _marker(self, count: int, text: str | None, width: int) -> bool:
-        """Shows a list's marker; continuation lines stand under its text."""
+        """Show a list's marker; continuation lines are indented to its text."""
         hang = (self._hang or "") + " " * width
         self._emit(count, "marker", text)
         self._hang = hang
@@ -168,7 +168,7 @@ class Markdown:
         return self._begun()
 
     def _item_or_rule(self, indent: int, rest: str, final: bool) -> bool | None:
-        """A bullet, or a line of -, * or _ alone; None if it is text."""
+        """Return a bullet, or a line of -, * or _ alone; None if it is text."""
         mark = rest[0]
         run = re.match(rf"[{re.escape(mark)} \t]+", rest)[0]
         if mark != "+" and run.count(mark) >= 3 and len(rest) > len(run) and rest[len(run)] == "\n":
@@ -197,7 +197,7 @@ class Markdown:
     # Fenced code
 
     def _open_fence(self, indent: int, rest: str, final: bool) -> bool:
-        """A fence's whole line is needed: what looks like one may be a phrase of code."""
+        """Open a fence, for which the whole line is needed: its start may also be a phrase of code."""
         run = re.match(rf"{rest[0]}+", rest)[0]
         end = rest.find("\n", 0, _FENCE_INFO)
         if end < 0 and len(rest) < _FENCE_INFO and not final:
@@ -212,7 +212,7 @@ class Markdown:
         return self._begun()
 
     def _begin_code_line(self, final: bool) -> bool:
-        """Shows a line of code as it is, or the fence that closes it."""
+        """Show a line of code as it is, or the fence that closes it."""
         self._hang = None
         match = re.match(rf"[ \t]*{self._fence[0]}{{{len(self._fence)},}}[ \t]*(?=\n|$)", self._text)
         if match and (final or match.end() < len(self._text)):
@@ -225,10 +225,10 @@ class Markdown:
         self._style = "block"
         return self._begun()
 
-    # What is in a line
+    # Inline content
 
     def _go_on(self, final: bool) -> bool:
-        """Shows text up to the next marker or the line's end; returns False if more is needed."""
+        """Show text up to the next marker or the line's end; return False if more is needed."""
         end = self._text.find("\n")
         if end == 0:
             self._emit(1, "")
@@ -247,12 +247,12 @@ class Markdown:
 
 
 def _cell(text: str, style: str) -> list[tuple[str, str]]:
-    """What is shown of a table's cell, with styles."""
+    """Return the text of a table's cell, with styles."""
     return [(span.text, span.style) for span in inline(text, style, " ", True)[0]]
 
 
 def inline(line: str, style: str, previous: str, final: bool) -> tuple[list[Span], int]:
-    """Returns the spans of a line's beginning and how many of its characters they take; all of them if it is final.
+    """Return the spans of a line's beginning and how many of its characters they take; all of them if it is final.
 
     previous: the character before the line.
     """
@@ -297,9 +297,9 @@ def inline(line: str, style: str, previous: str, final: bool) -> tuple[list[Span
 
 
 def _phrase(window: str, before: str, style: str, whole: bool) -> tuple[list[Span], int] | None:
-    """The phrase that a window begins with: its spans and length; no spans and the marker's length if it is text.
+    """Return the phrase at a window's start: its spans and length; no spans and the marker's length if it is text.
 
-    whole: the window will not grow. Returns None if the answer depends on what comes.
+    whole: the window will not grow. Returns None if the result depends on later text.
     """
     mark = window[0]
     if mark == "[":
@@ -327,7 +327,7 @@ def _phrase(window: str, before: str, style: str, whole: bool) -> tuple[list[Spa
 
 
 def _closing(window: str, run: str, whole: bool, code: bool) -> int | None:
-    """Where the run that closes a phrase stands, 0 if there is none, None if it may come yet."""
+    """Return the index of the run that closes a phrase, 0 if there is none, None if it may still follow."""
     for match in re.finditer(rf"{re.escape(run[0])}+", window):
         if match.start() < len(run) + 1 or (match[0] != run and match.end() < len(window)):
             continue
@@ -342,7 +342,7 @@ def _closing(window: str, run: str, whole: bool, code: bool) -> int | None:
 
 
 def _link(window: str, style: str, whole: bool) -> tuple[list[Span], int] | None:
-    """[text](address): the text underlined, the address behind it."""
+    """Parse [text](address): the text underlined, followed by the address."""
     match = re.match(r"\[([^\[\]]*)(?:(\]\()([^\s()]*(?:\([^\s()]*\)[^\s()]*)*)(\))?)?", window)
     text, opened, address, closed = match.groups()
     if closed:
@@ -357,5 +357,5 @@ def _link(window: str, style: str, whole: bool) -> tuple[list[Span], int] | None
 
 
 def _is_word(character: str) -> bool:
-    """A letter or digit of a script with spaces between its words: emphasis does not begin in the middle of one."""
+    """Return whether it is part of a word of a script with spaces, where emphasis cannot begin."""
     return character == "_" or (character.isalnum() and ord(character) < 0x2E80)

@@ -36,7 +36,7 @@ DEFAULTS: dict[str, object] = {
 
 
 def check_settings(settings: dict[str, object]) -> dict[str, object]:
-    """Returns settings as `Model.stream` takes them, None left out; raises UsageError for an unknown name or value."""
+    """Return settings as `Model.stream` takes them, None left out; raises UsageError for an unknown name or value."""
     given = {name: value for name, value in settings.items() if value is not None}
     for name in given:
         if name not in DEFAULTS:
@@ -50,10 +50,10 @@ def check_settings(settings: dict[str, object]) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Turn:
-    """How an answer went.
+    """Statistics of an answer.
 
     first_seconds: from the question to its first token. rate: tokens per second after that one, 0 if there is none.
-    ended: "stop" (the model ended it), "length" (max_tokens), "context" (no room left) or "stopped" (the user did).
+    ended: "stop" (the model ended it), "length" (max_tokens), "context" (it is full) or "stopped" (the user did).
     """
 
     prompt_tokens: int
@@ -73,10 +73,10 @@ class Attachment:
 
 
 class Answer:
-    """An answer as it comes: an iterator of pieces. `Session.keep` puts what was said into the conversation.
+    """A streaming answer: an iterator of pieces. `Session.keep` adds its text to the conversation.
 
-    before: the messages that it answers. dropped: how many of the oldest the model does not see. begun: the text that
-    it goes on from, empty for a new answer.
+    before: the messages that it answers. dropped: number of oldest messages that the model does not get. begun: the
+    text that it continues, empty for a new answer.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Answer:
         return "".join(piece for _, piece in self._came)
 
     def close(self) -> Turn | None:
-        """Cancels what has not come; returns how it went, None if there was not one token."""
+        """Cancel the rest; return the statistics, None without a token."""
         self._pieces.close()
         if not self._came:
             return None
@@ -160,12 +160,12 @@ class Session:
         return first["content"] if first and first["role"] == "system" else None
 
     def clear(self, system: str | None = None) -> None:
-        """Starts a new conversation, with these instructions; attached files stay for its first message."""
+        """Start a new conversation, with these instructions; attached files stay for its first message."""
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self.last, self.dropped = None, 0
 
     def count(self, messages: list[Message] | None = None) -> int:
-        """Returns the tokens of messages, by default of those that the model sees; 0 for none."""
+        """Return the tokens of messages, by default of those that the model gets; 0 for none."""
         messages = window.visible(self.messages, self.dropped) if messages is None else messages
         try:
             return len(self.model.render(messages, add_generation_prompt=False)) if messages else 0
@@ -173,11 +173,11 @@ class Session:
             return sum(len(self.model.tokenizer.encode(message["content"], bos=False)) for message in messages)
 
     def last_question(self) -> int | None:
-        """Where the last message of the user stands."""
+        """Return the index of the user's last message."""
         return next((i for i in reversed(range(len(self.messages))) if self.messages[i]["role"] == "user"), None)
 
     def ask(self, text: str | None) -> Answer:
-        """Starts the answer to a new message, with the attached files, or with None another answer to the last one.
+        """Start the answer to a new message, with the attached files, or with None another answer to the last one.
 
         Raises UsageError if the conversation does not fit in the context; it is then as it was.
         """
@@ -190,7 +190,7 @@ class Session:
         return self._answer([*self.messages, {"role": "user", "content": "\n\n".join(parts)}])
 
     def go_on(self) -> Answer:
-        """Continues the last answer where it ended.
+        """Continue the last answer where it ended.
 
         Raises UsageError if there is none, and as `ask` does.
         """
@@ -217,7 +217,7 @@ class Session:
         return Answer(self.model, before, ids, defaults | self.settings, dropped, begun)
 
     def _full(self, tokens: int, alone: bool, continued: bool) -> str:
-        """What is said of a context that is full; alone: the message does not fit by itself."""
+        """Return the message about a full context; alone: the user's message does not fit by itself."""
         what = "the conversation" if continued else "with this message the conversation"
         remedy = "Shorten the message, or start" if alone and not continued else "Start"
         if not alone and self.at_terminal:
@@ -230,7 +230,7 @@ class Session:
         )
 
     def keep(self, answer: Answer) -> Turn | None:
-        """Ends an answer and puts it into the conversation, unless nothing was said; returns how it went."""
+        """End an answer and add it to the conversation, unless it is empty; return its statistics."""
         turn = answer.close()
         if turn is not None:
             message: Message = {"role": "assistant", "content": answer.begun + answer.text}
@@ -241,7 +241,7 @@ class Session:
         return turn
 
     def attach(self, path: str) -> Attachment:
-        """Reads a text file that goes with the next message.
+        """Read a text file that goes with the next message.
 
         Raises UsageError for what is no UTF-8 text, is empty, or alone does not fit in the context.
         """
@@ -260,7 +260,7 @@ class Session:
         return self.attached[-1]
 
     def undo(self) -> bool:
-        """Forgets the last message and its answer; returns whether there was one."""
+        """Forget the last message and its answer; return whether there was one."""
         question = self.last_question()
         if question is None:
             return False
@@ -268,18 +268,18 @@ class Session:
         return True
 
     def record(self) -> dict[str, Any]:
-        """Returns what is saved of it."""
+        """Return the data to save."""
         return {"model": self.name, "settings": self.settings, "messages": self.messages}
 
     def save(self, path: str) -> Path:
-        """Writes the conversation as JSON. Raises UsageError rather than overwrite another kind of file."""
+        """Write the conversation as JSON. Raises UsageError rather than overwrite another kind of file."""
         target = transcript.expand(path)
         transcript.check_target(target)
         transcript.write(target, self.record())
         return target
 
     def load(self, path: str | Path) -> str | None:
-        """Takes messages of a file, and settings if it has any; returns the name of the model it was saved with.
+        """Load a conversation, and settings if the file has any; return the name of the model it was saved with.
 
         Raises UsageError, with the conversation as it was, for a file that is not one of `save`'s.
         """
@@ -299,5 +299,5 @@ class Session:
 
 
 def share(part: int, whole: int) -> str:
-    """A part of a whole in percent, rounded up."""
+    """Return a part of a whole in percent, rounded up."""
     return f"{math.ceil(100 * part / whole)}%"

@@ -26,7 +26,7 @@ _BREAK = re.compile(r"<br ?/?>", re.IGNORECASE)
 
 class Table(NamedTuple):
     """header and rows: texts of cells. align: "<", "^" or ">" by column. length: characters of source, with the end of
-    the last line if it is there."""
+    the last line if it has one."""
 
     header: list[str]
     align: list[str]
@@ -35,9 +35,9 @@ class Table(NamedTuple):
 
 
 def find(text: str, final: bool) -> Table | int | None:
-    """Returns the table that a text begins with; None if it begins with something else.
+    """Return the table that a text begins with; None if it begins with something else.
 
-    final: the text will not grow. Otherwise a table that may go on is answered by the number of its rows so far.
+    final: the text will not grow. Otherwise a table that may continue gives the number of its rows so far.
     """
     header, at = _line(text, 0)
     if at is None and not final:
@@ -60,14 +60,14 @@ def find(text: str, final: bool) -> Table | int | None:
         if not start.startswith("|") or len(line) > MAX_LINE:
             break
         row = _cells(line)
-        # More cells than columns: what would be lost stands in the last one.
+        # More cells than columns: the surplus is joined in the last one.
         rows.append([*row[: len(names) - 1], " | ".join(row[len(names) - 1 :])] if len(row) >= len(names) else row)
         end = after
     return Table(names, align, rows, len(text) if end is None else end)
 
 
 def _line(text: str, start: int) -> tuple[str, int | None]:
-    """The line that begins at a place, and where the next one does; None if this one has no end yet."""
+    """Return the line that begins at an index, and the next line's index; None if it has no end yet."""
     end = text.find("\n", start)
     return (text[start:], None) if end < 0 else (text[start:end], end + 1)
 
@@ -81,7 +81,7 @@ def _cells(line: str) -> list[str]:
 
 
 def lay_out(table: Table, width: int, cells: Callable[[str], int], inline: Inline) -> list[list[Fragment]]:
-    """Returns the lines of a table that is at most `width` columns wide, as texts and styles.
+    """Return the lines of a table that is at most `width` columns wide, as texts and styles.
 
     cells: the columns that a text takes. inline: the texts and styles of a cell's source, in a style.
     """
@@ -111,7 +111,7 @@ def lay_out(table: Table, width: int, cells: Callable[[str], int], inline: Inlin
 
 
 def _shrink(widths: Sequence[int], space: int) -> list[int]:
-    """Widths that fit, taken from the widest columns."""
+    """Return widths that fit, taken from the widest columns."""
     widths = list(widths)
     while sum(widths) > space:
         widths[widths.index(max(widths))] -= 1
@@ -119,7 +119,7 @@ def _shrink(widths: Sequence[int], space: int) -> list[int]:
 
 
 def _as_lists(table: Table, width: int, cells: Callable[[str], int], inline: Inline) -> list[list[Fragment]]:
-    """Each row as lines of name and value, for a terminal that is too narrow for columns."""
+    """Return each row as lines of name and value, for a terminal that is too narrow for columns."""
     out: list[list[Fragment]] = []
     for row in table.rows or [[""] * len(table.header)]:
         out += [[("─" * min(24, width), "dim")]]
@@ -131,7 +131,7 @@ def _as_lists(table: Table, width: int, cells: Callable[[str], int], inline: Inl
 
 
 def _lines(cell: str, style: str, inline: Inline) -> list[list[Fragment]]:
-    """A cell's lines, cut at <br>."""
+    """Return a cell's lines, cut at <br>."""
     return [
         [(visible(text), kind) for text, kind in inline(part.strip(), style) if text] for part in _BREAK.split(cell)
     ]
@@ -148,7 +148,7 @@ def _trimmed(line: list[Fragment]) -> list[Fragment]:
 
 
 def _wrap(lines: list[list[Fragment]], limit: int, cells: Callable[[str], int]) -> list[list[Fragment]]:
-    """Lines broken between words, or within a word that is too long, or before a wide character."""
+    """Return lines broken between words, or within a word that is too long, or before a wide character."""
     out: list[list[Fragment]] = []
     for line in lines:
         if _width(line, cells) <= limit:
@@ -169,9 +169,9 @@ def _wrap(lines: list[list[Fragment]], limit: int, cells: Callable[[str], int]) 
 
 
 def _units(line: list[Fragment], limit: int, cells: Callable[[str], int]) -> list[tuple[list[Fragment], int]]:
-    """A line's words and spaces with their widths: what may not be parted. A word may have several styles."""
+    """Return a line's words and spaces with their widths: what may not be parted. A word may have several styles."""
     units: list[tuple[list[Fragment], int]] = []
-    glue = False  # the last unit is a word that may go on
+    glue = False  # the last unit is a word that may continue
     for text, style in line:
         for part in re.findall(r" +|[^ ]+", text):
             if part[0] == " ":

@@ -1,6 +1,6 @@
 """The terminal: input with history and completion, answers as they stream, and Ctrl-C while they do.
 
-Text of a model or a file is shown through `visible`, so that nothing in it commands the terminal.
+Text of a model or a file is shown through `visible`, so that it cannot control the terminal.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _History(FileHistory):
 
 
 def open_history(path: Path | None) -> History:
-    """The history in a file that only its owner may read, its older half dropped when it is large; None: no file."""
+    """Return the history of a file that only its owner can read; a large one loses its older half. None: no file."""
     if path is None:
         return InMemoryHistory()
     try:
@@ -144,7 +144,7 @@ class Stop:
         self.hit = self.waiting = False
 
     def wait_for(self, pieces: Iterator[str]) -> str | None:
-        """The next piece; None at the end or for Ctrl-C."""
+        """Return the next piece; None at the end or for Ctrl-C."""
         try:
             self.waiting = True
             return next(pieces, None)
@@ -190,26 +190,26 @@ class Terminal:
             input=stdin,
             output=self._output,
         )
-        self._last = "\n"  # what was written last
+        self._last = "\n"  # the last output
         self._markdown = Markdown(self.width, get_cwidth)
         self._hint = ""  # a note on the open line that the next text replaces
         self._wrap = Wrap(self.width, get_cwidth)
         self._utf8 = "utf" in (self._stream.encoding or "").lower()
 
     def width(self) -> int:
-        """The terminal's columns now."""
+        """Return the terminal's columns now."""
         return max(8, self._output.get_size().columns)
 
     def ask(self) -> str:
-        """A message or a command; raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C on an empty line."""
+        """Read a message or a command; raises EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C on an empty line."""
         return clean(self._session.prompt())
 
     def say(self, text: str, style: str = "", end: str = "\n") -> None:
-        """Prints a note, which may hold words of a file or a model."""
+        """Print a note, which may hold words of a file or a model."""
         self._write([(style, f"{text}{end}")])
 
     def note(self, text: str, style: str = "") -> None:
-        """Prints a sentence, broken between words."""
+        """Print a sentence, broken between words."""
         if self.styled:
             wrap = Wrap(self.width, get_cwidth)
             self._write([*wrap.feed([Span(text, style, text)]), *wrap.finish(), ("", "\n")])
@@ -217,13 +217,13 @@ class Terminal:
             self.say(text)
 
     def quote(self, message: str) -> None:
-        """Shows a message as its user typed it."""
+        """Show a message as its user typed it."""
         lines = message.split("\n")
         text = "\n".join([f"{PROMPT}{lines[0]}", *(" " * len(PROMPT) + line if line else line for line in lines[1:])])
         self._write([("prompt", text[: len(PROMPT)]), ("", f"{text[len(PROMPT) :]}\n")])
 
     def show(self, piece: str) -> None:
-        """Shows a piece of an answer."""
+        """Show a piece of an answer."""
         if self.styled:
             self._write(self._wrap.feed(self._markdown.feed(piece)))
             if self._markdown.rows is not None and self._last == "\n":
@@ -233,7 +233,7 @@ class Terminal:
             self._write_plain(piece)
 
     def end(self) -> None:
-        """Shows what is left of an answer, and ends its line."""
+        """Show what is left of an answer, and end its line."""
         if self.styled:
             self._write(self._wrap.feed(self._markdown.finish()))
             self._write(self._wrap.finish())
@@ -242,7 +242,7 @@ class Terminal:
             self._write_plain("\n")
 
     def _show_hint(self, text: str) -> None:
-        """Shows that something is coming which cannot be shown yet."""
+        """Show that something is coming which cannot be shown yet."""
         if text == self._hint or get_cwidth(text) >= self.width():
             return
         self._clear_hint()
@@ -261,7 +261,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def passing(self, text: str) -> Iterator[None]:
-        """Shows a note on a line of its own while something takes its time; only on a terminal with styles."""
+        """Show a note on a line of its own while something takes its time; only on a terminal with styles."""
         if not self.styled or get_cwidth(text) >= self.width():
             yield
             return
@@ -274,7 +274,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[Stop]:
-        """Catches Ctrl-C, and keeps what is typed meanwhile, unseen, for the next prompt."""
+        """Catch Ctrl-C, and keep what is typed meanwhile, unseen, for the next prompt."""
         stop = Stop()
         before = signal.signal(signal.SIGINT, stop.handle)
         restore = _hide_typing()
@@ -288,7 +288,7 @@ class Terminal:
             signal.signal(signal.SIGINT, before)
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Restore the terminal."""
         if self._smart:
             self._output.disable_bracketed_paste()
             self._output.flush()
@@ -307,7 +307,7 @@ class Terminal:
         print_formatted_text(self._output, FormattedText(named), STYLE)
 
     def _write_plain(self, text: str) -> None:
-        """Text of an answer, which goes to standard output wherever the rest goes."""
+        """Write the text of an answer to standard output, whatever the target of other messages."""
         if self.styled or not text:
             self._write([("", text)])
             return
@@ -325,7 +325,7 @@ class Terminal:
 
 
 def _hide_typing() -> Callable[[], None]:
-    """Switches the terminal's echo off; returns what switches it on again."""
+    """Switch the terminal's echo off; return a function that restores it."""
     try:
         import termios
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""What of a text may reach the terminal, and what of the terminal may become a message."""
+"""Sanitised text, to the terminal and from it."""
 
 import re
 
@@ -8,10 +8,10 @@ _HIDDEN |= dict.fromkeys(range(55296, 57344), "�")
 
 
 def visible(text: str) -> str:
-    """A text whose control characters but newline and tab are shown: escape as ␛, C1 codes as \\x9b."""
+    """Return a text whose control characters but newline and tab are shown: escape as ␛, C1 codes as \\x9b."""
     return text.translate(_HIDDEN)
 
 
 def clean(text: str) -> str:
-    """Input as valid Unicode: bytes that were no UTF-8 become U+FFFD."""
+    """Return input as valid Unicode: bytes that are not UTF-8 become U+FFFD."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)

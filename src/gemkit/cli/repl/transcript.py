@@ -18,12 +18,12 @@ LAST = "last_chat.json"
 
 
 def last_path() -> Path:
-    """Returns where the last conversation is kept, a file that only its owner may read."""
+    """Return where the last conversation is kept, a file that only its owner may read."""
     return cache_dir() / LAST
 
 
 def expand(path: str) -> Path:
-    """Returns a path with `~` resolved; raises UsageError if there is no such user."""
+    """Return a path with `~` resolved; raises UsageError if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -31,12 +31,12 @@ def expand(path: str) -> Path:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Writes a record whole or not at all. Raises OSError."""
+    """Write a record whole or not at all. Raises OSError."""
     atomic_write(path, (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def check_target(path: Path) -> None:
-    """Raises UsageError where a conversation may not be written: over another kind of file, or into no folder."""
+    """Raise UsageError where a conversation may not be written: over another kind of file, or into no folder."""
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist: make it first, or choose another")
     if path.exists():
@@ -47,7 +47,7 @@ def check_target(path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Returns a file's record, its outermost shape checked. A bare list of messages is one too."""
+    """Return a file's record, its outermost shape checked. A bare list of messages is one too."""
     data = read_bytes(path, f"{path} does not exist: /save FILE writes a conversation", "it is no conversation")
     try:
         record = json.loads(decode(data))
@@ -62,7 +62,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_bytes(path: Path, missing: str, too_large: str) -> bytes:
-    """Returns a file's bytes; raises UsageError for what is missing, no file or too large."""
+    """Return a file's bytes; raises UsageError for what is missing, no file or too large."""
     if not path.exists():
         raise UsageError(missing)
     # Reading a pipe or a device could wait forever.
@@ -74,7 +74,7 @@ def read_bytes(path: Path, missing: str, too_large: str) -> bytes:
 
 
 def messages(path: Path, record: dict[str, Any]) -> list[Message]:
-    """Returns the messages of a record, each of them checked. Raises UsageError."""
+    """Return the messages of a record, each of them checked. Raises UsageError."""
     return [_message(path, number, message) for number, message in enumerate(record["messages"])]
 
 

@@ -19,10 +19,10 @@ _UNITS = re.compile(r"\n|[ \t]+|[^ \t\n]+")
 
 
 class Wrap:
-    """The state of an open line. width: the terminal's columns, asked again for every word, since it may change.
+    """The state of an open line. width: returns the terminal's columns, called for every word, since it may change.
 
-    cells: the columns that a text takes. `feed` and `finish` return (style, text) in order. A soft break stands for
-    the spaces between two words, or for nothing before a wide character; nothing else is added or lost.
+    cells: the columns that a text takes. `feed` and `finish` return (style, text) in order. A soft break replaces
+    the spaces between two words, or is inserted before a wide character; no other text is added or lost.
     """
 
     def __init__(self, width: Callable[[], int], cells: Callable[[str], int]) -> None:
@@ -36,7 +36,7 @@ class Wrap:
         self._out: list[Fragment] = []
 
     def feed(self, spans: Iterable[Span]) -> list[Fragment]:
-        """Returns what can be shown with these spans."""
+        """Return what can be shown with these spans."""
         for text, style, _, hang in spans:
             if hang is None:
                 self._place()
@@ -59,7 +59,7 @@ class Wrap:
         return self._take()
 
     def finish(self) -> list[Fragment]:
-        """Returns what still waits."""
+        """Return what still waits."""
         self._place()
         self._flush_spaces()
         return self._take()
@@ -69,7 +69,7 @@ class Wrap:
         return fragments
 
     def _add(self, style: str, text: str) -> None:
-        """Adds to the word. A line may break at each wide character: most of their scripts have no spaces."""
+        """Add to the word. A line may break at each wide character: most of their scripts have no spaces."""
         if text.isascii():
             self._word.append((style, text))
             self._word_cells += len(text)
@@ -82,12 +82,12 @@ class Wrap:
             self._word_cells += cells
 
     def _spare(self) -> int:
-        """Columns left after the spaces and the word that wait."""
+        """Return columns left after the spaces and the word that wait."""
         spaces = sum(len(text) for _, text in self._spaces)
         return self._width() - 1 - self._column - spaces - self._word_cells
 
     def _place(self, whole: bool = True) -> None:
-        """Puts out the word; whole: it is complete."""
+        """Output the word; whole: it is complete."""
         if self._word:
             if not self._inside and self._spare() < 0 and self._column > len(self._hang):
                 self._spaces.clear()
@@ -114,5 +114,5 @@ class Wrap:
             self._column = 0
         for part in re.findall(r"\t|[^\t]+", line):
             self._column += _TAB - self._column % _TAB if part == "\t" else self._cells(part)
-        # A line that the terminal broke goes on at its left edge.
+        # A line that the terminal broke continues at its left edge.
         self._column %= max(1, self._width())
