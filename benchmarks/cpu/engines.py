@@ -2,7 +2,7 @@
 
 A worker reads one JSON object a line and answers each with one:
 
-    {"model": path, "threads": n, "text": prompt, "context": n, "sequences": n, flags…}  -> {"version": text, facts…}
+    {"model": path, "threads": n, "text": prompt, "context": n, "sequences": n, flags…}  -> {"version": text, metadata…}
     {"do": "prefill", "ids": [prompt]}                        -> {"seconds": s, "ids": [next]}
     {"do": "decode", "ids": [prompt], "tokens": n, "ways": [way…]}
                                      -> {"seconds": [s of n tokens for each way], "ids": [the n + 1 greedy tokens]}
@@ -151,7 +151,7 @@ ABSENT = {
 
 
 def installed(names: list[str] | None = None) -> tuple[list[Engine], dict[str, str]]:
-    """The peers that are there, and why the others are not. Raises SystemExit if none is."""
+    """Return the installed peers, and the reasons for the others. Raises SystemExit if none is."""
     found, missing = [], {}
     for name, (make, module, folder) in PEERS.items():
         if names and name not in names:

@@ -13,14 +13,14 @@ from gemkit.cache import cache_dir
 
 
 class Files:
-    """model: the GGUF file that all others are made of. quick: the large shapes get two layers and few words."""
+    """model: the GGUF file that all others are converted from. quick: the large shapes get two layers and few words."""
 
     def __init__(self, model: str, quick: bool = False) -> None:
         self.model, self.quick = model, quick
 
     @property
     def folder(self) -> Path:
-        """For files that are made of the model, by its name and size."""
+        """Return the folder of files converted from the model, by its name and size."""
         path = Path(self.model)
         return cache_dir() / "bench" / f"{path.stem}-{path.stat().st_size}"
 
@@ -38,7 +38,7 @@ class Files:
         return _made(self.folder / f"{kind}.gguf", quantize)
 
     def of(self, engine: Engine, name: str) -> str:
-        """What an engine loads. Raises SystemExit with the reason if a conversion fails."""
+        """Return the file that an engine loads. Raises SystemExit with the reason if a conversion fails."""
         if engine.convert is None:
             return self.gguf(name)
         plain = _made(self.folder / "hf", [sys.executable, "-m", "gemkit", "convert", self.model, "{}", "--to", "hf"])
@@ -49,7 +49,7 @@ class Files:
 
 
 def _made(path: Path, command: list[str]) -> str:
-    """The path, made by a command that has {} where it stands."""
+    """Return the path of a file made by a command, in which {} is the path."""
     if not path.exists():
         print(f"  making {path}", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)

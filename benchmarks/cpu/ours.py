@@ -84,7 +84,7 @@ def main() -> None:
             answer = {"seconds": [], "ids": None, "first": []}
             for way in request["ways"]:
                 tokens, times = stream(model, request["ids"], 1 + request["tokens"], WAYS[way])
-                # Decoding starts when the prompt's own token is there
+                # Decoding starts after the prompt's own token
                 answer["seconds"].append(times[-1] - times[1])
                 answer["first"].append(times[1] - times[0])
                 answer["ids"] = answer["ids"] or tokens

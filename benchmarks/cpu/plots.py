@@ -1,4 +1,4 @@
-"""Pictures of what run.py found: speed beside each peer, by batch and depth, and beside this machine's limits.
+"""Plots of run.py's results: speed against each peer, by batch and depth, and against this machine's limits.
 
     python benchmarks/cpu/plots.py                       # of build/bench.json and build/scaling.json, into docs/images/
     python benchmarks/cpu/plots.py --json FILE --folder FOLDER
@@ -125,7 +125,7 @@ def roofline(record: dict, path: Path) -> Path:
         panel.scatter([x for x, _, _ in group], [y for _, y, _ in group], s=26, color=color, label=name, zorder=3)
         if name == "gemkit":
             for n, (x, y, text) in enumerate(group):
-                # A point beside the one before has its label above
+                # A point next to the previous one has its label above
                 near = n and abs(math.log(x / group[n - 1][0])) < 0.2
                 panel.annotate(text, (x, y), (5, 5 if near else -9), "data", "offset points", fontsize=7)
     panel.set_xscale("log")
@@ -170,7 +170,7 @@ def scaling(record: dict, path: Path) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench.json", help="of run.py")
-    parser.add_argument("--scaling", type=Path, help="of run.py --scaling; scaling.json beside --json unless given")
+    parser.add_argument("--scaling", type=Path, help="of run.py --scaling; default: scaling.json next to --json")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "images")
     options = parser.parse_args(arguments)
     beside = options.scaling or options.json.with_name("scaling.json")

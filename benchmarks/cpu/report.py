@@ -1,4 +1,4 @@
-"""What a run found, as tables and as a dated section of RESULTS.md; the goals, and the floors it is held to."""
+"""Results of a run, as tables and as a dated section of RESULTS.md; goals and floors."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Row:
         return SHARES.get(self._case)
 
     def failure(self) -> str | None:
-        """Why this row misses its floor, or None."""
+        """Return the reason why this row misses its floor, or None."""
         held = self.floor and self.threads == 2 and self.model == "demo" and self.against == "llama.cpp"
         floor = FLOORS.get(self.kind) if held else None
         if floor is None or (self.ratio <= floor if self.kind == "first" else self.ratio >= floor):
@@ -151,7 +151,7 @@ def tables(rows: list[Row], notes: dict[str, str]) -> str:
 
 
 def machine() -> dict:
-    """What is being measured on: processor, cores, memory, system, commit."""
+    """Return the machine's description: processor, cores, memory, system, commit."""
     facts = {"cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}", "processor": _processor()}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)

@@ -1,4 +1,4 @@
-"""Speed beside other engines on this machine: the same model, the same token ids, in turn within one run.
+"""Speed against other engines on this machine: the same model, the same token ids, in turn within one run.
 
 Each engine lives in a process of its own; only one works at a time, round after round. The flags of a peer that has any
 are swept first and its best are used. Run it on a machine that does nothing else (Linux or macOS):
@@ -54,7 +54,7 @@ def sweep(peer: Engine, model: str, session: Session, about: dict, quick: bool) 
     """The peer's best flags for each kind of work of a session."""
     wanted: dict[str, Task] = {}
     for task in session.tasks:
-        # The longest prompt up to 512 stands for a kind
+        # The longest prompt up to 512 represents a kind
         if task.kind in ("decode", "prefill", "batch") and task.size <= 512:
             wanted[task.kind] = max(wanted.get(task.kind, task), task, key=lambda one: (one.size, -one.sequences))
     choices = peer.choices(session)
@@ -310,7 +310,7 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--rounds", type=int, default=3, help="at most; the long tasks have fewer")
     parser.add_argument("--work", nargs="+", choices=GROUPS, default=list(GROUPS), help="what to measure")
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), help="whom to measure beside; by default all")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), help="peers to compare with; by default all")
     parser.add_argument("--quick", action="store_true", help="short prompts and no sweep: only to see that it runs")
     parser.add_argument("--resume", action="store_true", help="keep the rows of --json and measure what it lacks")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench.json", help="where the figures go")

@@ -23,7 +23,7 @@ def tasks(quick: bool) -> list[Task]:
 
 
 def measure(ours: Engine, model: str, threads: list[int], quick: bool, beside: Path) -> int:
-    """Writes scaling.json beside the figures of the main run: rates by threads and batch, and by threads and depth."""
+    """Write scaling.json next to the figures of the main run: rates by threads and batch, and by threads and depth."""
     record: dict = {"model": Path(model).name, "machine": machine(), "limits": {}, "batch": [], "depth": []}
     for count in threads:
         worker = Worker(ours, model, count, {}, max(DEPTHS) + 128, max(BATCHES))

@@ -2,7 +2,7 @@
 
     python benchmarks/cpu/shapes.py gemma-2b Q4_0 FILE [--layers 2] [--vocabulary 4096]
 
-Weights are normal with a deviation of 1/√(columns), drawn once for each type and width and then dealt out block by
+Weights are normal with a deviation of 1/√(columns), drawn once for each type and width and then drawn block by
 block: rounding every weight of two thousand million by itself would take minutes. The file is written tensor by tensor;
 memory stays below the largest one and half a gigabyte. The embedding, which is the output matrix too, is Q6_K, as
 llama.cpp's own tool makes it.
@@ -28,11 +28,11 @@ from gemkit.weights.gguf.write import write_gguf
 from gemkit.weights.quant import BLOCKS, GGMLType, nbytes, quantise
 
 _POOL = 1 << 20  # numbers that are drawn and rounded
-_DEALT = 1 << 22  # bytes dealt out at a time
+_DEALT = 1 << 22  # bytes drawn at a time
 
 
 class _Dealt(Tensor):
-    """A matrix whose bytes are dealt out of a pool when they are asked for."""
+    """A matrix of blocks drawn from a pool when its bytes are read."""
 
     __slots__ = ("_name", "_pools", "_seed")
 

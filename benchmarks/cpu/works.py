@@ -1,4 +1,4 @@
-"""What is measured: the tasks of a run, by model file and number of threads."""
+"""Tasks of a run, by model file and number of threads."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def prompt(about: dict, seed: object, size: int) -> list[int]:
 
 
 def request(task: Task, about: dict, seed: int) -> dict:
-    """What a worker is asked; engines.py has the protocol."""
+    """Return the request to a worker; engines.py has the protocol."""
     if task.kind == "batch":
         ids = [prompt(about, (task.kind, seed, task.sequences, n), task.size) for n in range(task.sequences)]
         return {"do": "batch", "prompts": ids, "tokens": task.tokens}

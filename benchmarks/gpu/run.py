@@ -1,4 +1,4 @@
-"""Speed of the torch and JAX implementations on a GPU, beside transformers, with random weights, in one run.
+"""Speed of the torch and JAX implementations on a GPU, against transformers, with random weights, in one run.
 
 Engines take turns, round after round, and each answer is on the host before the clock is read. Of every figure the
 median counts. A measurement that fails says why in its row, and the rest goes on.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 
-# JAX would take three quarters of the memory, and torch runs beside it
+# JAX would take three quarters of the memory, and torch runs in the same process
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import argparse

@@ -1,11 +1,11 @@
-"""What each file type costs: perplexity beside speed and size, ours and the peers'.
+"""Cost of each file type: perplexity against speed and size, gemkit's and the peers'.
 
     python benchmarks/quality/perplexity.py --text FILE             # makes the files, measures, prints the table
     python benchmarks/quality/perplexity.py --text FILE --plot docs/images/quality.svg
     python benchmarks/quality/perplexity.py --plot docs/images/quality.svg         # of what was measured before
 
 Perplexity is that of the first 2,048 tokens of the text (the documentation's figures: WikiText-2, validation), in
-windows of 512 with BOS in front. Every file is made of the demo model by `gemkit quantize` and kept in build/quality;
+windows of 512 with BOS in front. Every file is made from the demo model by `gemkit quantize` and kept in build/quality;
 what has been measured is kept in build/quality.json and not measured again. The engines run one after another for each
 file. The peers' interpreter is GEMKIT_PEER_PYTHON, by default that of .venv-bench; an engine that it lacks is left out.
 """
@@ -41,7 +41,7 @@ def gemkit(*arguments: str) -> None:
 
 
 def make(model: str, name: str, folder: Path) -> Path:
-    """The file of this name, made if it is not there."""
+    """Return the file of this name, made if it does not exist."""
     if not FILES[name]:
         from gemkit.api.load import find
 
@@ -190,15 +190,15 @@ def _label(panel, points: list[tuple[float, float, str, str]]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, help="UTF-8; without it nothing new is measured")
-    parser.add_argument("--model", default="demo", help="what the files are made of")
+    parser.add_argument("--model", default="demo", help="the model to convert")
     parser.add_argument("--file", nargs="+", choices=list(FILES), default=list(FILES), help="only these")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "quality", help="where the files lie")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "quality", help="folder of the files")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "quality.json", help="where the figures go")
     parser.add_argument("--plot", type=Path, metavar="SVG")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--again", action="store_true", help="measure anew what was measured before")
+    parser.add_argument("--again", action="store_true", help="measure again the rows that exist")
     options = parser.parse_args(arguments)
     rows = read(options.json)
     if options.text is not None:
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure_all(options: argparse.Namespace, rows: list[dict]) -> None:
-    """Adds to `rows` what is missing; every row is written as soon as it is there."""
+    """Measure the missing rows; each is written as soon as it is measured."""
     import gemkit
 
     with gemkit.load(options.model) as model:

@@ -1,4 +1,4 @@
-"""How often the head's screen would choose another token than the whole head, and how many rows it leaves over.
+"""Frequency of wrong tokens by the head's screen, compared with the whole head, and rows left by it.
 
     python benchmarks/quality/screen.py --text english.txt code.py … [--model FILE] [--tokens 20000]
 
@@ -28,7 +28,7 @@ NONE = np.zeros(0, np.int32)
 
 
 def windows(ids: np.ndarray, count: int) -> np.ndarray:
-    """[count, LANES, WINDOW] pieces of a text, spread over all of it."""
+    """[count, LANES, WINDOW] pieces of a text, evenly spaced."""
     starts = np.linspace(1, len(ids) - WINDOW, count * LANES).astype(int)
     return np.stack([ids[start : start + WINDOW] for start in starts]).reshape(count, LANES, WINDOW)
 

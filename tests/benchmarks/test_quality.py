@@ -17,7 +17,7 @@ import perplexity
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
-    """What was asked of the engines; files are made of nothing."""
+    """Record the requests to the engines; no files are made."""
     asked = []
 
     def measure(engine: str, python: str, path: Path, threads: int, ids: list[int]) -> dict[str, float]:

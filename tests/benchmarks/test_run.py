@@ -1,4 +1,4 @@
-"""benchmarks/cpu/run.py with engines of known speed, and with gemkit beside one. Budget: 15 s."""
+"""benchmarks/cpu/run.py with engines of known speed, and with gemkit against one. Budget: 15 s."""
 
 import dataclasses
 import json
@@ -180,7 +180,7 @@ def test_a_peer_that_fails_is_left_out_and_named(tmp_path, capsys, peer, first_s
 
 
 def test_no_two_prompts_begin_alike():
-    """Some engines keep what they have read, and would read a second prompt for nothing."""
+    """Engines that cache prompts would read a repeated one for free."""
     about = {"vocabulary": 256_000, "bos": 2}
     for session in sessions([2, 1], run.GROUPS, quick=False, own_file=False):
         begins = []
