@@ -1,7 +1,7 @@
 """Fenced blocks of the documents, by the convention that CONTRIBUTING.md states ("Documents").
 
 A block without a language holds commands, one a line; lines that begin with "$ " have their output below them. A python
-block is a program; a text block right behind it is its output. Other text blocks show something that nobody types. A
+block is a program; a text block right behind it is its output. Other text blocks show something that is not typed. A
 toml block is a configuration file.
 """
 

@@ -30,7 +30,7 @@ class Part:
 
 @dataclass
 class Ran:
-    """What a pipe came to. both: standard output and error as a terminal shows them."""
+    """The result of a pipe. both: standard output and error as a terminal shows them."""
 
     code: int
     out: str = ""

@@ -46,7 +46,7 @@ FILES = {
 }
 
 
-# Added to a verb where a page does not say it: nonsense never ends by itself, and nobody is there to be asked.
+# Added to a verb where a page does not say it: random text never ends by itself, and no user can be asked.
 ADDED = {"generate": ["--max-tokens", "8"], "rm": ["--yes"]}
 TIMEOUT = 300  # seconds for a program
 
@@ -64,7 +64,7 @@ def whole_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(world: World, small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder with the files that the pages name, beside a hub with the models that they name."""
+    """A working folder with the files that the pages name, and a hub with the models that they name."""
     folder = tmp_path / "place"
     folder.mkdir()
     standins.published(world.served / "hf")
