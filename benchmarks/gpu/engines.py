@@ -16,11 +16,10 @@ import torch
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.hf_config import to_hf
 from gemkit.arch.tensors import manifest
-from gemkit.engine.interface import Batch, Runner
+from gemkit.engine.interface import Batch, Runner, build_batch
 from gemkit.engine.sampling import Sampling
 
 GREEDY = Sampling(logprobs=None)
-NO_IDS = np.zeros(0, np.int32)
 STD = 0.02
 
 
@@ -46,17 +45,7 @@ def make_batch(runner: Runner, ids: np.ndarray, first: int, pages: int) -> Batch
         if group.window is not None:
             table[:, : max(0, first - group.window + 1) // runner.page_size] = -1
         tables.append(table)
-    return Batch(
-        tokens=ids.reshape(-1).astype(np.int32),
-        starts=np.arange(B + 1, dtype=np.int32) * T,
-        positions=np.full(B, first, np.int32),
-        pages=tuple(tables),
-        sample=np.ones(B, bool),
-        sampling=(GREEDY,) * B,
-        counters=np.zeros(B, np.int64),
-        history=(NO_IDS,) * B,
-        prompt_lengths=np.zeros(B, np.int32),
-    )
+    return build_batch(ids.astype(np.int32), [first] * B, tuple(tables), draws=[1] * B, sampling=(GREEDY,) * B)
 
 
 class Ours:

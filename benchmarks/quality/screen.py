@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import gemkit
-from gemkit.engine.interface import Batch
+from gemkit.engine.interface import build_batch
 from gemkit.engine.sampling import Sampling
 
 LANES, WINDOW = 4, 256
@@ -24,7 +24,6 @@ SETTINGS = {
     "greedy": Sampling(temperature=0.0, logprobs=None),
     "top-k 64": Sampling(temperature=1.0, top_k=64, top_p=0.95, logprobs=None),
 }
-NONE = np.zeros(0, np.int32)
 
 
 def windows(ids: np.ndarray, count: int) -> np.ndarray:
@@ -41,16 +40,13 @@ def compare(model: gemkit.Model, part: np.ndarray) -> dict[str, tuple[int, int, 
     found = {name: (0, 0, []) for name in SETTINGS}
     for position in range(WINDOW):
         name = list(SETTINGS)[position % len(SETTINGS)]
-        batch = Batch(
-            tokens=np.ascontiguousarray(part[:, position]),
-            starts=np.arange(LANES + 1, dtype=np.int32),
-            positions=np.full(LANES, position, np.int32),
-            pages=tuple(table for _ in runner.groups),
-            sample=np.ones(LANES, bool),
+        batch = build_batch(
+            part[:, position : position + 1],
+            [position] * LANES,
+            (table,) * len(runner.groups),
+            draws=[1] * LANES,
             sampling=tuple(replace(SETTINGS[name], seed=lane) for lane in range(LANES)),
-            counters=np.full(LANES, position, np.int64),
-            history=(NONE,) * LANES,
-            prompt_lengths=np.zeros(LANES, np.int32),
+            counters=[position] * LANES,
         )
         runner.use_screen(True)
         through = runner.step(batch).tokens.copy()

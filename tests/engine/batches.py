@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemkit.engine.interface import Batch, Runner
+from gemkit.engine.interface import Batch, Runner, build_batch
 from gemkit.engine.sampling import Sampling
 
 PAGES = 20
@@ -24,16 +24,15 @@ def make_batch(runner: Runner, parts: Sequence[tuple[int, np.ndarray, int]], sam
             table[row, start:end] = place * PAGES + np.arange(start, end)
         tables.append(table)
     count = len(parts)
-    return Batch(
-        tokens=np.concatenate([ids for _, ids, _ in parts]).astype(np.int32),
-        starts=np.cumsum([0, *(len(ids) for _, ids, _ in parts)]).astype(np.int32),
-        positions=np.array([first for *_, first in parts], np.int32),
-        pages=tuple(tables),
-        sample=np.full(count, sampling is not None),
+    return build_batch(
+        [ids.astype(np.int32) for _, ids, _ in parts],
+        [first for *_, first in parts],
+        tuple(tables),
+        draws=[int(sampling is not None)] * count,
         sampling=(sampling or Sampling(),) * count,
-        counters=np.arange(count, dtype=np.int64),
+        counters=range(count),
         history=tuple(np.tile(ids, 2).astype(np.int32) for _, ids, _ in parts),
-        prompt_lengths=np.array([len(ids) for _, ids, _ in parts], np.int32),
+        prompt_lengths=[len(ids) for _, ids, _ in parts],
     )
 
 

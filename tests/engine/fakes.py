@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from gemkit.engine.interface import Batch, PageGroup, StepResult
+from gemkit.engine.interface import Batch, PageGroup, StepResult, check_single_draws
 from gemkit.engine.sampling import Sampling, log_softmax, sample
 from gemkit.errors import GemkitError
 
@@ -126,11 +126,9 @@ class FakeRunner:
     def words(self, batch: Batch) -> list[np.uint64]:
         size = len(batch.positions)
         assert batch.tokens.dtype == batch.starts.dtype == batch.positions.dtype == np.int32
-        assert (
-            batch.counters.dtype == np.int64 and batch.sample.dtype == bool and batch.prompt_lengths.dtype == np.int32
-        )
+        assert batch.counters.dtype == np.int64 and batch.draws.dtype == batch.prompt_lengths.dtype == np.int32
         assert batch.starts[0] == 0 and batch.starts[-1] == len(batch.tokens) <= self.max_tokens_per_step
-        assert len(batch.sample) == len(batch.sampling) == len(batch.counters) == len(batch.history) == size
+        assert len(batch.draws) == len(batch.sampling) == len(batch.counters) == len(batch.history) == size
         self.steps.append(np.diff(batch.starts).tolist())
         result, written = [], [set() for _ in self.windows]
         for b in range(size):
@@ -159,8 +157,10 @@ class FakeRunner:
         return result
 
     def step(self, batch: Batch) -> StepResult:
+        check_single_draws(batch)
         words = self.words(batch)
-        size = len(batch.positions)
+        drawing = np.flatnonzero(batch.draws)
+        size = len(drawing)
         count = max(s.logprobs or 0 for s in batch.sampling)
         result = StepResult(
             np.full(size, -1, np.int32),
@@ -168,14 +168,14 @@ class FakeRunner:
             np.full((size, count), -1, np.int32),
             np.full((size, count), -np.inf, np.float32),
         )
-        for b in np.flatnonzero(batch.sample):
+        for row, b in enumerate(drawing):
             logits, settings = logits_of(words[batch.starts[b + 1] - 1]), batch.sampling[b]
             counter, length = int(batch.counters[b]), int(batch.prompt_lengths[b])
             token, logprob, ids, values = sample(logits, settings, counter, batch.history[b], length)
-            result.tokens[b] = self.forced[counter] if self.forced else token
-            result.logprobs[b] = logprob
-            result.top_ids[b, : len(ids)] = ids
-            result.top_logprobs[b, : len(ids)] = values
+            result.tokens[row] = self.forced[counter] if self.forced else token
+            result.logprobs[row] = logprob
+            result.top_ids[row, : len(ids)] = ids
+            result.top_logprobs[row, : len(ids)] = values
         return result
 
     def logits(self, batch: Batch) -> np.ndarray:

@@ -15,7 +15,7 @@ from engine.vocabulary import STOP, tokenizer
 
 from gemkit.engine.engine import Engine
 from gemkit.engine.interface import StepResult
-from gemkit.engine.request import Sequence
+from gemkit.engine.request import Request
 from gemkit.engine.sampling import Sampling, log_softmax
 from gemkit.errors import GemkitError, UsageError
 
@@ -38,8 +38,8 @@ def prompts(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
     return [generator.integers(0, V, generator.integers(1, longest)).tolist() for _ in range(count)]
 
 
-def ids(sequence: Sequence) -> list[int]:
-    return [token.id for token in sequence.tokens]
+def ids(request: Request) -> list[int]:
+    return [token.id for token in request.tokens]
 
 
 def check_books(e: Engine) -> None:
@@ -69,10 +69,10 @@ def test_a_batch_gives_what_each_request_gives_alone():
     while e.step():
         check_books(e)
     e.run()
-    for i, (prompt, sequence) in enumerate(zip(requests, running)):
+    for i, (prompt, request) in enumerate(zip(requests, running)):
         wanted = expected(prompt, SETTINGS[i % 4], 5 + 6 * i)
-        assert ids(sequence) == wanted
-        assert sequence.finish_reason == ("stop" if wanted[-1] in STOP else "length")
+        assert ids(request) == wanted
+        assert request.finish_reason == ("stop" if wanted[-1] in STOP else "length")
     assert max(len(step) for step in e.runner.steps) > 4, "they did run together"
     assert max(sum(step) for step in e.runner.steps) <= 16
     check_empty(e)
@@ -84,9 +84,9 @@ def test_chunks_of_any_size_give_the_same():
     for chunk in (1, 3, 16, 4096):
         for page_size in (1, 4, 32):
             e = engine(FakeRunner(max_tokens=chunk, page_size=page_size, context=1024))
-            sequence = e.add(prompt, SETTINGS[1], max_tokens=30)
+            request = e.add(prompt, SETTINGS[1], max_tokens=30)
             e.run()
-            assert ids(sequence) == wanted
+            assert ids(request) == wanted
             assert len(e.runner.steps) == -(-len(prompt) // chunk) + len(wanted) - 1
             check_empty(e)
 
@@ -121,8 +121,8 @@ def test_preemption_changes_no_result():
     assert running[0].preemptions == 0, "the oldest is never sent back"
     ends = [s.last_token_time for s in running]
     assert ends == sorted(ends), "who was sent back comes before those who wait"
-    for i, (prompt, sequence) in enumerate(zip(requests, running)):
-        assert ids(sequence) == continue_alone(WINDOWS, prompt, 60, SETTINGS[i % 4])
+    for i, (prompt, request) in enumerate(zip(requests, running)):
+        assert ids(request) == continue_alone(WINDOWS, prompt, 60, SETTINGS[i % 4])
     check_empty(e)
 
 
@@ -131,8 +131,8 @@ def test_a_machine_short_of_memory_still_serves_one_after_the_other():
     requests = prompts(4, seed=4, longest=12)
     running = [e.add(p, max_tokens=60, ignore_eos=True) for p in requests]
     e.run()
-    for prompt, sequence in zip(requests, running):
-        assert ids(sequence) == continue_alone(WINDOWS, prompt, 60, Sampling())
+    for prompt, request in zip(requests, running):
+        assert ids(request) == continue_alone(WINDOWS, prompt, 60, Sampling())
     check_empty(e)
 
 
@@ -164,13 +164,13 @@ def test_hidden_states_are_counted_once_when_memory_is_short():
 
 def test_local_pages_are_freed_and_the_memory_stays_bounded():
     e = engine(FakeRunner(context=256))
-    sequence = e.add([9] * 100, max_tokens=150, ignore_eos=True)
+    request = e.add([9] * 100, max_tokens=150, ignore_eos=True)
     most = 0
-    while not sequence.finished:
+    while not request.finished:
         e.step()
         most = max(most, e.allocator.used(1))
     assert most <= e.allocator.peak(1, 256, 16) == 7
-    assert ids(sequence) == continue_alone(WINDOWS, [9] * 100, 150, Sampling())
+    assert ids(request) == continue_alone(WINDOWS, [9] * 100, 150, Sampling())
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -182,7 +182,7 @@ def test_random_adds_cancels_and_steps(seed: int):
     size = sum(one) * runner.page_bytes(0)
     e = engine(runner, max_sequences=4, cache_bytes=int(size * generator.uniform(1, 2.5)))
     assert all(a >= b for a, b in zip(e.allocator.limits, limits))
-    live: list[tuple[list[int], Sampling, int, Sequence]] = []
+    live: list[tuple[list[int], Sampling, int, Request]] = []
     for _ in range(60):
         action = generator.random()
         if action < 0.3:
@@ -199,20 +199,20 @@ def test_random_adds_cancels_and_steps(seed: int):
         check_books(e)
     e.run()
     check_empty(e)
-    for prompt, settings, count, sequence in live:
+    for prompt, settings, count, request in live:
         wanted = continue_alone(windows, prompt, min(count, 70 - len(prompt)), settings, STOP)
-        if sequence.finish_reason == "cancelled":
-            assert ids(sequence) == wanted[: len(sequence.tokens)]
+        if request.finish_reason == "cancelled":
+            assert ids(request) == wanted[: len(request.tokens)]
         else:
-            assert ids(sequence) == wanted
+            assert ids(request) == wanted
 
 
 def test_cancel_frees_everything_and_is_idempotent():
     e = engine()
     running, waiting = e.add([5] * 30), e.add([6] * 30)
     e.step()
-    for sequence in (running, waiting, running):
-        e.cancel(sequence)
+    for request in (running, waiting, running):
+        e.cancel(request)
     assert running.finish_reason == waiting.finish_reason == "cancelled"
     check_empty(e)
     assert e.step() == []
@@ -224,12 +224,12 @@ def test_cancel_frees_everything_and_is_idempotent():
 
 def test_a_closed_stream_is_cancelled():
     e = engine()
-    sequence = e.add([5] * 10, ignore_eos=True)
-    stream = e.stream(sequence)
+    request = e.add([5] * 10, ignore_eos=True)
+    stream = e.stream(request)
     pieces = [next(stream) for _ in range(3)]
-    assert pieces == sequence.tokens and e.allocator.used(0) > 0
+    assert pieces == request.tokens and e.allocator.used(0) > 0
     stream.close()
-    assert sequence.finish_reason == "cancelled"
+    assert request.finish_reason == "cancelled"
     check_empty(e)
 
 
@@ -335,7 +335,7 @@ def test_an_interrupt_on_any_line_of_a_step_leaves_all_requests_intact(before: i
 
 def test_a_second_interrupt_during_the_recovery_is_mended_by_the_next_step(monkeypatch):
     e = engine()
-    sequence = e.add([5] * 20, max_tokens=9, ignore_eos=True)
+    request = e.add([5] * 20, max_tokens=9, ignore_eos=True)
     e.step()
     reset = e.allocator.reset
 
@@ -349,16 +349,16 @@ def test_a_second_interrupt_during_the_recovery_is_mended_by_the_next_step(monke
             e.step()
     assert e.allocator.reset == reset
     e.run()
-    assert ids(sequence) == continue_alone(WINDOWS, [5] * 20, 9, Sampling())
+    assert ids(request) == continue_alone(WINDOWS, [5] * 20, 9, Sampling())
     check_empty(e)
 
 
 @functools.cache
 def _text_of(tokens: tuple[int, ...]) -> str:
     e = engine(FakeRunner(forced=list(tokens)))
-    sequence = e.add([5], max_tokens=len(tokens), ignore_eos=True, stop="ab")
+    request = e.add([5], max_tokens=len(tokens), ignore_eos=True, stop="ab")
     e.run()
-    return "".join(t.text for t in sequence.tokens)
+    return "".join(t.text for t in request.tokens)
 
 
 def _text(tokens: list[int]) -> str:
@@ -366,12 +366,12 @@ def _text(tokens: list[int]) -> str:
     return _text_of(tuple(tokens))
 
 
-def forced(text_ids: list[int], **options) -> tuple[str, Sequence]:
+def forced(text_ids: list[int], **options) -> tuple[str, Request]:
     e = engine(FakeRunner(forced=text_ids + [5] * 50))
-    sequence = e.add([5], **{"max_tokens": len(text_ids), **options})
+    request = e.add([5], **{"max_tokens": len(text_ids), **options})
     e.run()
     check_empty(e)
-    return "".join(token.text for token in sequence.tokens), sequence
+    return "".join(token.text for token in request.tokens), request
 
 
 def spell(text: str) -> list[int]:
@@ -380,19 +380,19 @@ def spell(text: str) -> list[int]:
 
 def test_stop_ids_end_the_answer_and_leave_no_text():
     for stop in sorted(STOP):
-        text, sequence = forced(spell("abc") + [stop] + spell("de"))
-        assert text == "abc" and sequence.finish_reason == "stop" and ids(sequence) == spell("abc") + [stop]
-        text, sequence = forced(spell("abc") + [stop] + spell("de"), ignore_eos=True)
-        assert text == "abcde" and sequence.finish_reason == "length" and len(sequence.tokens) == 6
+        text, request = forced(spell("abc") + [stop] + spell("de"))
+        assert text == "abc" and request.finish_reason == "stop" and ids(request) == spell("abc") + [stop]
+        text, request = forced(spell("abc") + [stop] + spell("de"), ignore_eos=True)
+        assert text == "abcde" and request.finish_reason == "length" and len(request.tokens) == 6
 
 
 def test_stop_strings_across_tokens():
-    text, sequence = forced(spell("abcdefgh"), stop=["xyz", "cde"])
-    assert text == "ab" and sequence.finish_reason == "stop" and len(sequence.tokens) == 5
-    assert [t.text for t in sequence.tokens] == ["a", "b", "", "", ""]
+    text, request = forced(spell("abcdefgh"), stop=["xyz", "cde"])
+    assert text == "ab" and request.finish_reason == "stop" and len(request.tokens) == 5
+    assert [t.text for t in request.tokens] == ["a", "b", "", "", ""]
     # A start of a stop string is held back, and given when it comes to nothing or the answer ends.
-    text, sequence = forced(spell("abcdxcd"), stop="cde")
-    assert [t.text for t in sequence.tokens] == [
+    text, request = forced(spell("abcdxcd"), stop="cde")
+    assert [t.text for t in request.tokens] == [
         "a",
         "b",
         "",
@@ -400,17 +400,17 @@ def test_stop_strings_across_tokens():
         "cdx",
         "",
         "cd",
-    ] and sequence.finish_reason == "length"
-    text, sequence = forced([*spell("abcd"), 1], stop="cde")
-    assert [t.text for t in sequence.tokens] == ["a", "b", "", "", "cd"] and sequence.finish_reason == "stop"
-    text, sequence = forced(spell("abc"), stop="c")
-    assert text == "ab" and sequence.finish_reason == "stop"
+    ] and request.finish_reason == "length"
+    text, request = forced([*spell("abcd"), 1], stop="cde")
+    assert [t.text for t in request.tokens] == ["a", "b", "", "", "cd"] and request.finish_reason == "stop"
+    text, request = forced(spell("abc"), stop="c")
+    assert text == "ab" and request.finish_reason == "stop"
 
 
 def test_an_incomplete_character_is_held_back_and_flushed():
     euro = [tokenizer().piece_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
-    text, sequence = forced([*spell("a"), *euro, *spell("b")])
-    assert [t.text for t in sequence.tokens] == ["a", "", "", "€", "b"]
+    text, request = forced([*spell("a"), *euro, *spell("b")])
+    assert [t.text for t in request.tokens] == ["a", "", "", "€", "b"]
     text, _ = forced([*spell("a"), *euro[:2]])
     assert text == "a\N{REPLACEMENT CHARACTER}"
 
@@ -418,12 +418,12 @@ def test_an_incomplete_character_is_held_back_and_flushed():
 def test_log_probabilities():
     prompt, settings = [4, 8, 15], Sampling(temperature=1.0, seed=3, logprobs=4, logit_bias={0: 3.0})
     e = engine()
-    sequence = e.add(prompt, settings, max_tokens=10, ignore_eos=True)
+    request = e.add(prompt, settings, max_tokens=10, ignore_eos=True)
     plain = e.add(prompt, Sampling(temperature=1.0, seed=3, logit_bias={0: 3.0}), max_tokens=10, ignore_eos=True)
     e.run()
-    assert ids(sequence) == ids(plain) and [t.top for t in plain.tokens] == [()] * 10
-    words = words_of(WINDOWS, prompt + ids(sequence))
-    for n, token in enumerate(sequence.tokens):
+    assert ids(request) == ids(plain) and [t.top for t in plain.tokens] == [()] * 10
+    words = words_of(WINDOWS, prompt + ids(request))
+    for n, token in enumerate(request.tokens):
         logprobs = log_softmax(logits_of(words[len(prompt) - 1 + n]))
         assert token.logprob == pytest.approx(logprobs[token.id], abs=1e-6)
         assert [i for i, _ in token.top] == np.argsort(-logprobs, kind="stable")[:4].tolist()
@@ -507,7 +507,7 @@ def test_mean_hidden_equals_the_definition():
 
 def test_an_error_of_the_runner_frees_everything():
     e = engine()
-    sequence = e.add([5] * 20, max_tokens=4, ignore_eos=True)
+    request = e.add([5] * 20, max_tokens=4, ignore_eos=True)
     e.step()
     e.runner.step, step = lambda batch: 1 / 0, e.runner.step
     with pytest.raises(ZeroDivisionError):
@@ -516,7 +516,7 @@ def test_an_error_of_the_runner_frees_everything():
     assert e.allocator.used(0) == 0
     e.runner.step = step
     e.run()
-    assert ids(sequence) == continue_alone(WINDOWS, [5] * 20, 4, Sampling())
+    assert ids(request) == continue_alone(WINDOWS, [5] * 20, 4, Sampling())
     e.runner.score = lambda batch, targets: 1 / 0
     with pytest.raises(ZeroDivisionError):
         e.score([[5] * 9])
@@ -527,8 +527,8 @@ def test_threads_share_an_engine():
     e, requests, results = engine(), prompts(6, seed=5), {}
 
     def work(i: int) -> None:
-        sequence = e.add(requests[i], SETTINGS[i % 4], max_tokens=20)
-        results[i] = [token.id for token in e.stream(sequence)]
+        request = e.add(requests[i], SETTINGS[i % 4], max_tokens=20)
+        results[i] = [token.id for token in e.stream(request)]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
     for thread in threads:
@@ -541,11 +541,11 @@ def test_threads_share_an_engine():
 
 def test_times():
     e = engine()
-    sequence = e.add([5] * 20, max_tokens=5, ignore_eos=True)
+    request = e.add([5] * 20, max_tokens=5, ignore_eos=True)
     e.run()
-    whole = sequence.last_token_time - sequence.start_time
-    assert 0 < sequence.first_token_seconds < whole
-    assert sequence.decode_rate == pytest.approx(4 / (whole - sequence.first_token_seconds))
+    whole = request.last_token_time - request.start_time
+    assert 0 < request.first_token_seconds < whole
+    assert request.decode_rate == pytest.approx(4 / (whole - request.first_token_seconds))
 
 
 class IdleRunner(FakeRunner):
@@ -562,11 +562,11 @@ def test_a_decode_step_costs_little():
     middle, early, late = [], [], []
     for _ in range(4):  # what else runs on the machine disturbs the one or the other
         e = Engine(IdleRunner((None, 512), 16, 512, context=32768), SimpleNamespace(vocab_size=V, stop_ids=set()))
-        sequence = e.prepare([5] * 500, max_tokens=3000)
-        sequence.stream = SimpleNamespace(push=lambda token: "x", flush=lambda: "", stopped=False, restart=lambda: None)
-        e.submit(sequence)
+        request = e.prepare([5] * 500, max_tokens=3000)
+        request.stream = SimpleNamespace(push=lambda token: "x", flush=lambda: "", stopped=False, restart=lambda: None)
+        e.submit(request)
         times = []
-        while not sequence.finished:
+        while not request.finished:
             start = time.perf_counter()
             e.step()
             times.append(time.perf_counter() - start)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemkit.engine.sampling import Sampling, adjust, kept, log_softmax, sample, uniform
+from gemkit.engine.sampling import SAMPLING, Sampling, adjust, kept, log_softmax, sample, sampling_records, uniform
 from gemkit.errors import UsageError
 
 NONE = np.empty(0, np.int32)
@@ -214,3 +214,25 @@ def test_good_settings_are_normalised():
         s.check_vocabulary(9)
     s.check_vocabulary(10)
     assert not s.has_penalty and Sampling(presence_penalty=-1).has_penalty
+
+
+def test_records_hold_every_setting():
+    several = [
+        Sampling(seed=2**64 - 1, top_k=7, logprobs=None, logit_bias={4: 1.5, 2: -0.25}),
+        Sampling(),
+        Sampling(temperature=0.7, top_p=0.9, min_p=0.1, repetition_penalty=1.2, logprobs=3, logit_bias={9: 2}),
+    ]
+    records, ids, values = sampling_records(several)
+    assert records.dtype == SAMPLING and SAMPLING.itemsize == 8 * len(SAMPLING.names), "there is padding"
+    scalars = set(Sampling.__dataclass_fields__) - {"logit_bias"}
+    assert scalars <= set(SAMPLING.names)
+    for record, sampling in zip(records, several, strict=True):
+        wanted = {name: getattr(sampling, name) for name in scalars}
+        wanted["logprobs"] = -1 if sampling.logprobs is None else sampling.logprobs
+        assert {name: record[name].item() for name in scalars} == wanted
+        part = slice(record["bias_start"], record["bias_end"])
+        assert tuple(zip(ids[part].tolist(), values[part].tolist())) == sampling.logit_bias
+    for name in ("row", "draws", "counter", "prompt_length", "history_start", "history_end"):
+        assert not records[name].any()
+    assert ids.dtype == np.int32 and values.dtype == np.float32
+    assert [len(array) for array in sampling_records([])] == [0, 0, 0]

@@ -29,8 +29,7 @@ from parity.tolerances import (
     relative_error,
 )
 
-from gemkit.engine.interface import Batch
-from gemkit.engine.sampling import Sampling
+from gemkit.engine.interface import Batch, build_batch
 from gemkit.hub.demo import demo_path
 from gemkit.models.native import NativeRunner
 from gemkit.text.tokenizer import Tokenizer
@@ -151,20 +150,15 @@ def negative_log_likelihood(logits: torch.Tensor, targets: np.ndarray) -> torch.
 # gemkit
 
 
-def make_batch(runner: NativeRunner, parts: list[tuple[int, np.ndarray, int]], sample: bool = False) -> Batch:
+def make_batch(runner: NativeRunner, parts: list[tuple[int, np.ndarray, int]], draw: bool = False) -> Batch:
     """parts: (place of the sequence, its new ids, position of the first); a place has pages for 2,048 tokens."""
     count, each = len(parts), TOKENS // PAGE
     table = np.array([np.arange(each) + place * each for place, *_ in parts], np.int32)
-    return Batch(
-        tokens=np.concatenate([ids for _, ids, _ in parts]).astype(np.int32),
-        starts=np.cumsum([0, *(len(ids) for _, ids, _ in parts)]).astype(np.int32),
-        positions=np.array([first for *_, first in parts], np.int32),
-        pages=(table,) * len(runner.groups),
-        sample=np.full(count, sample),
-        sampling=(Sampling(),) * count,
-        counters=np.zeros(count, np.int64),
-        history=(np.zeros(0, np.int32),) * count,
-        prompt_lengths=np.zeros(count, np.int32),
+    return build_batch(
+        [ids.astype(np.int32) for _, ids, _ in parts],
+        [first for *_, first in parts],
+        (table,) * len(runner.groups),
+        draws=[int(draw)] * count,
     )
 
 
@@ -188,7 +182,7 @@ def greedy(runner: NativeRunner, prompts: list[np.ndarray]) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
     parts = [(place, prompt, 0) for place, prompt in enumerate(prompts)]
     for _ in range(NEW_TOKENS):
-        tokens = runner.step(make_batch(runner, parts, sample=True)).tokens
+        tokens = runner.step(make_batch(runner, parts, draw=True)).tokens
         for answer, token in zip(answers, tokens, strict=True):
             answer.append(int(token))
         parts = [(place, np.array([token]), first + len(ids)) for (place, ids, first), token in zip(parts, tokens)]

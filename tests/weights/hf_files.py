@@ -13,14 +13,11 @@ import torch
 from parity.cases import CASES
 
 from gemkit.arch.hf_config import to_hf
-from gemkit.engine.interface import Batch
-from gemkit.engine.sampling import Sampling
+from gemkit.engine.interface import build_batch
 from gemkit.models.native import NativeRunner
 from gemkit.weights.hf.safetensors import INDEX, SINGLE
 
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-_NO_IDS = np.zeros(0, np.int32)
 
 
 def raw(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
@@ -107,16 +104,6 @@ def native_logits(config, weights, tokens: np.ndarray, adapters=(), use: int = -
     runner = NativeRunner(config, weights, adapters=adapters, threads=2, activations="float32")
     pages = -(-len(tokens) // runner.page_size)
     runner.reserve([pages] * len(runner.groups))
-    batch = Batch(
-        tokens=np.asarray(tokens, np.int32),
-        starts=np.array([0, len(tokens)], np.int32),
-        positions=np.zeros(1, np.int32),
-        pages=tuple(np.arange(pages, dtype=np.int32)[None] for _ in runner.groups),
-        sample=np.zeros(1, bool),
-        sampling=(Sampling(temperature=0),),
-        counters=np.zeros(1, np.int64),
-        history=(_NO_IDS,),
-        prompt_lengths=np.zeros(1, np.int32),
-        adapters=np.array([use], np.int32) if use >= 0 else None,
-    )
+    table = np.arange(pages, dtype=np.int32)[None]
+    batch = build_batch([np.asarray(tokens, np.int32)], [0], (table,) * len(runner.groups), adapters=[use])
     return runner.logits(batch)

@@ -21,7 +21,7 @@ from gemkit.api.chat import Chat
 from gemkit.api.output import Completion, Piece, Score
 from gemkit.api.prompt import Prompt, kind_of
 from gemkit.engine.engine import Engine, check_max_tokens, check_stop
-from gemkit.engine.request import Sequence as Request
+from gemkit.engine.request import Request
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError, GemkitWarning, UsageError, brief, check_flag, listed
 from gemkit.text import fim

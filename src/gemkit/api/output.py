@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from gemkit.engine.request import Sequence as Request
-    from gemkit.engine.request import Token
+    from gemkit.engine.request import Request, Token
 
 TopLogprobs = tuple[tuple[int, float], ...]
 

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from collections.abc import Sequence as Ids
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from gemkit import forks
-from gemkit.engine.interface import Batch, Runner, StepResult, check_finite
+from gemkit.engine.interface import GREEDY, Batch, Runner, StepResult, check_finite
 from gemkit.engine.pages import PageAllocator, PageTable, limits_for
-from gemkit.engine.request import Sequence, TextStream, Token, Tokenizer
+from gemkit.engine.request import Request, TextStream, Token, Tokenizer
 from gemkit.engine.sampling import Sampling
 from gemkit.engine.scheduler import Scheduler, make_batch
 from gemkit.errors import GemkitError, UsageError, brief, whole_number
-
-GREEDY = Sampling()
 
 
 class Part(NamedTuple):
@@ -68,7 +65,7 @@ class Engine:
         self.scheduler = Scheduler(self.allocator, chunk, max_sequences)
         self._lock = threading.RLock()
         self._busy = False
-        self._cancelled: list[Sequence] = []
+        self._cancelled: list[Request] = []
         self._forked = False
         forks.track(self)
 
@@ -83,34 +80,34 @@ class Engine:
 
     def add(
         self,
-        prompt: Ids[int],
+        prompt: Sequence[int],
         sampling: Sampling = GREEDY,
         *,
         max_tokens: int | None = None,
         stop: str | Iterable[str] | None = (),
         ignore_eos: bool = False,
         adapter: int = -1,
-    ) -> Sequence:
+    ) -> Request:
         """Checks a request, queues it and returns it; `step` fills in its ``tokens`` and ``finish_reason``.
 
         The arguments are those of `prepare`.
         """
-        sequence = self.prepare(
+        request = self.prepare(
             prompt, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, adapter=adapter
         )
-        self.submit(sequence)
-        return sequence
+        self.submit(request)
+        return request
 
     def prepare(
         self,
-        prompt: Ids[int],
+        prompt: Sequence[int],
         sampling: Sampling = GREEDY,
         *,
         max_tokens: int | None = None,
         stop: str | Iterable[str] | None = (),
         ignore_eos: bool = False,
         adapter: int = -1,
-    ) -> Sequence:
+    ) -> Request:
         """Checks a request and returns it, not queued yet.
 
         prompt: ids, BOS included. max_tokens: by default up to the end of the context, where generation ends anyway.
@@ -133,17 +130,17 @@ class Engine:
         if max_tokens is not None:
             limit = min(limit, len(ids) + check_max_tokens(max_tokens))
         stream = TextStream(self.tokenizer, stop)
-        return Sequence(ids, limit, self._new_table(limit), sampling, stream, ignore_eos, adapter)
+        return Request(ids, limit, self._new_table(limit), sampling, stream, ignore_eos, adapter)
 
-    def submit(self, sequence: Sequence) -> None:
+    def submit(self, request: Request) -> None:
         """Queues a request that `prepare` returned."""
         with self._lock:
             self._check_fork()
-            sequence.start_time = time.perf_counter()
-            self.scheduler.add(sequence)
+            request.start_time = time.perf_counter()
+            self.scheduler.add(request)
 
-    def step(self) -> list[Sequence]:
-        """Runs one step and returns the sequences that got a token; an empty list if there was nothing to do.
+    def step(self) -> list[Request]:
+        """Runs one step and returns the requests that got a token; an empty list if there was nothing to do.
 
         After an exception, an interrupt included, every unfinished request is intact and starts over in the next step.
         """
@@ -166,37 +163,37 @@ class Engine:
         while self.scheduler:
             self.step()
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, request: Request) -> None:
         """Ends a request and frees its pages; nothing happens if it is finished. Pieces so far stay as they are."""
         with self._lock:
-            if sequence.finished:
+            if request.finished:
                 return
-            sequence.finish_reason = "cancelled"
+            request.finish_reason = "cancelled"
             # A generator can be collected, and so call this, in the middle of a step of the same thread.
             if self._busy:
-                self._cancelled.append(sequence)
+                self._cancelled.append(request)
                 return
             self._busy = True
-            self.scheduler.remove(sequence)
+            self.scheduler.remove(request)
             self._busy = False
 
-    def stream(self, sequence: Sequence) -> Iterator[Token]:
+    def stream(self, request: Request) -> Iterator[Token]:
         """Yields a request's tokens as they come; closing the generator cancels the request."""
         index = 0
         try:
             while True:
                 # Asked first: another thread may add the last token while this one yields.
-                finished = sequence.finished
-                while index < len(sequence.tokens):
+                finished = request.finished
+                while index < len(request.tokens):
                     index += 1
-                    yield sequence.tokens[index - 1]
+                    yield request.tokens[index - 1]
                 if finished:
                     return
                 self.step()
         finally:
-            self.cancel(sequence)
+            self.cancel(request)
 
-    def score(self, prompts: Ids[Ids[int]], adapter: int = -1) -> list[np.ndarray]:
+    def score(self, prompts: Sequence[Sequence[int]], adapter: int = -1) -> list[np.ndarray]:
         """Returns per list of ids the log-probability of each but the first, given those before: float32 [n - 1].
 
         Raises GemkitError if any is not finite.
@@ -217,7 +214,7 @@ class Engine:
         self.sweep([row[:-1] for row in ids], run, visit, adapter)
         return scores
 
-    def mean_hidden(self, prompts: Ids[Ids[int]], skip: Ids[int], adapter: int = -1) -> np.ndarray:
+    def mean_hidden(self, prompts: Sequence[Sequence[int]], skip: Sequence[int], adapter: int = -1) -> np.ndarray:
         """Returns for each list of ids the mean of its final hidden states but the first ``skip``: float64 [n, D].
 
         Raises GemkitError if any is not finite.
@@ -237,7 +234,7 @@ class Engine:
 
     def sweep(
         self,
-        prompts: Ids[np.ndarray],
+        prompts: Sequence[np.ndarray],
         run: Callable[[Batch, list[Part]], np.ndarray],
         visit: Callable[[Part, np.ndarray], None],
         adapter: int = -1,
@@ -261,13 +258,13 @@ class Engine:
                 raise
             self._busy = False
 
-    def _sweep(self, prompts: Ids[np.ndarray], run: Callable, visit: Callable, adapter: int) -> None:
+    def _sweep(self, prompts: Sequence[np.ndarray], run: Callable, visit: Callable, adapter: int) -> None:
         scheduler = Scheduler(self.allocator, self.scheduler.max_tokens, self.scheduler.max_sequences)
         index = {}
         for number, ids in enumerate(prompts):
-            sequence = Sequence(ids, len(ids), self._new_table(len(ids)), GREEDY, adapter=adapter)
-            index[sequence] = number
-            scheduler.add(sequence)
+            request = Request(ids, len(ids), self._new_table(len(ids)), GREEDY, adapter=adapter)
+            index[request] = number
+            scheduler.add(request)
         while scheduler:
             plan = scheduler.schedule()
             if not plan:
@@ -276,19 +273,19 @@ class Engine:
                     raise self._shortage()
                 self.scheduler.preempt_all()
                 continue
-            parts = [Part(index[sequence], sequence.cached, sequence.cached + count) for sequence, count in plan]
+            parts = [Part(index[request], request.cached, request.cached + count) for request, count in plan]
             rows = run(make_batch(plan, self.runner.page_size, draw=False), parts)
             row = 0
-            for (sequence, count), part in zip(plan, parts):
+            for (request, count), part in zip(plan, parts):
                 visit(part, rows[row : row + count])
                 row += count
-                scheduler.advance(sequence, count)
-                if sequence.cached == sequence.length:
-                    scheduler.remove(sequence)
+                scheduler.advance(request, count)
+                if request.cached == request.length:
+                    scheduler.remove(request)
 
-    def _step(self) -> list[Sequence]:
+    def _step(self) -> list[Request]:
         scheduler = self.scheduler
-        # A second try is for the case that the only running sequence had to give way to itself.
+        # A second try is for the case that the only running request had to give way to itself.
         plan = scheduler.schedule() or scheduler.schedule()
         if not plan:
             if scheduler.waiting:
@@ -298,38 +295,39 @@ class Engine:
         result = self.runner.step(make_batch(plan, self.runner.page_size))
         now = time.perf_counter()
         tokens, logprobs = result.tokens.tolist(), result.logprobs.tolist()
-        advanced = []
-        for b, (sequence, count) in enumerate(plan):
-            scheduler.advance(sequence, count)
-            if sequence.cached == sequence.length and not sequence.finished:
-                self._accept(sequence, tokens[b], logprobs[b], _top(sequence, result, b), now)
-                advanced.append(sequence)
-            if sequence.finished:
-                scheduler.remove(sequence)
+        advanced, row = [], 0
+        for request, count in plan:
+            scheduler.advance(request, count)
+            if request.cached == request.length:  # as `make_batch` saw it, so that it has a row
+                if not request.finished:
+                    self._accept(request, tokens[row], logprobs[row], _top(request, result, row), now)
+                    advanced.append(request)
+                row += 1
+            if request.finished:
+                scheduler.remove(request)
         return advanced
 
-    def _accept(self, sequence: Sequence, token: int, logprob: float, top: tuple, now: float) -> None:
+    def _accept(self, request: Request, token: int, logprob: float, top: tuple, now: float) -> None:
         """Appends a token, and ends the request if it was the last one."""
-        assert token >= 0, "the runner drew no token"
-        text, reason = self._judge(sequence, token, sequence.length + 1)
-        if not sequence.tokens:
-            sequence.first_token_time = now
-        sequence.last_token_time = now
-        sequence.ids[sequence.length] = token
-        sequence.tokens.append(Token(token, text, None if sequence.sampling.logprobs is None else logprob, top))
-        sequence.length += 1
+        text, reason = self._judge(request, token, request.length + 1)
+        if not request.tokens:
+            request.first_token_time = now
+        request.last_token_time = now
+        request.ids[request.length] = token
+        request.tokens.append(Token(token, text, None if request.sampling.logprobs is None else logprob, top))
+        request.length += 1
         if reason:
-            sequence.finish_reason = reason
+            request.finish_reason = reason
 
-    def _judge(self, sequence: Sequence, token: int, length: int) -> tuple[str, str | None]:
+    def _judge(self, request: Request, token: int, length: int) -> tuple[str, str | None]:
         """Returns the text that a token adds, and why the request ends with it if it does."""
-        stream = sequence.stream
-        if token in self.stop_ids and not sequence.ignore_eos:
+        stream = request.stream
+        if token in self.stop_ids and not request.ignore_eos:
             return stream.flush(), "stop"
         text = stream.push(token)
         if stream.stopped:
             return text, "stop"
-        if length == sequence.limit:
+        if length == request.limit:
             text += stream.flush()
             return text, "stop" if stream.stopped else "length"
         return text, None
@@ -337,14 +335,14 @@ class Engine:
     def _recover(self) -> None:
         """Makes the state whole after an interrupt at any point: requests go back to their last complete token."""
         self._busy = True
-        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
-            sequence.length = sequence.prompt_length + len(sequence.tokens)
-            sequence.stream.restart()
-            reason = sequence.finish_reason
-            for n, token in enumerate(sequence.tokens):
-                sequence.ids[sequence.prompt_length + n] = token.id
-                reason = self._judge(sequence, token.id, sequence.prompt_length + n + 1)[1] or reason
-            sequence.finish_reason = reason
+        for request in (*self.scheduler.running, *self.scheduler.waiting):
+            request.length = request.prompt_length + len(request.tokens)
+            request.stream.restart()
+            reason = request.finish_reason
+            for n, token in enumerate(request.tokens):
+                request.ids[request.prompt_length + n] = token.id
+                reason = self._judge(request, token.id, request.prompt_length + n + 1)[1] or reason
+            request.finish_reason = reason
         self._cancelled.clear()
         self.scheduler.restart()
         self._busy = False
@@ -373,7 +371,7 @@ class Engine:
             count = self.runner.adapter_count
             raise UsageError(f"there is no adapter {brief(adapter)}: the model was loaded with {count}")
 
-    def _check_context(self, prompt: Ids[int]) -> np.ndarray:
+    def _check_context(self, prompt: Sequence[int]) -> np.ndarray:
         ids = self.check_ids(prompt)
         if len(ids) > self.context_size:
             raise UsageError(
@@ -382,7 +380,7 @@ class Engine:
             )
         return ids
 
-    def check_ids(self, prompt: Ids[int]) -> np.ndarray:
+    def check_ids(self, prompt: Sequence[int]) -> np.ndarray:
         """Returns the prompt as int32 [n]; raises UsageError unless it is at least one id of the vocabulary."""
         try:
             ids = np.asarray(prompt)
@@ -399,11 +397,11 @@ class Engine:
         return ids.astype(np.int32)
 
 
-def _top(sequence: Sequence, result: StepResult, b: int) -> tuple[tuple[int, float], ...]:
-    count = sequence.sampling.logprobs or 0
+def _top(request: Request, result: StepResult, row: int) -> tuple[tuple[int, float], ...]:
+    count = request.sampling.logprobs or 0
     if not count:
         return ()
-    return tuple(zip(result.top_ids[b, :count].tolist(), result.top_logprobs[b, :count].tolist()))
+    return tuple(zip(result.top_ids[row, :count].tolist(), result.top_logprobs[row, :count].tolist()))
 
 
 def check_max_tokens(value: object) -> int:

@@ -1,6 +1,7 @@
 """What the engine needs from a model: one call per step that returns tokens, never the logits of a whole vocabulary.
 
-Letters: B sequences in a step, T new tokens in a step, D model width, V vocabulary, P columns of a page table.
+Letters: B sequences in a step, T new tokens in a step, D model width, V vocabulary, R draws in a step,
+P columns of a page table.
 """
 
 from __future__ import annotations
@@ -55,41 +56,105 @@ class Batch:
     positions: int32 [B], the position of each sequence's first new token; all before it are in the cache.
     pages: one int32 [B, P] per page group; keys and values of position p are in page ``pages[g][b, p // page_size]``.
         -1: no page, because it left the window or is not needed yet. P differs between groups and steps.
-    sample: bool [B], whether a token is drawn after the sequence's last new token.
+    draws: int32 [B]; a token is drawn after each of the last ``draws[b]`` new tokens of sequence b, 0 for none.
     sampling: B records.
-    counters: int64 [B], tokens generated so far: which random number of the seed is drawn.
-    history: B int32 arrays with all ids so far, new ones included; empty where no penalty needs them.
+    counters: int64 [B], the index of the seed's random number for a sequence's first draw; the i-th draw after it
+        uses ``counters[b] + i``. For a request, the number of tokens generated so far.
+    history: B int32 arrays with all ids so far, new ones included; empty where no penalty needs them. A draw uses
+        the ids up to its own position.
     prompt_lengths: int32 [B]; history[prompt_lengths[b]:] was generated.
     adapters: int32 [B], the number of each sequence's adapter, -1 for none; None if no sequence has one.
+    masks: one per draw, in the order of `StepResult`: uint32 [ceil(V / 32)], where bit i % 32 of word i // 32 allows
+        token i, or None to allow all. Empty if no draw has a mask.
+    targets: int32 [T], the token after each new token whose log-probability is wanted, -1 for none; None if there is
+        no target.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     positions: np.ndarray
     pages: tuple[np.ndarray, ...]
-    sample: np.ndarray
+    draws: np.ndarray
     sampling: tuple[Sampling, ...]
     counters: np.ndarray
     history: tuple[np.ndarray, ...]
     prompt_lengths: np.ndarray
     adapters: np.ndarray | None = None
+    masks: tuple[np.ndarray | None, ...] = ()
+    targets: np.ndarray | None = None
+
+
+NO_IDS = np.empty(0, np.int32)
+GREEDY = Sampling()
+
+
+def build_batch(
+    tokens: Sequence[np.ndarray],
+    positions: Sequence[int],
+    pages: tuple[np.ndarray, ...],
+    *,
+    draws: Sequence[int] = (),
+    sampling: tuple[Sampling, ...] = (),
+    counters: Sequence[int] = (),
+    history: tuple[np.ndarray, ...] = (),
+    prompt_lengths: Sequence[int] = (),
+    adapters: Sequence[int] = (),
+    masks: tuple[np.ndarray | None, ...] = (),
+    targets: np.ndarray | None = None,
+) -> Batch:
+    """Builds a batch from the new tokens of each sequence, int32, and one value a sequence of everything else.
+
+    Defaults, for an empty argument: no draws, greedy, counters and prompt lengths 0, no history, no adapters.
+    The tokens of a single sequence are not copied.
+    """
+    size, none = len(tokens), (0,) * len(tokens)
+    if size == 1:
+        starts = np.array((0, len(tokens[0])), np.int32)
+    else:
+        starts = np.zeros(size + 1, np.int32)
+        np.cumsum([len(ids) for ids in tokens], out=starts[1:])
+    return Batch(
+        tokens[0] if size == 1 else np.concatenate(tokens, dtype=np.int32),
+        starts,
+        np.array(positions, np.int32),
+        pages,
+        np.array(draws if len(draws) else none, np.int32),
+        sampling or (GREEDY,) * size,
+        np.array(counters if len(counters) else none, np.int64),
+        history or (NO_IDS,) * size,
+        np.array(prompt_lengths if len(prompt_lengths) else none, np.int32),
+        np.array(adapters, np.int32) if len(adapters) and max(adapters) >= 0 else None,
+        masks,
+        targets,
+    )
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step chose.
+    """Tokens drawn in a step, and log-probabilities of targets.
 
-    tokens: int32 [B], -1 where nothing was drawn.
-    logprobs: float32 [B], natural logarithm of the token's probability under the softmax of the unmodified logits; of
-        no meaning where `Sampling.logprobs` is None.
-    top_ids, top_logprobs: int32 and float32 [B, n], n the largest `Sampling.logprobs` of the batch: the likeliest
+    There are R = ``batch.draws.sum()`` rows, in the order of sequences and, within one, of positions.
+
+    tokens: int32 [R].
+    logprobs: float32 [R], natural logarithm of the token's probability under the softmax of the unmodified logits;
+        undefined where `Sampling.logprobs` is None.
+    top_ids, top_logprobs: int32 and float32 [R, n], n the largest `Sampling.logprobs` of the batch: the most probable
         tokens under the same softmax, best first, padded with -1 and -inf.
+    target_logprobs: float32 [T], of ``batch.targets`` under the same softmax, 0 where the target is -1; None without
+        targets.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     top_ids: np.ndarray
     top_logprobs: np.ndarray
+    target_logprobs: np.ndarray | None = None
+
+
+def check_single_draws(batch: Batch) -> None:
+    """Raises GemkitError if a batch has targets, masks, or several draws of a sequence, for runners without them."""
+    if batch.targets is not None or batch.masks or batch.draws.max(initial=0) > 1:
+        raise GemkitError("this runner supports one draw per sequence and step, without masks and targets")
 
 
 class Runner(Protocol):
@@ -114,13 +179,13 @@ class Runner(Protocol):
         """Size of one page of a group, over all its layers."""
 
     def step(self, batch: Batch) -> StepResult:
-        """Runs the new tokens and draws a token where ``batch.sample`` is set."""
+        """Runs the new tokens with their draws and targets; raises GemkitError for those that it does not support."""
 
     def logits(self, batch: Batch) -> np.ndarray:
         """Runs the new tokens and returns all logits, float32 [T, V]: slow and large."""
 
     def score(self, batch: Batch, targets: np.ndarray) -> np.ndarray:
-        """Runs the new tokens; float32 [T]: log-probability of ``targets[t]`` (int32) after token t, 0 for -1."""
+        """Runs the new tokens and returns the `StepResult.target_logprobs` of ``targets``, without a draw."""
 
     def hidden(self, batch: Batch) -> np.ndarray:
         """Runs the new tokens and returns the hidden states after the final norm, float32 [T, D]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,8 +11,6 @@ import numpy as np
 from gemkit.engine.pages import PageTable
 from gemkit.engine.sampling import Sampling
 from gemkit.text.stream import StopMatcher, StreamDecoder
-
-NO_HISTORY = np.empty(0, np.int32)
 
 
 class Tokenizer(Protocol):
@@ -65,8 +63,8 @@ class TextStream:
         return text if self._matcher is None else self._matcher.push(text) + self._matcher.flush()
 
 
-class Sequence:
-    """Prompt, generated tokens, place in the cache, and times of one request.
+class Request:
+    """Prompt, generated tokens, page table, and times of one request.
 
     ids: int32 with room for the whole request; ``length`` are known, the first ``prompt_length`` are the prompt.
     cached: how many positions are in the cache; the next step starts there.
@@ -96,7 +94,7 @@ class Sequence:
 
     def __init__(
         self,
-        prompt: Ids[int],
+        prompt: Sequence[int],
         limit: int,
         table: PageTable,
         sampling: Sampling,

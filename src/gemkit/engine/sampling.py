@@ -6,7 +6,7 @@ Runners choose tokens on their own; `sample` is the definition they are tested a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -84,6 +84,48 @@ class Sampling:
             given = brief(getattr(self, name))
             raise UsageError(f"{name} is {given}; give a whole number from {low} to {high} ({off})")
         object.__setattr__(self, name, value)
+
+
+SAMPLING = np.dtype(
+    [
+        ("row", np.int64),  # index of the sequence in the step
+        ("draws", np.int64),
+        ("counter", np.int64),
+        ("prompt_length", np.int64),
+        ("history_start", np.int64),  # history_start <= i < history_end of the step's histories, one after the other
+        ("history_end", np.int64),
+        ("bias_start", np.int64),  # likewise of the biases
+        ("bias_end", np.int64),
+        ("top_k", np.int64),
+        ("logprobs", np.int64),  # -1: None
+        ("seed", np.uint64),
+        ("temperature", np.float64),
+        ("top_p", np.float64),
+        ("min_p", np.float64),
+        ("repetition_penalty", np.float64),
+        ("presence_penalty", np.float64),
+        ("frequency_penalty", np.float64),
+    ]
+)
+"""One record per sequence that draws: `Sampling` without its biases, after the sequence's data of this step.
+
+All fields have 8 bytes, so that there is no padding. A step changes the fields up to `history_end` alone.
+"""
+
+_SCALARS = SAMPLING.names[8:]
+
+
+def sampling_records(settings: Sequence[Sampling]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns `SAMPLING` records [n], the fields of a step 0, and all biases: ids int32 and values float32."""
+    records = np.zeros(len(settings), SAMPLING)
+    bias = []
+    for record, sampling in zip(records, settings):
+        record["bias_start"] = len(bias)
+        bias += sampling.logit_bias
+        record["bias_end"] = len(bias)
+        for name in _SCALARS:
+            record[name] = -1 if (value := getattr(sampling, name)) is None else value
+    return records, np.array([i for i, _ in bias], np.int32), np.array([v for _, v in bias], np.float32)
 
 
 def _is_real(value: object) -> bool:

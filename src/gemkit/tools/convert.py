@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gemkit.arch.tensors import manifest
-from gemkit.engine.interface import Batch, check_finite
-from gemkit.engine.sampling import Sampling
+from gemkit.engine.interface import build_batch, check_finite
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models.native import NativeRunner
 from gemkit.text.tokenizer import Tokenizer
@@ -195,17 +194,7 @@ class _Scored:
 
         Raises GemkitError if any is not finite.
         """
-        batch = Batch(
-            tokens=tokens,
-            starts=np.array([0, len(tokens)], np.int32),
-            positions=np.array([start], np.int32),
-            pages=(self._pages,) * len(self._runner.groups),
-            sample=np.zeros(1, bool),
-            sampling=(Sampling(),),
-            counters=np.zeros(1, np.int64),
-            history=(np.zeros(0, np.int32),),
-            prompt_lengths=np.zeros(1, np.int32),
-        )
+        batch = build_batch([tokens], [start], (self._pages,) * len(self._runner.groups))
         logits = self._runner.logits(batch)
         check_finite(logits)
         return logits

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gemkit.engine.interface import Batch, StepResult
+from gemkit.engine.interface import Batch, StepResult, build_batch
 from gemkit.engine.sampling import Sampling
 from gemkit.models.frameworks.padded import (
     FAR,
@@ -30,17 +30,8 @@ def test_slots_and_positions():
     """Two sequences, pages of 4; the second group has lost its first page to the window."""
     full = np.array([[0, 1, -1], [2, -1, -1]], np.int32)
     window = np.array([[-1, 5, -1], [4, -1, -1]], np.int32)
-    batch = Batch(
-        tokens=np.array([10, 11, 12, 20], np.int32),
-        starts=np.array([0, 3, 4], np.int32),
-        positions=np.array([4, 2], np.int32),
-        pages=(full, window),
-        sample=np.zeros(2, bool),
-        sampling=(Sampling(),) * 2,
-        counters=np.zeros(2, np.int64),
-        history=(NO_IDS,) * 2,
-        prompt_lengths=np.zeros(2, np.int32),
-    )
+    tokens = [np.array([10, 11, 12], np.int32), np.array([20], np.int32)]
+    batch = build_batch(tokens, [4, 2], (full, window))
     step = pad(batch, 4)
     assert step.tokens.shape == (2, 16)
     assert step.tokens[:, :4].tolist() == [[10, 11, 12, 0], [20, 0, 0, 0]] and not step.tokens[:, 4:].any()
@@ -89,16 +80,14 @@ def ragged(counts, firsts=None, page_size=4) -> Batch:
     firsts = np.array(firsts if firsts is not None else [0] * len(counts), np.int32)
     columns = int((firsts + counts).max() - 1) // page_size + 1
     table = np.arange(len(counts) * columns, dtype=np.int32).reshape(len(counts), columns)
-    return Batch(
-        tokens=np.arange(sum(counts), dtype=np.int32),
-        starts=np.cumsum([0, *counts]).astype(np.int32),
-        positions=firsts,
-        pages=(table,),
-        sample=np.ones(len(counts), bool),
+    return build_batch(
+        np.split(np.arange(sum(counts), dtype=np.int32), np.cumsum(counts)[:-1]),
+        firsts,
+        (table,),
+        draws=[1] * len(counts),
         sampling=tuple(Sampling(seed=b) for b in range(len(counts))),
-        counters=np.arange(len(counts), dtype=np.int64),
-        history=(NO_IDS,) * len(counts),
-        prompt_lengths=np.arange(len(counts), dtype=np.int32),
+        counters=range(len(counts)),
+        prompt_lengths=range(len(counts)),
     )
 
 
@@ -135,7 +124,7 @@ def test_parts_are_put_together_again():
     def step(some: Batch) -> StepResult:
         seen.append(some)
         width = 1 if len(seen) == 1 else 2
-        seeds = np.array([s.seed for s in some.sampling], np.int32)
+        seeds = np.array([s.seed for s, count in zip(some.sampling, some.draws) if count], np.int32)
         tops = np.repeat(seeds[:, None], width, 1)
         return StepResult(seeds, seeds / 2, tops, tops / np.float32(2))
 
@@ -146,5 +135,8 @@ def test_parts_are_put_together_again():
     assert whole.tokens.tolist() == [0, 1, 2, 3] and whole.logprobs.tolist() == [0, 0.5, 1, 1.5]
     assert whole.top_ids.tolist() == [[0, 0], [1, -1], [2, 2], [3, -1]]
     assert whole.top_logprobs[1].tolist() == [0.5, -np.inf]
+    batch.draws[[1, 2]] = 0
+    seen.clear()
+    assert in_parts(step, batch).tokens.tolist() == [0, 3], "a row per draw, in the order of the batch"
     again = part(batch, np.arange(4))
     assert np.array_equal(again.tokens, batch.tokens) and np.array_equal(again.pages[0], batch.pages[0])

@@ -87,20 +87,18 @@ def test_tokens_are_those_of_the_definition():
     drawn = set()
     for sampling in SAMPLINGS:
         batch = make_batch(runner, parts, sampling)
-        batch.sample[2] = False
+        batch.draws[2] = 0
         result = runner.step(batch)
-        assert result.tokens[2] == -1
-        for b, end in enumerate(ends):
-            if b == 2:
-                continue
-            wanted = sample(logits[end], sampling, b, batch.history[b], int(batch.prompt_lengths[b]))
+        assert len(result.tokens) == len(result.top_ids) == 3
+        for row, b in enumerate((0, 1, 3)):
+            wanted = sample(logits[ends[b]], sampling, b, batch.history[b], int(batch.prompt_lengths[b]))
             token, logprob, top_ids, top_logprobs = wanted
-            assert result.tokens[b] == token, sampling
-            drawn.add(bool(token != np.argmax(logits[end])))
+            assert result.tokens[row] == token, sampling
+            drawn.add(bool(token != np.argmax(logits[ends[b]])))
             if sampling.logprobs is not None:
-                assert abs(result.logprobs[b] - logprob) <= NATIVE_LOGPROB
-                assert result.top_ids[b].tolist() == top_ids.tolist()
-                np.testing.assert_allclose(result.top_logprobs[b], top_logprobs, rtol=0, atol=NATIVE_LOGPROB)
+                assert abs(result.logprobs[row] - logprob) <= NATIVE_LOGPROB
+                assert result.top_ids[row].tolist() == top_ids.tolist()
+                np.testing.assert_allclose(result.top_logprobs[row], top_logprobs, rtol=0, atol=NATIVE_LOGPROB)
     assert drawn == {True, False}
 
 

@@ -10,8 +10,7 @@ from parity.cases import CASES, random_params
 from gemkit import _native
 from gemkit.arch import reference
 from gemkit.arch.config import LayerSpec, ModelConfig
-from gemkit.engine.interface import Batch
-from gemkit.engine.sampling import Sampling
+from gemkit.engine.interface import Batch, build_batch
 from gemkit.errors import UsageError
 from gemkit.models.native import NativeRunner, kernel_path
 
@@ -203,17 +202,13 @@ def make_batch(pages: Pages, parts: list[tuple[int, np.ndarray, int]], sampling=
     """parts: (sequence, its new ids, position of the first)."""
     for sequence, ids, first in parts:
         pages.grow(sequence, first, len(ids))
-    count = len(parts)
-    return Batch(
-        tokens=np.concatenate([ids for _, ids, _ in parts]).astype(np.int32),
-        starts=np.cumsum([0, *(len(ids) for _, ids, _ in parts)]).astype(np.int32),
-        positions=np.array([first for _, _, first in parts], np.int32),
-        pages=pages.arrays([sequence for sequence, _, _ in parts]),
-        sample=np.full(count, sampling is not None),
-        sampling=sampling or (Sampling(),) * count,
-        counters=rows.get("counters", np.zeros(count, np.int64)),
-        history=rows.get("history", (NO_IDS,) * count),
-        prompt_lengths=rows.get("prompt_lengths", np.zeros(count, np.int32)),
+    return build_batch(
+        [ids.astype(np.int32) for _, ids, _ in parts],
+        [first for _, _, first in parts],
+        pages.arrays([sequence for sequence, _, _ in parts]),
+        draws=[int(sampling is not None)] * len(parts),
+        sampling=sampling or (),
+        **rows,
     )
 
 

@@ -70,20 +70,18 @@ def test_sampling_equals_the_numpy_definition(path):
         sampling = [random_sampling(generator, h, LARGE.vocab_size) for h in history]
         kept = tuple(h if s.has_penalty else NO_IDS for h, s in zip(history, sampling, strict=True))
         batch = make_batch(pages, parts, tuple(sampling), counters=counters, history=kept, prompt_lengths=prompts)
-        batch.sample[generator.integers(0, rows_per_step, 3)] = False
+        batch.draws[generator.integers(0, rows_per_step, 3)] = 0
         logits = runner.logits(batch)[batch.starts[1:] - 1]
         got = runner.step(batch)
-        for b in range(rows_per_step):
-            if not batch.sample[b]:
-                assert got.tokens[b] == -1 and (got.top_ids[b] == -1).all() and np.isneginf(got.top_logprobs[b]).all()
-                continue
+        assert len(got.tokens) == len(got.logprobs) == len(got.top_ids) == len(got.top_logprobs) == batch.draws.sum()
+        for row, b in enumerate(np.flatnonzero(batch.draws)):
             want = sample(logits[b], sampling[b], int(counters[b]), history[b], int(prompts[b]))
             token, logprob, top_ids, top_logprobs = want
             n = len(top_ids)
-            assert got.tokens[b] == token, (sampling[b], int(counters[b]))
-            assert abs(got.logprobs[b] - logprob) <= NATIVE_LOGPROB, (sampling[b], got.logprobs[b], logprob)
-            assert got.top_ids[b, :n].tolist() == top_ids.tolist() and (got.top_ids[b, n:] == -1).all()
-            np.testing.assert_allclose(got.top_logprobs[b, :n], top_logprobs, rtol=0, atol=NATIVE_LOGPROB)
+            assert got.tokens[row] == token, (sampling[b], int(counters[b]))
+            assert abs(got.logprobs[row] - logprob) <= NATIVE_LOGPROB, (sampling[b], got.logprobs[row], logprob)
+            assert got.top_ids[row, :n].tolist() == top_ids.tolist() and (got.top_ids[row, n:] == -1).all()
+            np.testing.assert_allclose(got.top_logprobs[row, :n], top_logprobs, rtol=0, atol=NATIVE_LOGPROB)
             different.add(token != int(np.argmax(logits[b])))
             total += 1
     assert different == {True, False}

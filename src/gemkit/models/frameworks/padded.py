@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gemkit.engine.interface import Batch, StepResult
+from gemkit.engine.interface import Batch, StepResult, build_batch, check_single_draws
 from gemkit.engine.sampling import Sampling, adjust, draw
 
 Array = Any  # of NumPy or a framework
@@ -166,29 +166,30 @@ def split(batch: Batch) -> list[np.ndarray]:
 
 def part(batch: Batch, rows: np.ndarray) -> Batch:
     """Some sequences of a batch, in order."""
-    counts = np.diff(batch.starts)[rows]
-    return Batch(
-        tokens=np.concatenate([batch.tokens[batch.starts[b] : batch.starts[b + 1]] for b in rows]),
-        starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-        positions=batch.positions[rows],
-        pages=tuple(table[rows] for table in batch.pages),
-        sample=batch.sample[rows],
+    return build_batch(
+        [batch.tokens[batch.starts[b] : batch.starts[b + 1]] for b in rows],
+        batch.positions[rows],
+        tuple(table[rows] for table in batch.pages),
+        draws=batch.draws[rows],
         sampling=tuple(batch.sampling[b] for b in rows),
         counters=batch.counters[rows],
         history=tuple(batch.history[b] for b in rows),
         prompt_lengths=batch.prompt_lengths[rows],
-        adapters=None if batch.adapters is None else batch.adapters[rows],
+        adapters=() if batch.adapters is None else batch.adapters[rows],
     )
 
 
 def in_parts(step: Callable[[Batch], StepResult], batch: Batch) -> StepResult:
     """Runs a batch in the steps of `split` and returns their results as one."""
+    check_single_draws(batch)
     parts = split(batch)
     if len(parts) == 1:
         return step(batch)
     results = [step(part(batch, rows)) for rows in parts]
-    whole = _empty_result(len(batch.positions), max(result.top_ids.shape[1] for result in results))
-    for rows, result in zip(parts, results, strict=True):
+    ends = batch.draws.cumsum()
+    whole = _empty_result(int(ends[-1]), max(result.top_ids.shape[1] for result in results))
+    for sequences, result in zip(parts, results, strict=True):
+        rows = ends[sequences[batch.draws[sequences] > 0]] - 1
         width = result.top_ids.shape[1]
         whole.tokens[rows], whole.logprobs[rows] = result.tokens, result.logprobs
         whole.top_ids[rows, :width], whole.top_logprobs[rows, :width] = result.top_ids, result.top_logprobs
@@ -232,10 +233,9 @@ def greedy(sampling: Sampling) -> bool:
 
 def choose(logits: Sequence[Logits], batch: Batch, wanted: np.ndarray) -> StepResult:
     """Draws the tokens of the sequences `wanted` as `gemkit.engine.sampling.sample` defines it."""
-    size = len(batch.positions)
     width = max((batch.sampling[b].logprobs or 0 for b in wanted), default=0)
-    result = _empty_result(size, width)
-    for row, b in zip(logits, wanted, strict=True):
+    result = _empty_result(len(wanted), width)
+    for r, (row, b) in enumerate(zip(logits, wanted, strict=True)):
         sampling = batch.sampling[b]
         ids, values = row.top_ids, row.top
         if row.whole is not None:
@@ -243,12 +243,12 @@ def choose(logits: Sequence[Logits], batch: Batch, wanted: np.ndarray) -> StepRe
             ids, values = np.arange(len(adjusted), dtype=np.int32), adjusted
         place = draw(values, sampling, int(batch.counters[b]))
         token = int(ids[place])
-        result.tokens[b] = token
+        result.tokens[r] = token
         if sampling.logprobs is None:
             continue
         raw = row.whole[token] if row.whole is not None else values[place]
-        result.logprobs[b] = float(raw) - row.log_sum
+        result.logprobs[r] = float(raw) - row.log_sum
         count = sampling.logprobs
-        result.top_ids[b, :count] = row.top_ids[:count]
-        result.top_logprobs[b, :count] = row.top[:count].astype(np.float64) - row.log_sum
+        result.top_ids[r, :count] = row.top_ids[:count]
+        result.top_logprobs[r, :count] = row.top[:count].astype(np.float64) - row.log_sum
     return result

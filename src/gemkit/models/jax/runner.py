@@ -132,7 +132,7 @@ class JaxRunner:
         return padded.in_parts(self._step, batch)
 
     def _step(self, batch: Batch) -> StepResult:
-        wanted = np.flatnonzero(batch.sample)
+        wanted = np.flatnonzero(batch.draws)
         few = all(padded.greedy(batch.sampling[b]) for b in wanted)
         if len(batch.tokens) == len(batch.positions) <= _HEAD_ROWS:
             step = self._padded(batch)

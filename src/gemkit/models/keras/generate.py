@@ -7,10 +7,11 @@ runs in one shape (or in chunks of `CHUNK`), every later token in another, and t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import compress
 
 import numpy as np
 
-from gemkit.engine.interface import Batch
+from gemkit.engine.interface import build_batch
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import UsageError, brief, whole_number
 from gemkit.models.frameworks.padded import bucket
@@ -93,12 +94,18 @@ class Generator:
         steps.reserve([sum(pages)] * len(steps.groups))
         found: list[list[int]] = [[] for _ in prompts]
 
-        def run(which: list[int], parts: list[np.ndarray], firsts: list[int], sample: list[bool], T: int) -> None:
-            batch = _batch(parts, firsts, table[which], sample, sampling, [len(found[b]) for b in which], steps)
+        def run(which: list[int], parts: list[np.ndarray], firsts: list[int], draws: list[bool], T: int) -> None:
+            batch = build_batch(
+                parts,
+                firsts,
+                (table[which],) * len(steps.groups),
+                draws=draws,
+                sampling=(sampling,) * len(which),
+                counters=[len(found[b]) for b in which],
+            )
             result = steps.step(batch, at_least=(bucket(len(prompts)), T, 1 + max(pages)))
-            for row, b in enumerate(which):
-                if sample[row]:
-                    found[b].append(int(result.tokens[row]))
+            for b, token in zip(compress(which, draws), result.tokens, strict=True):
+                found[b].append(int(token))
 
         longest = max(map(len, prompts))
         T = min(bucket(longest), CHUNK)
@@ -113,26 +120,3 @@ class Generator:
             firsts = [len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts, found)]
             run(everyone, tokens, firsts, open, 1)
         return found
-
-
-def _batch(
-    parts: list[np.ndarray],
-    firsts: list[int],
-    table: np.ndarray,
-    sample: list[bool],
-    sampling: Sampling,
-    counters: list[int],
-    steps: Steps,
-) -> Batch:
-    count = len(parts)
-    return Batch(
-        tokens=np.concatenate(parts),
-        starts=np.cumsum([0, *map(len, parts)]).astype(np.int32),
-        positions=np.array(firsts, np.int32),
-        pages=(table,) * len(steps.groups),
-        sample=np.array(sample),
-        sampling=(sampling,) * count,
-        counters=np.array(counters, np.int64),
-        history=(np.zeros(0, np.int32),) * count,
-        prompt_lengths=np.zeros(count, np.int32),
-    )

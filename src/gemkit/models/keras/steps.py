@@ -14,7 +14,7 @@ from keras import KerasTensor as Tensor
 from keras import ops
 
 from gemkit.arch.config import ModelConfig
-from gemkit.engine.interface import Batch, StepResult, check_finite, page_groups
+from gemkit.engine.interface import Batch, StepResult, check_finite, check_single_draws, page_groups
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models.frameworks import padded
 from gemkit.models.keras.attention import LayerCache
@@ -85,8 +85,9 @@ class Steps:
 
     def step(self, batch: Batch, at_least: tuple[int, int, int] = (1, 1, 1)) -> StepResult:
         """Runs the new tokens and draws. at_least: sequences, tokens and pages to pad to, so that shapes stay."""
+        check_single_draws(batch)
         step, hidden_BTD = self._run(batch, at_least)
-        wanted = np.flatnonzero(batch.sample)
+        wanted = np.flatnonzero(batch.draws)
         found = []
         for part, hidden_RD in self._parts(hidden_BTD, step.rows[batch.starts[wanted + 1] - 1], at_least[0]):
             found += self._reduced(hidden_RD, [batch.sampling[b] for b in wanted[part]])

@@ -9,7 +9,7 @@ import numpy as np
 
 from gemkit import _native, forks
 from gemkit.arch.config import ModelConfig
-from gemkit.engine.interface import NOT_NUMBERS, Batch, StepResult, page_groups
+from gemkit.engine.interface import NO_IDS, NOT_NUMBERS, Batch, StepResult, check_single_draws, page_groups
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError, UsageError
 from gemkit.host import check_memory
@@ -19,7 +19,6 @@ ACTIVATIONS = ("int8", "float32")
 
 IMAGE_VERSION: int = _native.image_version
 
-_NO_IDS = np.zeros(0, np.int32)
 _NO_VALUES = np.zeros(0, np.float32)
 
 
@@ -175,7 +174,8 @@ class NativeRunner:
         return self._call(self._model.page_bytes, group)
 
     def step(self, batch: Batch) -> StepResult:
-        wanted = batch.sample.nonzero()[0]
+        check_single_draws(batch)
+        wanted = batch.draws.nonzero()[0]
         if len(wanted) == len(batch.sampling):
             sampling, histories = batch.sampling, batch.history
             counters, lengths = batch.counters, batch.prompt_lengths
@@ -201,22 +201,9 @@ class NativeRunner:
             settings.bias_ids,
             settings.bias_values,
             _offsets([len(ids) for ids in histories]) if history else settings.no_history,
-            np.concatenate(histories, dtype=np.int32, casting="unsafe") if history else _NO_IDS,
+            np.concatenate(histories, dtype=np.int32, casting="unsafe") if history else NO_IDS,
         )
-        count = len(batch.positions)
-        if len(wanted) == count:
-            return StepResult(tokens, logprobs, top_ids, top_logprobs)
-        result = StepResult(
-            np.full(count, -1, np.int32),
-            np.zeros(count, np.float32),
-            np.full((count, top_ids.shape[1]), -1, np.int32),
-            np.full((count, top_ids.shape[1]), -np.inf, np.float32),
-        )
-        result.tokens[wanted] = tokens
-        result.logprobs[wanted] = logprobs
-        result.top_ids[wanted] = top_ids
-        result.top_logprobs[wanted] = top_logprobs
-        return result
+        return StepResult(tokens, logprobs, top_ids, top_logprobs)
 
     def logits(self, batch: Batch) -> np.ndarray:
         return self._call(self._model.logits, *self._arrays(batch))
@@ -234,7 +221,7 @@ class NativeRunner:
             np.ascontiguousarray(batch.starts, np.int32),
             np.ascontiguousarray(batch.positions, np.int32),
             [np.ascontiguousarray(table, np.int32) for table in batch.pages],
-            _NO_IDS if batch.adapters is None else np.ascontiguousarray(batch.adapters, np.int32),
+            NO_IDS if batch.adapters is None else np.ascontiguousarray(batch.adapters, np.int32),
         )
 
 

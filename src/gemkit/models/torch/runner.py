@@ -124,7 +124,7 @@ class TorchRunner:
 
     def _step(self, batch: Batch) -> StepResult:
         step = self._padded(batch)
-        wanted = np.flatnonzero(batch.sample)
+        wanted = np.flatnonzero(batch.draws)
         few = all(padded.greedy(batch.sampling[b]) for b in wanted)
         known = []
         with torch.inference_mode():
