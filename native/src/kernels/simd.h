@@ -298,7 +298,7 @@ GEMKIT_INLINE f32x16 scale_pow2(f32x16 a, f32x16 n) {
 
 #endif
 
-#if defined(GEMKIT_SIMDE) || !(defined(GEMKIT_AVX512) || defined(GEMKIT_AVX2) || defined(GEMKIT_NEON))
+#if !defined(GEMKIT_AVX2) && !defined(GEMKIT_NEON) && (defined(GEMKIT_SIMDE) || !defined(GEMKIT_AVX512))
 template <class T, class F>
 GEMKIT_INLINE f32x16 load_as(const T* p, F convert) {
   f32x16 r;  // filled in place: GCC 12 with ThreadSanitizer miscompiles an array that is then loaded
