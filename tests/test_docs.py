@@ -76,6 +76,29 @@ def test_links_paths_and_targets_exist(page: Path):
         assert target in targets, target
 
 
+def _files(span: str) -> list[Path]:
+    """Return the files that a path on a page of docs/concepts names: of the project, or of the package."""
+    return [top / span for top in (ROOT, ROOT / "src" / "gemkit") if (top / span).is_file()]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "concepts").glob("*.md")), ids=lambda page: page.name)
+def test_files_and_names_of_the_concept_pages_exist(page: Path):
+    """A name between backticks is in one of the files that its paragraph, list item or table row names."""
+    paragraphs = re.split(r"\n\s*\n|\n(?=\d+\. |- |\|)", page.read_text(encoding="utf-8"))
+    checked = 0
+    for paragraph in paragraphs:
+        spans = re.findall(r"`([^`]+)`", paragraph)
+        paths = [span for span in spans if re.fullmatch(r"[\w/.-]+\.(?:py|cc|h|md)", span) and "/" in span]
+        assert not [path for path in paths if not _files(path)], paragraph
+        text = "\n".join(file.read_text(encoding="utf-8") for path in paths for file in _files(path))
+        for span in spans:
+            if span not in paths and re.fullmatch(r"[A-Za-z_]\w*(?:(?:\.|::)\w+)*", span):
+                missing = [part for part in re.split(r"\.|::", span) if not re.search(rf"\b{part}\b", text)]
+                assert not missing, f"{span}: {missing} not in {paths}"
+                checked += 1
+    assert checked > 5
+
+
 def test_every_line_of_the_numerics_contract_names_its_test():
     rows = [line for line in (ROOT / "docs" / "numerics.md").read_text("utf-8").splitlines() if line.startswith("| ")]
     promises = [row for row in rows if not row.startswith("| promise")]
