@@ -15,7 +15,7 @@ from engine.vocabulary import STOP, tokenizer
 
 from gemkit.engine.engine import Engine
 from gemkit.engine.interface import StepResult
-from gemkit.engine.request import Request
+from gemkit.engine.request import Request, State
 from gemkit.engine.sampling import Sampling, log_softmax
 from gemkit.errors import GemkitError, UsageError
 
@@ -51,6 +51,8 @@ def check_books(e: Engine) -> None:
         assert sorted(held + allocator._free[g]) == list(range(allocator.capacity[g]))
         assert allocator.capacity[g] <= allocator.limits[g]
     assert all(s.cached == 0 and max(s.table.end) == 0 for s in scheduler.waiting)
+    assert all(s.state is State.WAITING for s in scheduler.waiting)
+    assert all(s.state is State.RUNNING and s.cached > 0 for s in scheduler.running)
     assert len(scheduler.running) <= scheduler.max_sequences
 
 
@@ -200,6 +202,7 @@ def test_random_adds_cancels_and_steps(seed: int):
     e.run()
     check_empty(e)
     for prompt, settings, count, request in live:
+        assert request.state is State.REMOVED and request.cached == 0
         wanted = continue_alone(windows, prompt, min(count, 70 - len(prompt)), settings, STOP)
         if request.finish_reason == "cancelled":
             assert ids(request) == wanted[: len(request.tokens)]
@@ -209,7 +212,9 @@ def test_random_adds_cancels_and_steps(seed: int):
 
 def test_cancel_frees_everything_and_is_idempotent():
     e = engine()
-    running, waiting = e.add([5] * 30), e.add([6] * 30)
+    running, waiting = e.add([5] * 30), e.prepare([6] * 30)
+    assert waiting.state is State.NEW
+    e.submit(waiting)
     e.step()
     for request in (running, waiting, running):
         e.cancel(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -63,11 +64,20 @@ class TextStream:
         return text if self._matcher is None else self._matcher.push(text) + self._matcher.flush()
 
 
+class State(Enum):
+    """Position of a request in the scheduler. A request that was cancelled runs until the step under way has ended."""
+
+    NEW = auto()  # prepared, not queued
+    WAITING = auto()  # queued, without pages; for the first time or after a preemption
+    RUNNING = auto()  # has pages and takes part in steps
+    REMOVED = auto()  # without pages, never to run again
+
+
 class Request:
     """Prompt, generated tokens, page table, and times of one request.
 
     ids: int32 with room for the whole request; ``length`` are known, the first ``prompt_length`` are the prompt.
-    cached: how many positions are in the cache; the next step starts there.
+    cached: how many positions are in the cache; the next step starts there. state: set by the scheduler.
     limit: the length at which generation ends.
     adapter: its adapter's number, -1 for none.
     tokens: what was generated, in order; finish_reason: None, then "stop", "length" or "cancelled".
@@ -87,6 +97,7 @@ class Request:
         "prompt_length",
         "sampling",
         "start_time",
+        "state",
         "stream",
         "table",
         "tokens",
@@ -112,6 +123,7 @@ class Request:
         self.ignore_eos = ignore_eos
         self.adapter = adapter
         self.cached = 0
+        self.state = State.NEW
         self.tokens: list[Token] = []
         self.finish_reason: str | None = None
         self.preemptions = 0

@@ -14,7 +14,7 @@ import numpy as np
 
 from gemkit.engine.interface import NO_IDS, Batch, build_batch
 from gemkit.engine.pages import PageAllocator
-from gemkit.engine.request import Request
+from gemkit.engine.request import Request, State
 
 Plan = list[tuple[Request, int]]
 
@@ -40,6 +40,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
+        request.state = State.WAITING
 
     def schedule(self) -> Plan:
         """Returns the requests of the next step with their numbers of new tokens; their pages are theirs already."""
@@ -57,7 +58,7 @@ class Scheduler:
                 budget -= count
         if len(self.running) < len(running):
             # Victims are the youngest: none has its place in the plan yet, and none is admitted in this step.
-            assert all(request.cached for request, _ in plan)
+            assert all(request.state is State.RUNNING for request, _ in plan)
             return plan
         while self.waiting and budget and len(self.running) < self.max_sequences:
             request = self.waiting[0]
@@ -67,6 +68,7 @@ class Scheduler:
             # In this order, so that an interrupt in between loses nobody.
             self.running.append(request)
             self.waiting.popleft()
+            request.state = State.RUNNING
             plan.append((request, count))
             budget -= count
         return plan
@@ -78,8 +80,7 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Takes a request out and its pages back; nothing happens if it is gone already."""
-        self.allocator.release(request.table)
-        request.cached = 0
+        self._stop(request, State.REMOVED)
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -87,8 +88,7 @@ class Scheduler:
 
     def preempt(self, request: Request) -> None:
         """Sends a running request back to the head of the queue without its pages."""
-        self.allocator.release(request.table)
-        request.cached = 0
+        self._stop(request, State.WAITING)
         request.preemptions += 1
         self.waiting.appendleft(request)
         self.running.remove(request)
@@ -104,13 +104,19 @@ class Scheduler:
         for request in requests:
             request.table.clear()
             request.cached = 0
+            request.state = State.REMOVED if request.finished else State.WAITING
         self.running = []
         self.waiting = deque(request for request in requests if not request.finished)
 
+    def _stop(self, request: Request, state: State) -> None:
+        """Takes back a request's pages."""
+        self.allocator.release(request.table)
+        request.cached = 0
+        request.state = state
+
     def _extend(self, request: Request, count: int) -> bool:
         """Gets the pages for a running request's next tokens; False if it was preempted."""
-        # Whoever runs has something in the cache, so that cached = 0 tells a preempted request.
-        while request.cached:
+        while request.state is State.RUNNING:
             if self.allocator.extend(request.table, request.cached + count):
                 return True
             assert len(self.running) > 1 or self.allocator.shortage, "a context must fit in the cache"
