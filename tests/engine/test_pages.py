@@ -1,4 +1,4 @@
-"""Pages: windows, growth, limits, exact books. Budget: 3 s."""
+"""Pages: windows, growth, limits, exact books. Budget: 8 s."""
 
 import pytest
 from hypothesis import given, settings
@@ -105,6 +105,133 @@ def test_giving_back_twice_is_an_invariant_violation():
     table.end[0] = 2
     with pytest.raises(AssertionError, match="given back twice"):
         pages.release(table)
+
+
+class Sharers:
+    """Sequences that write their tokens into pages, restart and share pages, as requests do in the engine."""
+
+    def __init__(self, window: int, size: int) -> None:
+        self.size, self.windows = size, (None, window)
+        self.pages = allocator(self.windows, size, (14, 12))
+        self.cache: list[dict[tuple[int, int], int]] = [{}, {}]  # (page, offset) to token
+        self.tables = [PageTable(2, 40) for _ in range(4)]
+        self.tokens: list[list[int]] = [[] for _ in self.tables]
+        self.pinned: list[tuple[int, int]] = []
+        self.clock = 0
+
+    def run(self, i: int, count: int) -> None:
+        table, tokens = self.tables[i], self.tokens[i]
+        count = min(count, 40 * self.size - len(tokens))
+        if not self.pages.extend(table, len(tokens) + count):
+            self.stop(i)  # as a preemption
+            return
+        for _ in range(count):
+            self.clock += 1
+            for g in range(2):
+                page = int(table.rows[g][len(tokens) // self.size])
+                assert self.pages._counts[g][page] == 1, "a shared page is written"
+                self.cache[g][page, len(tokens) % self.size] = self.clock
+            tokens.append(self.clock)
+        self.pages.trim(table, len(tokens))
+
+    def stop(self, i: int) -> None:
+        self.pages.release(self.tables[i])
+        self.tokens[i].clear()
+
+    def fork(self, i: int, j: int, length: int) -> None:
+        if i == j:
+            return
+        self.stop(j)
+        length = min(length, len(self.tokens[i]))
+        known = self.pages.share(self.tables[i], self.tables[j], length)
+        oldest = [max(0, length // self.size * self.size - w + 1) if w else 0 for w in self.windows]
+        gone = any(o // self.size < held for o, held in zip(oldest, self.tables[i].first))
+        assert known == (0 if gone else length // self.size * self.size)
+        self.tokens[j] = self.tokens[i][:known]
+
+    def pin(self, i: int, number: int) -> None:
+        """A cache of prefixes holds a page for a while, whatever becomes of the sequence."""
+        if number % 2 and self.pinned:
+            g, page = self.pinned.pop(number % len(self.pinned))
+            self.pages.release_pages(g, [page])
+            return
+        held = [(g, int(page)) for g, row in enumerate(self.tables[i].rows) for page in row if page >= 0]
+        if held:
+            self.pinned.append(held[number % len(held)])
+            self.pages.retain(self.pinned[-1][0], [self.pinned[-1][1]])
+
+    def restart(self) -> None:
+        self.pages.reset()
+        for table, tokens in zip(self.tables, self.tokens):
+            table.clear()
+            tokens.clear()
+        self.pinned.clear()
+
+    def check(self) -> None:
+        for g, window in enumerate(self.windows):
+            holders = [int(page) for table in self.tables for page in table.rows[g] if page >= 0]
+            holders += [page for group, page in self.pinned if group == g]
+            counts = [holders.count(page) for page in range(self.pages.capacity[g])]
+            assert self.pages._counts[g] == counts
+            assert sorted(self.pages._free[g]) == [page for page, count in enumerate(counts) if not count]
+            assert self.pages.used(g) == len(set(holders)) <= self.pages.limits[g]
+            for table, tokens in zip(self.tables, self.tokens):
+                oldest = max(0, len(tokens) - window + 1) if window else 0  # that the next query sees
+                found = [
+                    self.cache[g][int(table.rows[g][p // self.size]), p % self.size] for p in range(oldest, len(tokens))
+                ]
+                assert found == tokens[oldest:], "a visible position was lost or overwritten"
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("run"), st.integers(0, 3), st.integers(1, 12)),
+    st.tuples(st.just("fork"), st.integers(0, 3), st.integers(0, 3), st.integers(0, 60)),
+    st.tuples(st.just("stop"), st.integers(0, 3)),
+    st.tuples(st.just("pin"), st.integers(0, 3), st.integers(0, 99)),
+    st.tuples(st.just("restart")),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 14), st.integers(1, 5), st.lists(ACTIONS, max_size=40))
+def test_shared_pages_are_counted_and_never_written(window: int, size: int, actions: list[tuple]):
+    sharers = Sharers(window, size)
+    for name, *arguments in actions:
+        getattr(sharers, name)(*arguments)
+        sharers.check()
+
+
+def test_a_fork_shares_full_pages_until_the_last_holder_ends():
+    pages = allocator((None, 8), 4)
+    source, fork = PageTable(2, 20), PageTable(2, 20)
+    pages.extend(source, 10)
+    assert pages.share(source, fork, 10) == 8
+    assert fork.rows[0].tolist()[:3] == [*source.rows[0][:2].tolist(), -1] and pages.used(0) == 3
+    pages.extend(fork, 10)
+    assert pages.used(0) == 4 and fork.rows[0][2] != source.rows[0][2]
+    pages.release(source)
+    assert pages.used(0) == 3, "the fork still has the shared pages"
+    pages.release(fork)
+    assert pages.used(0) == pages.used(1) == 0
+
+
+def test_a_fork_needs_the_pages_of_its_window():
+    pages = allocator((None, 8), 4)
+    source, fork = PageTable(2, 20), PageTable(2, 20)
+    pages.extend(source, 40)
+    pages.trim(source, 40)
+    assert pages.share(source, fork, 24) == 0 and fork.end == [0, 0] and pages.used(0) == 10
+    assert pages.share(source, fork, 40) == 40 and fork.first == [0, 8]
+
+
+def test_free_pages_are_not_shared():
+    pages = allocator((None,), 4, (10,))
+    table = PageTable(1, 10)
+    pages.extend(table, 8)
+    row = table.rows[0][:2].tolist()
+    pages.release(table)
+    with pytest.raises(AssertionError, match="a free page is shared"):
+        pages.retain(0, row)
 
 
 def test_limits():

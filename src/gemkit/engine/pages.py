@@ -1,13 +1,14 @@
-"""Who holds which page of cache.
+"""Pages of the cache: allocation, reference counts, windows.
 
 Every page group has pages of its own. A sequence takes pages as its tokens run and, in a group with a window of W,
 gives one back as soon as no query that is still to come can see it: when the next query is at position n, positions up
-to n - W are out of sight. Pages are never reused in place, so a chunk, a restart or a shared prefix cannot go wrong.
+to n - W are out of sight. Pages are append-only: a full page is never written again, so that sequences may share it.
+A page is free when nobody holds it any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -65,10 +66,10 @@ class PageAllocator:
         self.shortage: GemkitError | None = None
         self._reserve = reserve
         self._free: list[list[int]] = [[] for _ in groups]
-        self._used = [bytearray() for _ in groups]
+        self._counts: list[list[int]] = [[] for _ in groups]  # holders of each page
 
     def used(self, group: int) -> int:
-        """Pages of a group that sequences hold."""
+        """Pages of a group that are held, a shared one counted once."""
         return self.capacity[group] - len(self._free[group])
 
     def available(self, group: int) -> int:
@@ -91,14 +92,50 @@ class PageAllocator:
             return False
         for g, count in enumerate(need):
             if count:
-                free, used, row, end = self._free[g], self._used[g], table.rows[g], table.end[g]
+                free, counts, row, end = self._free[g], self._counts[g], table.rows[g], table.end[g]
                 for column in range(end, end + count):
                     page = free.pop()
-                    assert not used[page], "a page is handed out twice"
-                    used[page] = 1
+                    assert not counts[page], "a page is handed out twice"
+                    counts[page] = 1
                     row[column] = page
                 table.end[g] = end + count
         return True
+
+    def share(self, source: PageTable, table: PageTable, length: int) -> int:
+        """Gives an empty table the full pages of another's first ``length`` positions, as far as they are in sight.
+
+        All these positions must be in the cache.
+
+        Returns how many positions need not run again: a multiple of the page size, since the last page is shared only
+        if it is full; copying a partial page is up to the caller. 0, and no pages, if one that is in sight from there
+        has left the source's window.
+        """
+        assert not any(table.end) and length <= min(source.end) * self.page_size
+        end = length // self.page_size
+        firsts = [first_visible_page(group.window, end * self.page_size, self.page_size) for group in self.groups]
+        if any(first < held for first, held in zip(firsts, source.first)):
+            return 0
+        for g, first in enumerate(firsts):
+            self.retain(g, source.rows[g][first:end].tolist())
+            table.rows[g][first:end] = source.rows[g][first:end]
+            table.first[g], table.end[g] = first, end
+        return end * self.page_size
+
+    def retain(self, group: int, pages: Iterable[int]) -> None:
+        """Adds a holder to pages that are held; each calls `release_pages` once."""
+        counts = self._counts[group]
+        for page in pages:
+            assert page >= 0 and counts[page], "a free page is shared"
+            counts[page] += 1
+
+    def release_pages(self, group: int, pages: Iterable[int]) -> None:
+        """Removes a holder from pages; those without any are free."""
+        counts, free = self._counts[group], self._free[group]
+        for page in pages:
+            assert page >= 0 and counts[page], "a page is given back twice"
+            counts[page] -= 1
+            if not counts[page]:
+                free.append(page)
 
     def trim(self, table: PageTable, position: int) -> None:
         """Takes back the pages that no query at ``position`` or later sees."""
@@ -115,18 +152,14 @@ class PageAllocator:
             table.first[g] = table.end[g] = 0
 
     def reset(self) -> None:
-        """Takes back all pages, whoever holds them; the tables of sequences must be thrown away with it."""
+        """Takes back all pages, whoever holds them: tables and retained pages must be forgotten with it."""
         self._free = [list(range(capacity - 1, -1, -1)) for capacity in self.capacity]
-        self._used = [bytearray(capacity) for capacity in self.capacity]
+        self._counts = [[0] * capacity for capacity in self.capacity]
 
     def _release(self, g: int, table: PageTable, first: int) -> None:
-        row, free, used = table.rows[g], self._free[g], self._used[g]
-        for column in range(table.first[g], min(first, table.end[g])):
-            page = int(row[column])
-            assert page >= 0 and used[page], "a page is given back twice"
-            used[page] = 0
-            free.append(page)
-            row[column] = -1
+        held = table.rows[g][table.first[g] : min(first, table.end[g])]
+        self.release_pages(g, held.tolist())
+        held.fill(-1)
         table.first[g] = first
         assert first <= table.end[g]
 
@@ -142,7 +175,7 @@ class PageAllocator:
         for g, new in enumerate(capacity):
             old = self.capacity[g]
             self._free[g][:0] = range(new - 1, old - 1, -1)
-            self._used[g] += bytes(new - old)
+            self._counts[g] += [0] * (new - old)
         self.capacity = capacity
         return True
 
