@@ -150,12 +150,13 @@ class Sharers:
         self.tokens[j] = self.tokens[i][:known]
 
     def pin(self, i: int, number: int) -> None:
-        """A cache of prefixes holds a page for a while, whatever becomes of the sequence."""
+        """A cache of prefixes holds a full page for a while, whatever becomes of the sequence."""
         if number % 2 and self.pinned:
             g, page = self.pinned.pop(number % len(self.pinned))
             self.pages.release_pages(g, [page])
             return
-        held = [(g, int(page)) for g, row in enumerate(self.tables[i].rows) for page in row if page >= 0]
+        full = len(self.tokens[i]) // self.size
+        held = [(g, int(page)) for g, row in enumerate(self.tables[i].rows) for page in row[:full] if page >= 0]
         if held:
             self.pinned.append(held[number % len(held)])
             self.pages.retain(self.pinned[-1][0], [self.pinned[-1][1]])
