@@ -36,7 +36,10 @@ OPENINGS = re.compile(r"(?:What|Which|Whether|Whose|Who|Whoever|Those|How|Some|O
 COVERED = [
     *(f"src/gemkit/{name}" for name in ("arch", "text", "weights", "hub", "tools", "cli")),
     *(f"src/gemkit/{name}.py" for name in ("cache", "errors", "extras", "forks", "host")),
+    *("src/gemkit/engine/interface.py", "src/gemkit/engine/sampling.py"),
+    *("src/gemkit/models/native", "src/gemkit/models/kept.py", "native/src", "native/tests", "native/bench"),
     *(f"tests/{name}" for name in ("arch", "text", "weights", "hub", "tools", "cli", "docs", "benchmarks")),
+    "tests/models/native",
     *("benchmarks/cpu", "benchmarks/gpu", "benchmarks/quality", "benchmarks/peers"),
     *("docs", "README.md", "CONTRIBUTING.md"),
 ]

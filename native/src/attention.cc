@@ -115,7 +115,7 @@ void attend_split(Step& s, size_t layer, const Worker& w) {
     for (int64_t n = 0; n < K; n++, before += visible, partials += (pages.end - pages.begin) * count) {
       Range mine{pages.end, pages.begin};
       for (int64_t page = pages.begin; page < pages.end; page++) {
-        // A page belongs to the thread in whose share its middle lies
+        // A page belongs to the thread that has its middle position
         const int64_t from = std::max(lowest(i), page * kPagePositions),
                       to = std::min(end(i), (page + 1) * kPagePositions);
         if ((2 * (before - lowest(i)) + from + to) * w.size / (2 * total) != w.rank) continue;

@@ -63,7 +63,7 @@ def continue_alone(
     sampling: Sampling,
     stop_ids: frozenset[int] = frozenset(),
 ) -> list[int]:
-    """What a request must generate, by one forward pass per token over all ids."""
+    """Return the tokens that a request must generate, by one forward pass per token over all ids."""
     ids = list(prompt)
     while len(ids) < len(prompt) + count:
         w = words_of_last(windows, ids)

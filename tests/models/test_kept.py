@@ -40,7 +40,7 @@ def model(path: Path, text: str = "weights") -> Path:
 def keep(cache: Path, source: Path, image: str, size: int = 1000, age: float = 0) -> Path:
     """A packed copy of a model, last used so many seconds ago, as the native engine writes it."""
     files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
-    record = {"source": str(source), "files": [kept.file_facts(file) for file in files], "packed": f"{image}.packed"}
+    record = {"source": str(source), "files": [kept.file_identity(file) for file in files], "packed": f"{image}.packed"}
     path = cache / f"{image}-{source.name}.json"
     path.write_text(json.dumps(record))
     (cache / f"{image}.packed").write_bytes(bytes(size))

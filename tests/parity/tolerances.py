@@ -57,7 +57,7 @@ BFLOAT16_PRODUCT = 2e-2
 # Squared error of searched scales against ggml's own on the same rows, and the perplexity of the files made with them.
 SEARCHED_ERROR_RATIO_TO_GGML = 1.002
 SEARCHED_PERPLEXITY_RATIO_TO_GGML = 1.005
-# What the likeliest token must be ahead by (in the logit) for llama.cpp, which rounds activations otherwise, to agree.
+# Lead in the logit that the most probable token needs for llama.cpp, which rounds activations otherwise, to agree.
 QUANTIZED_MARGIN = 0.5
 
 

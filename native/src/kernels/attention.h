@@ -51,7 +51,7 @@ GEMKIT_INLINE void score_page(const AttentionTile& a, Span span, float (&scores)
 // How the sums over two runs of positions become one: each is weighed by exp(its max − the larger max).
 struct Merge {
   float max, to, later;
-  bool begins;  // nothing was there before
+  bool begins;  // no earlier sum
 };
 GEMKIT_INLINE Merge weigh_merge(const PartialAttention& to, float later) {
   if (to.max == -INFINITY) return {later, 0, 1, true};

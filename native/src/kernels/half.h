@@ -30,7 +30,7 @@ static inline uint16_t float_to_half(float f) {
   u &= 0x7fffffff;
   if (u > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
   if (u >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
-  if (u < 0x33000001) return static_cast<uint16_t>(sign);  // half of the least subnormal, or less
+  if (u < 0x33000001) return static_cast<uint16_t>(sign);  // half of the smallest subnormal, or less
   uint32_t kept, rest, shift;
   if (u < 0x38800000) {  // subnormal in float16
     const uint32_t mantissa = (u & 0x7fffff) | 0x800000;

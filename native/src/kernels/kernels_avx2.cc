@@ -72,7 +72,7 @@ GEMKIT_INLINE void one_quad(const RecordCodes<F>& source, int quad, __m256i& cod
     low = _mm256_and_si256(_mm256_srl_epi16(load256(residual + kVector * (quad / 2)), by), nibble);
 }
 
-// The same from an unpacked chunk, a plane vector for each quad; 8-bit codes lie there less their offset, whole
+// The same from an unpacked chunk, a plane vector for each quad; 8-bit codes are stored less their offset, whole
 // (whole_sums).
 template <class F>
 struct ChunkCodes {

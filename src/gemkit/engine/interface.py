@@ -1,4 +1,4 @@
-"""What the engine needs from a model: one call per step that returns tokens, never the logits of a whole vocabulary.
+"""Interface of engine and model: one call per step, which returns tokens, not the logits of the vocabulary.
 
 Letters: B sequences in a step, T new tokens in a step, D model width, V vocabulary, R draws in a step,
 P columns of a page table.
@@ -42,7 +42,7 @@ NOT_NUMBERS = "the model produced logits that are not numbers; the weights are d
 
 
 def check_finite(values: np.ndarray) -> None:
-    """Raises GemkitError unless all values are finite: the error that a step gives, whatever was asked of the model."""
+    """Raise GemkitError unless all values are finite: the error that a step gives, whatever was asked of the model."""
     if not np.isfinite(values).all():
         raise GemkitError(NOT_NUMBERS)
 
@@ -102,7 +102,7 @@ def build_batch(
     masks: tuple[np.ndarray | None, ...] = (),
     targets: np.ndarray | None = None,
 ) -> Batch:
-    """Builds a batch from the new tokens of each sequence, int32, and one value a sequence of everything else.
+    """Build a batch from the new tokens of each sequence, int32, and one value a sequence of everything else.
 
     Defaults, for an empty argument: no draws, greedy, counters and prompt lengths 0, no history, no adapters.
     The tokens of a single sequence are not copied.
@@ -152,7 +152,7 @@ class StepResult:
 
 
 def check_single_draws(batch: Batch) -> None:
-    """Raises GemkitError if a batch has targets, masks, or several draws of a sequence, for runners without them."""
+    """Raise GemkitError if a batch has targets, masks, or several draws of a sequence, for runners without them."""
     if batch.targets is not None or batch.masks or batch.draws.max(initial=0) > 1:
         raise GemkitError("this runner supports one draw per sequence and step, without masks and targets")
 
@@ -173,19 +173,19 @@ class Runner(Protocol):
     adapter_count: int
 
     def reserve(self, pages: Sequence[int]) -> None:
-        """Makes room for so many pages per group and keeps what is cached; raises GemkitError if memory is short."""
+        """Allocate this many pages per group and keep cached values; raises GemkitError if memory is short."""
 
     def page_bytes(self, group: int) -> int:
         """Size of one page of a group, over all its layers."""
 
     def step(self, batch: Batch) -> StepResult:
-        """Runs the new tokens with their draws and targets; raises GemkitError for those that it does not support."""
+        """Run the new tokens with their draws and targets; raises GemkitError for those that it does not support."""
 
     def logits(self, batch: Batch) -> np.ndarray:
-        """Runs the new tokens and returns all logits, float32 [T, V]: slow and large."""
+        """Run the new tokens and return all logits, float32 [T, V]: slow and large."""
 
     def score(self, batch: Batch, targets: np.ndarray) -> np.ndarray:
-        """Runs the new tokens and returns the `StepResult.target_logprobs` of ``targets``, without a draw."""
+        """Run the new tokens and return the `StepResult.target_logprobs` of ``targets``, without a draw."""
 
     def hidden(self, batch: Batch) -> np.ndarray:
-        """Runs the new tokens and returns the hidden states after the final norm, float32 [T, D]."""
+        """Run the new tokens and return the hidden states after the final norm, float32 [T, D]."""

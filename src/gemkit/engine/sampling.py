@@ -1,4 +1,4 @@
-"""How the next token is chosen: the settings of one request, and the choice itself in NumPy.
+"""Sampling: the settings of one request, and the choice of the next token in NumPy.
 
 Runners choose tokens on their own; `sample` is the definition they are tested against. V is the vocabulary's size.
 """
@@ -19,18 +19,18 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of one request, checked on construction (UsageError), applied in the order in which they stand here.
+    """Settings of one request, checked on construction (UsageError), applied in this order.
 
     repetition_penalty: logits of all ids so far, prompt included, are divided by it if positive, else multiplied.
-    presence_penalty: taken off the logit of every generated id.
-    frequency_penalty: taken off once for each time an id was generated.
+    presence_penalty: subtracted from the logit of every generated id.
+    frequency_penalty: subtracted once for each time an id was generated.
     logit_bias: pairs (id, value), or a mapping; added to the logits.
     temperature: 0 takes the largest logit, the lowest id among equals; otherwise logits are divided by it.
     top_k: keep the k largest; 0 is off.
     top_p: keep the fewest, largest first, that make up this share of what is left; 1 is off.
     min_p: keep those with at least this share of the largest probability; 0 is off.
     seed: 0 to 2^64 - 1; a request's n-th token depends on the seed, n and the logits alone.
-    logprobs: how many of the likeliest tokens to report with each token, its own log-probability in any case. None
+    logprobs: number of most probable tokens to report with each token, its own log-probability in any case. None
         reports nothing, which lets a runner leave out most of the vocabulary; the tokens are the same.
     """
 
@@ -61,11 +61,11 @@ class Sampling:
 
     @property
     def has_penalty(self) -> bool:
-        """Whether the choice depends on earlier ids."""
+        """True if the choice depends on earlier ids."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises UsageError if a biased id is not in the vocabulary."""
+        """Raise UsageError if a biased id is not in the vocabulary."""
         for token, _ in self.logit_bias:
             if token >= vocab_size:
                 raise UsageError(f"logit_bias names token {token}; ids of this model go from 0 to {vocab_size - 1}")
@@ -116,7 +116,7 @@ _SCALARS = SAMPLING.names[8:]
 
 
 def sampling_records(settings: Sequence[Sampling]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns `SAMPLING` records [n], the fields of a step 0, and all biases: ids int32 and values float32."""
+    """Return `SAMPLING` records [n], the fields of a step 0, and all biases: ids int32 and values float32."""
     records = np.zeros(len(settings), SAMPLING)
     bias = []
     for record, sampling in zip(records, settings):
@@ -133,7 +133,7 @@ def _is_real(value: object) -> bool:
 
 
 def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
-    """Returns biases as pairs in the order of their ids; raises UsageError for any that is not one."""
+    """Return biases as pairs in the order of their ids; raises UsageError for any that is not one."""
     pairs = []
     try:
         items = list(bias.items()) if isinstance(bias, Mapping) else [(token, value) for token, value in bias]
@@ -154,7 +154,7 @@ def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
 
 
 def uniform(seed: int, counter: int) -> float:
-    """Returns the counter-th random number of a seed, in [0, 1): splitmix64 (Steele, Lea & Flood 2014), top 53 bits."""
+    """Return the counter-th random number of a seed, in [0, 1): splitmix64 (Steele, Lea & Flood 2014), top 53 bits."""
     mask = 2**64 - 1
     z = (seed + 0x9E3779B97F4A7C15 * (counter + 1)) & mask
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
@@ -164,7 +164,7 @@ def uniform(seed: int, counter: int) -> float:
 
 
 def adjust(logits: np.ndarray, sampling: Sampling, history: np.ndarray, prompt_length: int) -> np.ndarray:
-    """Returns a copy of the logits, float32 [V], after penalties and bias, in float32 arithmetic."""
+    """Return a copy of the logits, float32 [V], after penalties and bias, in float32 arithmetic."""
     logits = np.array(logits, np.float32)
     if sampling.has_penalty:
         seen = np.unique(history)
@@ -180,7 +180,7 @@ def adjust(logits: np.ndarray, sampling: Sampling, history: np.ndarray, prompt_l
 
 
 def kept(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what the filters keep of adjusted logits [V]: ids, likeliest first, and their weights in float64.
+    """Filter adjusted logits [V]; return ids, most probable first, and their weights in float64.
 
     A weight is exp((l - max l) / temperature), so that the largest is 1. The temperature must be above 0.
     """
@@ -201,7 +201,7 @@ def kept(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray
 
 
 def draw(logits: np.ndarray, sampling: Sampling, counter: int) -> int:
-    """Returns the place of the token that is chosen from adjusted logits [V].
+    """Return the place of the token that is chosen from adjusted logits [V].
 
     counter: how many tokens the request has generated, which is the number of the random number that is used.
     """
@@ -213,7 +213,7 @@ def draw(logits: np.ndarray, sampling: Sampling, counter: int) -> int:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns natural log-probabilities, float64 [V]."""
+    """Return natural log-probabilities, float64 [V]."""
     shifted = logits.astype(np.float64) - np.float64(logits.max())
     return shifted - math.log(np.exp(shifted).sum())
 
@@ -221,7 +221,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def sample(
     logits: np.ndarray, sampling: Sampling, counter: int, history: np.ndarray, prompt_length: int
 ) -> tuple[int, float, np.ndarray, np.ndarray]:
-    """Chooses the next token; returns it, its log-probability, and the likeliest ids with theirs.
+    """Choose the next token; return it, its log-probability, and the most probable ids with theirs.
 
     logits: float32 [V]. counter: how many tokens the request has generated. history: all its ids, int32, of which the
     first ``prompt_length`` are the prompt; not read unless there is a penalty. The log-probabilities are those of the

@@ -24,12 +24,12 @@ PACKED, TOKENIZER = "packed weights", "tokenizer"
 
 
 def copies() -> list[Copy]:
-    """Returns all copies in gemkit's cache folder, the most recently used first."""
+    """Return all copies in gemkit's cache folder, the most recently used first."""
     return sorted([*packed(), *_tokenizers()], key=lambda copy: -copy.used)
 
 
 def packed() -> list[Copy]:
-    """Returns the packed weights, with what killed processes left."""
+    """Return the packed weights, with what killed processes left."""
     folder = cache_dir() / "packed"
     found = {path.name: Copy(PACKED, [path], *size_and_use(path)) for path in folder.glob("*.packed")}
     lost = []
@@ -57,7 +57,7 @@ def packed() -> list[Copy]:
 
 
 def read_record(record: Path) -> tuple[str, str | None, str]:
-    """Returns a record's source, the name of its image and the state of the source; no name if it is not a record."""
+    """Return a record's source, the name of its image and the state of the source; no name if it is not a record."""
     try:
         value = json.loads(record.read_bytes())
         source, name, files = str(value["source"]), Path(str(value["packed"])).name, value.get("files")
@@ -68,14 +68,14 @@ def read_record(record: Path) -> tuple[str, str | None, str]:
         if not path.exists():
             return source, name, "gone"
         folder = path if path.is_dir() else path.parent
-        same = isinstance(files, list) and all(file_facts(folder / str(file[0])) == file for file in files)
+        same = isinstance(files, list) and all(file_identity(folder / str(file[0])) == file for file in files)
     except (OSError, TypeError, IndexError):
         same = False
     return source, name, "there" if same else "changed"
 
 
-def file_facts(path: Path) -> list[object]:
-    """Returns what ties a record to a file: name, size, time, number on its disk. Raises OSError."""
+def file_identity(path: Path) -> list[object]:
+    """Return the identity of a file: name, size, time, inode. Raises OSError."""
     status = path.stat()
     return [path.name, status.st_size, status.st_mtime_ns, status.st_ino]
 
@@ -87,7 +87,7 @@ def touch(record: Path) -> None:
 
 
 def drop(sources: Iterable[Path]) -> None:
-    """Deletes the records of these models, and each image that no other record names."""
+    """Delete the records of these models, and each image that no other record names."""
     gone = {str(path) for path in sources}
     for copy in packed():
         theirs = [path for path in copy.files if path.suffix == ".json" and read_record(path)[0] in gone]
@@ -101,7 +101,7 @@ def drop(sources: Iterable[Path]) -> None:
 
 
 def tidy(keep: str = "", limit: int | None = None) -> list[Copy]:
-    """Removes dead copies, then those used longest ago until all together take no more than the limit.
+    """Remove dead copies, then those used longest ago until all together take no more than the limit.
 
     keep: the name of an image that stays in any case. limit: in bytes, by default `size_limit()`. Returns what is gone.
     """
@@ -122,7 +122,7 @@ def tidy(keep: str = "", limit: int | None = None) -> list[Copy]:
 
 
 def size_limit() -> tuple[int, bool]:
-    """Returns the most bytes that all copies may take, and whether GEMKIT_CACHE_SIZE set it."""
+    """Return the most bytes that all copies may take, and whether GEMKIT_CACHE_SIZE set it."""
     text = os.environ.get("GEMKIT_CACHE_SIZE")
     return (LIMIT, False) if not text else (parse_size(text, "GEMKIT_CACHE_SIZE"), True)
 

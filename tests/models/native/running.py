@@ -1,4 +1,4 @@
-"""What the tests of the C++ core share: kernel paths, weights whose values gguf-py tells, sequences in pieces."""
+"""Shared parts of the tests of the C++ core: kernel paths, weights whose values gguf-py tells, sequences in pieces."""
 
 import functools
 import os
@@ -159,9 +159,9 @@ def tiny() -> tuple[ModelConfig, dict[str, Weight]]:
 
 
 class Pages:
-    """Page tables of several sequences, ids dealt in random order.
+    """Page tables of several sequences, ids given in random order.
 
-    A page that left the window is freed and dealt again: whoever reads it then reads another sequence's keys.
+    A page that left the window is freed and given again: a late read gets another sequence's keys.
     """
 
     def __init__(self, runner: NativeRunner, pages: int, seed: int = 0):
@@ -173,7 +173,7 @@ class Pages:
         self.freed = 0
 
     def grow(self, sequence: int, first: int, count: int) -> None:
-        """Makes room for `count` new tokens from position `first` and frees what none of them can see."""
+        """Allocate pages for `count` new tokens from position `first`, and free those outside their window."""
         tables = self.tables.setdefault(sequence, [[] for _ in self.windows])
         for window, free, table in zip(self.windows, self.free, tables, strict=True):
             lowest = 0 if window is None else max(0, first - window + 1)

@@ -1,4 +1,4 @@
-"""What the C++ core refuses, in one line: arguments, weights, batches, plans, and calls that no one should make.
+"""Refusals of the C++ core, in one line: arguments, weights, batches, plans, and calls that are out of order.
 
 Budget: 20 s on two cores.
 """

@@ -1,4 +1,4 @@
-"""What 8 and 4 bits cost Google's smallest model: perplexity and KL on WikiText-2 against float32. Budget: 60 s."""
+"""Cost of 8 and 4 bits in Google's smallest model: perplexity and KL on WikiText-2 against float32. Budget: 60 s."""
 
 import copy
 import math

@@ -3,7 +3,7 @@
 The file also holds the head's screen, by which the core chooses tokens while it reads half of a large head. It takes
 seconds to make, so a model that was never loaded before decodes its first tokens without.
 
-Under ``cache_dir()/packed`` lie images, named by the SHA-256 of the model's files and by their layout, so that copies
+Under ``cache_dir()/packed`` are images, named by the SHA-256 of the model's files and by their layout, so that copies
 of a model share one, and a record for each model (JSON) that names its image and tells by size and time whether the
 model's files are still those. An image is written whole under another name, then renamed; processes share its memory.
 A file's pages are small, and finding them costs a sixth of the speed: once a model has been in use for a second, what
@@ -32,7 +32,7 @@ import numpy as np
 from gemkit import _native, forks
 from gemkit.cache import cache_dir, create, staged, try_atomic_write
 from gemkit.host import free_memory
-from gemkit.models.kept import file_facts, size_limit, tidy, touch
+from gemkit.models.kept import file_identity, size_limit, tidy, touch
 from gemkit.models.native.plan import Weight
 from gemkit.models.native.runner import IMAGE_VERSION
 
@@ -68,7 +68,7 @@ class PackedStore:
 
     @classmethod
     def of(cls, source: Path | None, weights: Mapping[str, Weight], writes: bool = True) -> PackedStore | None:
-        """The store of a model read from `source`, a file or a folder; None without one or where it is switched off."""
+        """Return the store of a model read from `source`, a file or a folder; None without one or if switched off."""
         if source is None or os.environ.get("GEMKIT_PACKED", "1") in ("0", "off", "no", "false"):
             return None
         if source.is_file():
@@ -81,10 +81,10 @@ class PackedStore:
         return cls(source, files, weights, writes)
 
     def find(self) -> tuple[np.ndarray, np.ndarray | None] | None:
-        """The image and the screen kept earlier, mapped; None if there are none or they are not this model's."""
+        """Return the image and the screen kept earlier, mapped; None if there are none or they are not this model's."""
         try:
             record = json.loads(self.record.read_bytes())
-            if record["layout"] != self.layout or record["files"] != self._facts():
+            if record["layout"] != self.layout or record["files"] != self._identities():
                 return None
             found = self._map(self.folder / Path(record["packed"]).name)
         except (OSError, ValueError, KeyError, TypeError):
@@ -94,17 +94,17 @@ class PackedStore:
         return found
 
     def keep(self, model: _native.Model) -> None:
-        """Gives the model a screen and writes both in the background; a full disk is no error."""
+        """Give the model a screen and write both in the background; a full disk is no error."""
         if self.writes:
             self._begin(self._keep, model)
 
     def take_in(self, model: _native.Model) -> None:
-        """Moves what was found into huge pages, in the background."""
+        """Move what was found into huge pages, in the background."""
         if self.writes:
             self._begin(self._take_in, model)
 
     def settle(self) -> None:
-        """Waits until all is written and taken in; an interrupt gives the writing up and leaves nothing behind."""
+        """Wait until all is written and taken in; an interrupt aborts the writing and leaves no file."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -130,7 +130,7 @@ class PackedStore:
             self.finish()
 
     def hold(self) -> None:
-        """Nothing has to be waited for before a fork."""
+        """Do nothing before a fork: no state needs a lock."""
 
     def release(self, in_child: bool) -> None:
         """After a fork: the work is the parent's, and the child has no thread that does it."""
@@ -180,14 +180,14 @@ class PackedStore:
         screen = kept = None
         self.size = model.image().nbytes + model.screen_bytes
         try:
-            facts = self._facts()
+            identities = self._identities()
             name = f"{self._digest()[:32]}-{self.layout[:16]}.packed"
             path = self.folder / name
             if not self._is_kept(path):
                 screen = model.make_screen()
                 self._write(path, model.image(), screen)
-            if facts == self._facts():  # else the model changed while it was read
-                record = {"source": str(self.source), "files": facts, "layout": self.layout, "packed": name}
+            if identities == self._identities():  # else the model changed while it was read
+                record = {"source": str(self.source), "files": identities, "layout": self.layout, "packed": name}
                 try_atomic_write(self.record, json.dumps(record).encode())
                 tidy(name, self.limit)
             kept = self._map(path)
@@ -235,9 +235,9 @@ class PackedStore:
                     digest.update(block)
         return digest.hexdigest()
 
-    def _facts(self) -> list[list[object]]:
-        """What ties a record to these very files."""
-        return [file_facts(path) for path in self.files]
+    def _identities(self) -> list[list[object]]:
+        """Return the identity of the model's files, which a record stores."""
+        return [file_identity(path) for path in self.files]
 
     def _check(self) -> None:
         if self._cancelled.is_set():
@@ -246,7 +246,7 @@ class PackedStore:
 
 @contextlib.contextmanager
 def _said(size: int) -> Iterator[None]:
-    """Says on a terminal, as long as it lasts, why the process does not end yet."""
+    """Say on a terminal, as long as it lasts, why the process does not end yet."""
     stream = sys.stderr
     if not size or stream is None or not stream.isatty():
         yield

@@ -1,4 +1,4 @@
-"""The plan: a checkpoint's facts as plain numbers and tensor indices, so that the C++ core knows no model.
+"""The plan: a checkpoint's configuration as plain data and tensor indices, so that the C++ core knows no model.
 
 Every per-layer decision (window, rotary base, which norms exist) is already made in `ModelConfig.layers`; here it only
 becomes indices.
@@ -42,7 +42,7 @@ _QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
 
 class Weight(Protocol):
-    """What the plan reads of a tensor: its block format, shape, bytes, and its values as float32."""
+    """Tensor interface of the plan: block format, shape, bytes, and its values as float32."""
 
     type: int
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Weight(Protocol):
 
 
 class LowRank(Protocol):
-    """What the plan reads of an adapter: by weight name, A [rank, in], B [out, rank] (float32) and the scale."""
+    """Adapter interface of the plan: by weight name, A [rank, in], B [out, rank] (float32) and the scale."""
 
     parts: Mapping[str, tuple[np.ndarray, np.ndarray, float]]
 
@@ -60,7 +60,7 @@ class LowRank(Protocol):
 def build_plan(
     config: ModelConfig, weights: Mapping[str, Weight], adapters: Sequence[LowRank] = (), packed: bool = False
 ) -> dict[str, Any]:
-    """The dictionary that ``_native.Model.create`` takes. `weights` holds the manifest's tensors by canonical name.
+    """Return the dictionary for ``_native.Model.create``. `weights` holds the manifest's tensors by canonical name.
 
     packed: the core gets the matrices as a packed image: their bytes are not read here.
     Raises GemkitError that names the first tensor that is missing or has another shape.

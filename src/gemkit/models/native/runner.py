@@ -23,7 +23,7 @@ _NO_VALUES = np.zeros(0, np.float32)
 
 
 def kernel_path() -> str:
-    """The instruction set in use: "portable", "avx2" or "avx512"; the environment variable GEMKIT_ISA forces one."""
+    """Return the instruction set in use: "portable", "avx2", "avx512" or "neon"; GEMKIT_ISA forces one."""
     try:
         return _native.path()
     except ValueError as error:
@@ -34,13 +34,13 @@ class PackedStore(Protocol):
     """Keeps the packed weights of one model between starts."""
 
     def find(self) -> tuple[np.ndarray, np.ndarray | None] | None:
-        """The packed image and the head's screen that were kept earlier, uint8, mapped; None if there are none."""
+        """Return the saved packed image and screen of the head, uint8, mapped; None if there are none."""
 
     def keep(self, model: _native.Model) -> None:
-        """Takes a model whose image is to be kept, and gives it a screen."""
+        """Save a model's image, and give it a screen."""
 
     def take_in(self, model: _native.Model) -> None:
-        """Takes a model made of what was found, and moves that into faster memory."""
+        """Move the mapped image of a model into faster memory."""
 
 
 class NativeRunner:
@@ -49,7 +49,7 @@ class NativeRunner:
     config, weights: as in a `Checkpoint`: every tensor of the manifest by canonical name. They are packed at once; the
         caller may close its file afterwards.
     adapters: low-rank additions; `Batch.adapters` says by number which sequence uses which.
-    store: where the packed weights may lie ready from an earlier start; see `gemkit.models.native.packed`.
+    store: where packed weights may be saved from an earlier start; see `gemkit.models.native.packed`.
     threads: None takes every core this process may use.
     activations: "int8" is fast; "float32" dequantises the weights to float32 and keeps activations and cache in
         float32: it needs 4 bytes a parameter, is slow, and serves as the exact form of the weights.
@@ -82,7 +82,7 @@ class NativeRunner:
         self.max_tokens_per_step = max_tokens_per_step
         self.path = kernel_path()
         self.adapter_count = len(adapters)
-        # Float activations need float weights, which are made anew at each start
+        # Float activations need float weights, which are made again at each start
         if activations == "float32":
             store = None
         image, screen = (store.find() if store is not None else None) or (None, None)
@@ -101,11 +101,11 @@ class NativeRunner:
             (store.keep if image is None else store.take_in)(self._model)
 
     def hold(self) -> None:
-        """Waits for the step under way, before a fork."""
+        """Wait for the step under way, before a fork."""
         self._model.hold()
 
     def release(self, in_child: bool) -> None:
-        """Goes on after a fork; the child starts threads of its own at its first step."""
+        """Go on after a fork; the child starts threads of its own at its first step."""
         self._model.release(in_child)
 
     @staticmethod
@@ -142,7 +142,7 @@ class NativeRunner:
         return self._model.scratch_bytes
 
     def activation_bytes(self, positions: int) -> int:
-        """What of it the tokens of one sequence touch, and the sums of its attention over so many positions."""
+        """Return the scratch bytes that one sequence touches, with the sums of attention over this many positions."""
         spare = (_native.head_rows - 1) * (-(-self.config.vocab_size // 16) * 16) * 4
         width = self.config.num_attention_heads * self.config.head_dim
         sums = -(-positions // self.page_size) * width * 4 if self.threads > 1 else 0  # threads divide the pages
@@ -154,11 +154,11 @@ class NativeRunner:
         return self.weight_bytes - (self._model.image().nbytes if self.mapped else 0)
 
     def use_screen(self, use: bool) -> None:
-        """Whether tokens may be chosen by way of the head's screen, where there is one; they are the same."""
+        """Allow or forbid the choice of tokens by the head's screen, if it has one; the tokens are equal."""
         self._model.use_screen(use)
 
     def take_screen_counts(self) -> list[int]:
-        """How many panels of 16 tokens each screened choice computed since the last call, -1 where it was all."""
+        """Return the panels of 16 tokens that each screened choice computed since the last call, -1 for all."""
         return self._model.take_screen_counts()
 
     def reserve(self, pages: Sequence[int]) -> None:
