@@ -36,7 +36,7 @@ OPENINGS = re.compile(r"(?:What|Which|Whether|Whose|Who|Whoever|Those|How|Some|O
 COVERED = [
     *(f"src/gemkit/{name}" for name in ("arch", "text", "weights", "hub", "tools", "cli")),
     *(f"src/gemkit/{name}.py" for name in ("cache", "errors", "extras", "forks", "host")),
-    *("src/gemkit/engine/interface.py", "src/gemkit/engine/sampling.py"),
+    *(f"src/gemkit/engine/{name}.py" for name in ("interface", "sampling", "pages", "request", "scheduler")),
     *("src/gemkit/models/native", "src/gemkit/models/kept.py", "native/src", "native/tests", "native/bench"),
     *(f"tests/{name}" for name in ("arch", "text", "weights", "hub", "tools", "cli", "docs", "benchmarks")),
     "tests/models/native",

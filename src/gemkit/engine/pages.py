@@ -3,7 +3,7 @@
 Every page group has pages of its own. A sequence takes pages as its tokens run and, in a group with a window of W,
 gives one back as soon as no query that is still to come can see it: when the next query is at position n, positions up
 to n - W are out of sight. Pages are append-only: a full page is never written again, so that sequences may share it.
-A page is free when nobody holds it any more.
+A page is free when its reference count is 0.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PageAllocator:
 
     groups, page_size: as in the runner.
     limits: the most pages per group there may ever be.
-    reserve: makes room for so many pages per group (`Runner.reserve`).
+    reserve: allocates this many pages per group (`Runner.reserve`).
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class PageAllocator:
             table.first[g] = table.end[g] = 0
 
     def reset(self) -> None:
-        """Takes back all pages, whoever holds them: tables and retained pages must be forgotten with it."""
+        """Take back all pages, whatever their counts: tables and retained pages must be forgotten with it."""
         self._free = [list(range(capacity - 1, -1, -1)) for capacity in self.capacity]
         self._counts = [[0] * capacity for capacity in self.capacity]
 
@@ -164,7 +164,7 @@ class PageAllocator:
         assert first <= table.end[g]
 
     def _room(self, need: Sequence[int]) -> bool:
-        """Whether so many pages per group are free, after growing the cache if it must."""
+        """Return whether this many pages per group are free, after growing the cache if needed."""
         if all(count <= len(free) for count, free in zip(need, self._free)):
             return True
         if any(count > self.available(g) for g, count in enumerate(need)):
@@ -180,7 +180,7 @@ class PageAllocator:
         return True
 
     def _grow(self, need: Sequence[int]) -> list[int] | None:
-        """Reserves room for so many pages more, twice what there is if it can; None if memory is short."""
+        """Reserve this many more pages, if possible as many again as it has; None if memory is short."""
         for factor in (2, 1):
             capacity = list(self.capacity)
             for g, count in enumerate(need):
@@ -207,7 +207,7 @@ def limits_for(
     max_sequences: int,
     cache_bytes: int | None,
 ) -> list[int]:
-    """Returns the most pages per group: room for ``max_sequences`` full contexts, or what fits in ``cache_bytes``.
+    """Return the maximum pages per group: for ``max_sequences`` full contexts, or what fits in ``cache_bytes``.
 
     Raises GemkitError if not even one full context fits.
     """

@@ -15,7 +15,7 @@ from gemkit.text.stream import StopMatcher, StreamDecoder
 
 
 class Tokenizer(Protocol):
-    """What the engine asks of a tokenizer; `StreamDecoder` asks for more."""
+    """Tokenizer interface of the engine; `StreamDecoder` needs more."""
 
     vocab_size: int
     stop_ids: set[int]
@@ -26,7 +26,7 @@ class Token(NamedTuple):
 
     text: what it adds to the text; empty while a character or a possible stop string is incomplete.
     logprob: natural logarithm of its probability under the unmodified softmax; None if it was not asked for.
-    top: the likeliest tokens with their log-probabilities, best first; as many as ``Sampling.logprobs``.
+    top: the most probable tokens with their log-probabilities, best first; as many as ``Sampling.logprobs``.
     """
 
     id: int
@@ -76,7 +76,7 @@ class State(Enum):
 class Request:
     """Prompt, generated tokens, page table, and times of one request.
 
-    ids: int32 with room for the whole request; ``length`` are known, the first ``prompt_length`` are the prompt.
+    ids: int32, allocated for the whole request; ``length`` are known, the first ``prompt_length`` are the prompt.
     cached: how many positions are in the cache; the next step starts there. state: set by the scheduler.
     limit: the length at which generation ends.
     adapter: its adapter's number, -1 for none.

@@ -1,9 +1,9 @@
-"""Who runs in the next step, and with how many tokens.
+"""Scheduler: the requests of the next step, and their numbers of tokens.
 
 Continuous batching: requests that decode come first, one token each; what is left of the step's budget goes to
 prompts, oldest first, cut into chunks. A waiting request is admitted when pages for its whole prompt are to be had. If
 pages run out later, the youngest running request gives up its pages and starts over from its tokens, the generated
-ones included. Runners are exact and random numbers are counted, so that no one can tell from the result.
+ones included. Runners are exact and random numbers are counted, so that the result does not depend on it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Scheduler:
         self.running: list[Request] = []
 
     def __bool__(self) -> bool:
-        """Whether any request is unfinished."""
+        """Return whether any request is unfinished."""
         return bool(self.running or self.waiting)
 
     def add(self, request: Request) -> None:
@@ -65,7 +65,7 @@ class Scheduler:
             count = min(request.length, budget)
             if not self._fits(request) or not self.allocator.extend(request.table, count):
                 break
-            # In this order, so that an interrupt in between loses nobody.
+            # In this order, so that an interrupt in between loses no request.
             self.running.append(request)
             self.waiting.popleft()
             request.state = State.RUNNING
@@ -124,7 +124,7 @@ class Scheduler:
         return False
 
     def _fits(self, request: Request) -> bool:
-        """Whether the pages of a request's known tokens and one more are left, beyond what running ones will need."""
+        """Return whether pages for a request's known tokens and one more are free, beyond the needs of running ones."""
         allocator = self.allocator
         for g in range(len(allocator.groups)):
             promised = 0
