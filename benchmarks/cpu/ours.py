@@ -46,11 +46,12 @@ def side_by_side(engine: Engine, prompts: list[list[int]], tokens: int) -> float
 
 def facts(model: gemkit.Model, text: str) -> dict:
     config, runner = model.config, model.engine.runner
+    info = runner.info
     return {
-        "version": f"gemkit {gemkit.__version__}, {runner.path} kernels",
+        "version": f"gemkit {gemkit.__version__}, {info.path} kernels",
         "vocabulary": config.vocab_size,
         "bos": config.bos_token_id,
-        "token_bytes": runner.token_bytes,
+        "token_bytes": info.token_bytes,
         "body": config.parameter_counts().non_embedding,
         "head": config.vocab_size * config.hidden_size,
         # Window (0: none) and bytes of a position of all its layers

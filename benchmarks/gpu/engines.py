@@ -92,7 +92,7 @@ def torch_runner(config: ModelConfig, dtype: str, device: str) -> Ours:
             put(decoder, name, value.float() if len(spec.shape) == 1 else value)
     decoder.model.embed_tokens.dtype = torch.bfloat16
     runner = TorchRunner.of(decoder.eval(), torch.bfloat16)
-    return Ours("torch", runner, runner.token_bytes)
+    return Ours("torch", runner, runner.info.token_bytes)
 
 
 def jax_runner(config: ModelConfig, dtype: str, device: str) -> Ours:
@@ -118,7 +118,7 @@ def jax_runner(config: ModelConfig, dtype: str, device: str) -> Ours:
             params[name] = random(jax.random.key(number), spec.shape, kind, bits)
     params = jax.device_put(params, place)
     runner = JaxRunner.of(config, params, jnp.bfloat16)
-    return Ours("jax", runner, runner.token_bytes)
+    return Ours("jax", runner, runner.info.token_bytes)
 
 
 class Clock:

@@ -247,6 +247,12 @@ def test_a_wrong_list_is_refused(prompt):
 def test_a_closed_model_says_so():
     with fake() as m:
         m.generate("abc", max_tokens=1)
+        runner = m.engine.runner
+        m.settle()
+        assert (runner.settled, runner.closed) == (1, 0)
+    m.close()
+    m.settle()
+    assert (runner.settled, runner.closed) == (1, 1)
     with pytest.raises(GemkitError, match="closed"):
         m.generate("abc")
 

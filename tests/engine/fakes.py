@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from gemkit.engine.interface import Batch, PageGroup, StepResult, check_single_draws
+from gemkit.engine.interface import Batch, PageGroup, RunnerInfo, StepResult, check_single_draws
 from gemkit.engine.sampling import Sampling, log_softmax, sample
 from gemkit.errors import GemkitError
 
@@ -104,12 +104,22 @@ class FakeRunner:
         self.page_size = page_size
         self.groups = tuple(PageGroup(window, (g,)) for g, window in enumerate(windows))
         self.max_tokens_per_step = max_tokens
-        self.adapter_count = 0
+        self.adapter_count = self.settled = self.closed = 0
         self.memory = memory
         self.forced = forced
         self.reserved = [0] * len(windows)
         self.cache = [np.empty((0, page_size), np.int64) for _ in windows]
         self.steps: list[list[int]] = []
+
+    @property
+    def info(self) -> RunnerInfo:
+        return RunnerInfo("fake", "float32", 1, False, 0, 0, 0)
+
+    def settle(self) -> None:
+        self.settled += 1
+
+    def close(self) -> None:
+        self.closed += 1
 
     def page_bytes(self, group: int) -> int:
         return self.page_size * 4

@@ -43,7 +43,7 @@ with open_checkpoint(folder) as checkpoint:
     runner = Runner(checkpoint.config, checkpoint.tensors, **options)
 done = True
 watcher.join()
-print(max(peak, owned()) - before, owned() - before, runner.weight_bytes)
+print(max(peak, owned()) - before, owned() - before, runner.info.weight_bytes)
 """
 
 

@@ -158,7 +158,7 @@ class Loading:
                 threads=self.threads,
                 activations=self.activations,
             )
-            return Model(checkpoint, runner, tokenizer.result(), self.threads, self.ctx_size, self.adapters, store)
+            return Model(checkpoint, runner, tokenizer.result(), self.threads, self.ctx_size, self.adapters)
 
     def _framework_model(self) -> Model:
         from gemkit.api.model import Model

@@ -31,7 +31,6 @@ from gemkit.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from gemkit.arch.config import ModelConfig
     from gemkit.engine.interface import Runner
-    from gemkit.models.native import PackedStore
     from gemkit.weights.checkpoint import Checkpoint
 
 
@@ -59,11 +58,9 @@ class Model:
         threads: int = 1,
         ctx_size: int | None = None,
         adapters: Iterable[str] = (),
-        store: PackedStore | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.adapters = {name: number for number, name in enumerate(adapters)}
-        self._store = store
         self.tokenizer = tokenizer
         self.threads = threads
         self.config: ModelConfig = runner.config
@@ -102,15 +99,14 @@ class Model:
     def settle(self) -> None:
         """Waits until what a first load prepares for later ones, and what makes this one fast, is done; by itself it is
         done beside the work."""
-        if self._store is not None:
-            self._store.settle()
+        if self._engine is not None:
+            self._engine.runner.settle()
 
     def close(self) -> None:
         """Frees the weights and the cache; the model cannot be used any more."""
-        store, self._store = self._store, None
         try:
-            if store is not None:
-                store.finish()
+            if self._engine is not None:
+                self._engine.runner.close()
         finally:
             self._engine = None
             self.checkpoint = None

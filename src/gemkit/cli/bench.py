@@ -80,16 +80,15 @@ def command(
         runs = [_run(loaded, prompt_tokens, max_tokens, repetition) for repetition in range(reps + 1)][1:]
         memory = peak_memory()
         prefill, decode = (statistics.median(rates) for rates in zip(*runs))
-        bandwidth = _native.measure_bandwidth(loaded.engine.runner.threads)
-        peak = _native.measure_int8_peak(loaded.engine.runner.threads)
+        info = loaded.engine.runner.info
+        bandwidth = _native.measure_bandwidth(info.threads)
+        peak = _native.measure_int8_peak(info.threads)
         _, body = loaded.config.parameter_counts()
-        runner = loaded.engine.runner
-        read, count, path, activations = runner.token_bytes, runner.threads, runner.path, runner.activations
     record = {
         "model": model,
-        "kernels": path,
-        "activations": activations,
-        "threads": count,
+        "kernels": info.path,
+        "activations": info.activations,
+        "threads": info.threads,
         "prompt_tokens": prompt_tokens,
         "generated_tokens": max_tokens,
         "prefill_tokens_per_second": prefill,
@@ -97,14 +96,16 @@ def command(
         "first_token_seconds": statistics.median(_first_token(model, load) for _ in range(min(reps, 3))),
         "peak_memory_bytes": memory,
         "read_bandwidth_gb_per_second": bandwidth,
-        "decode_share_of_bandwidth": decode * read / 1e9 / bandwidth,
+        "decode_share_of_bandwidth": decode * info.token_bytes / 1e9 / bandwidth,
         "int8_peak_gops": peak,
         "prefill_share_of_int8_peak": 2 * body * prefill / 1e9 / peak,
     }
     if as_json:
         print_json(record)
         return
-    click.echo(f"{model}, {count} threads, {record['kernels']} kernels, {activations} activations, median of {reps}")
+    click.echo(
+        f"{model}, {info.threads} threads, {info.path} kernels, {info.activations} activations, median of {reps}"
+    )
     of_peak = f"{record['prefill_share_of_int8_peak']:.0%} of {peak:,.0f} GOPS int8"
     of_bandwidth = f"{record['decode_share_of_bandwidth']:.0%} of {bandwidth:,.1f} GB/s read"
     rows = [

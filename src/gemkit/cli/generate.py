@@ -259,9 +259,9 @@ def _weights(model: "Model", load: dict) -> str:
         from gemkit.weights.dtype import describe
 
         return describe(model.checkpoint)
-    runner = model.engine.runner
-    size = runner.weight_bytes / model.config.parameter_count()
-    return f"weights: {size:.2f} bytes a parameter, activations {runner.activations} ({runner.path})"
+    info = model.engine.runner.info
+    size = info.weight_bytes / model.config.parameter_count()
+    return f"weights: {size:.2f} bytes a parameter, activations {info.activations} ({info.path})"
 
 
 def _rates(usage: "Usage", load_seconds: float) -> str:

@@ -45,7 +45,7 @@ def _record(model: "Model") -> dict:
     from gemkit.arch.hf_config import to_hf
     from gemkit.tools.memory import plan
 
-    checkpoint, config = model.checkpoint, model.config
+    checkpoint, config, info = model.checkpoint, model.config, model.engine.runner.info
     counts = config.parameter_counts()
     tensors = _tensors(checkpoint)
     types: dict[str, int] = {}
@@ -63,9 +63,9 @@ def _record(model: "Model") -> dict:
         "tensors": tensors,
         "bytes_by_type": dict(sorted(types.items(), key=lambda item: -item[1])),
         "memory": plan(model, peak_memory()),
-        "activations": model.engine.runner.activations,
-        "kernels": model.engine.runner.path,
-        "threads": model.engine.runner.threads,
+        "activations": info.activations,
+        "kernels": info.path,
+        "threads": info.threads,
     }
 
 

@@ -76,7 +76,7 @@ class Engine:
         """After a fork: the child's lock is free, and where the runner cannot go on there, the engine is of no use."""
         if in_child:
             self._lock, self._busy = threading.RLock(), True
-            self._forked = not getattr(self.runner, "survives_fork", False)
+            self._forked = not self.runner.info.survives_fork
 
     def add(
         self,

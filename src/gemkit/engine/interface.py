@@ -157,6 +157,28 @@ def check_single_draws(batch: Batch) -> None:
         raise GemkitError("this runner supports one draw per sequence and step, without masks and targets")
 
 
+@dataclass(frozen=True)
+class RunnerInfo:
+    """Kernels, precision and memory of a runner, as they are when asked.
+
+    path: the instruction set of the native core ("avx2", …), or framework and device ("torch cuda").
+    activations: their dtype. threads: of the CPU.
+    survives_fork: the runner works in a child of this process.
+    weight_bytes: memory of the weights. private_weight_bytes: the part that other processes do not share.
+    token_bytes: bytes of weights that one greedy token of one sequence reads.
+    screen_bytes: memory of the head's screen, present or to be made in the background; 0 without one.
+    """
+
+    path: str
+    activations: str
+    threads: int
+    survives_fork: bool
+    weight_bytes: int
+    private_weight_bytes: int
+    token_bytes: int
+    screen_bytes: int = 0
+
+
 class Runner(Protocol):
     """A model with its cache. Results must not depend on how a sequence is cut into steps or who shares them.
 
@@ -171,6 +193,18 @@ class Runner(Protocol):
     groups: tuple[PageGroup, ...]
     max_tokens_per_step: int
     adapter_count: int
+
+    @property
+    def info(self) -> RunnerInfo: ...
+
+    def activation_bytes(self, positions: int) -> int | None:
+        """Memory that a sequence of so many positions touches besides weights and cache; None if it is not known."""
+
+    def settle(self) -> None:
+        """Waits until background work that makes this runner, or the next start, faster is done."""
+
+    def close(self) -> None:
+        """Ends background work; the runner is not used any more."""
 
     def reserve(self, pages: Sequence[int]) -> None:
         """Allocate this many pages per group and keep cached values; raises GemkitError if memory is short."""

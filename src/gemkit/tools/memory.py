@@ -50,15 +50,16 @@ def plan(model: Model, loading: int) -> dict[str, Any]:
                 "bytes": pages * runner.page_bytes(number),
             }
         )
-    native = hasattr(runner, "activation_bytes")
+    info, activations = runner.info, runner.activation_bytes(ctx_size)
+    known = activations is not None
     parts = {
-        "program": _program(runner.private_weight_bytes) if native else 0,
-        "weights": runner.weight_bytes,
-        "screen": runner.planned_screen_bytes if native else 0,
-        "activations": runner.activation_bytes(ctx_size) if native else 0,
+        "program": _program(info.private_weight_bytes) if known else 0,
+        "weights": info.weight_bytes,
+        "screen": info.screen_bytes,
+        "activations": activations or 0,
     }
     running = sum(parts.values()) + sum(group["bytes"] for group in cache)
-    loading = loading if native else 0
+    loading = loading if known else 0
     return parts | {
         "ctx_size": ctx_size,
         "cache": cache,

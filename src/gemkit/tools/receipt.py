@@ -62,7 +62,7 @@ def write_receipt(
         "weights": _weights(source),
         "load": {name: str(load[name]) for name in LOAD if name in load}
         | ({"adapter_sha256": _folder(load["adapter"])} if "adapter" in load else {}),
-        "instructions": loaded.engine.runner.path,
+        "instructions": loaded.engine.runner.info.path,
         "prompt_ids": list(prompt_ids),
         "settings": dict(settings),
         "ids": list(ids),
@@ -124,7 +124,7 @@ def replay(
     prompts = [prompt] + [prompt[: 1 + n % len(prompt)] for n in range(batch - 1)]
     with Loading(source, threads, **load).model() as loaded:
         found: Completion = loaded.generate(prompts, **settings)[0]
-        now = loaded.engine.runner.path
+        now = loaded.engine.runner.info.path
     wanted = record["ids"]
     differ = (n for n, (a, b) in enumerate(zip(found.ids, wanted)) if a != b)
     at = next(differ, None if len(found.ids) == len(wanted) else min(len(found.ids), len(wanted)))

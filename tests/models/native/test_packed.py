@@ -56,7 +56,7 @@ def start(path: Path) -> tuple[np.ndarray, PackedStore]:
     with read_gguf(path) as checkpoint:
         store = PackedStore.of(checkpoint.source, checkpoint.tensors)
         runner = NativeRunner(checkpoint.config, checkpoint.tensors, store=store, threads=2)
-    model = gemkit.Model(checkpoint, runner, tokenizer(), store=store)
+    model = gemkit.Model(checkpoint, runner, tokenizer())
     scores = model.score(IDS).logprobs
     model.close()
     return scores, store
@@ -106,7 +106,7 @@ def test_what_is_read_often_moves_to_huge_pages_between_steps(cache, model, monk
     found = [loaded.score(IDS).logprobs.tobytes() for _ in range(20)]
     thread.join()
     assert {*found, loaded.score(IDS).logprobs.tobytes()} == {want}
-    assert (moved[0] >= runner.weight_bytes) == huge_pages()
+    assert (moved[0] >= runner.info.weight_bytes) == huge_pages()
     assert runner._model.take_in(True) == 0, "once is enough"
 
 

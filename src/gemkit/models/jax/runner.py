@@ -16,6 +16,7 @@ from gemkit.engine.interface import Batch, PageGroup, StepResult, check_finite, 
 from gemkit.errors import GemkitError, UsageError
 from gemkit.host import usable_cpus
 from gemkit.models.frameworks import padded
+from gemkit.models.frameworks.info import FrameworkInfo
 from gemkit.models.jax import decoder
 from gemkit.models.jax.load import BITS, load_params, pick_dtype
 from gemkit.weights.checkpoint import Tensor
@@ -26,7 +27,7 @@ _FIRST_PAGES = 32  # a cache that grows is another shape: start with room for 2,
 Kept = list[tuple[Array, Array]]  # k and v [slots, K, H] of each layer
 
 
-class JaxRunner:
+class JaxRunner(FrameworkInfo):
     """Runs a model with JAX, on the CPU, a GPU or a TPU.
 
     config, weights: as in a `Checkpoint`; memory holds the model and one tensor more while it loads.

@@ -10,12 +10,13 @@ import keras
 from gemkit.arch.config import ModelConfig
 from gemkit.errors import UsageError
 from gemkit.host import usable_cpus
+from gemkit.models.frameworks.info import FrameworkInfo
 from gemkit.models.keras.load import load_decoder
 from gemkit.models.keras.steps import Steps, memory, width
 from gemkit.weights.checkpoint import Tensor
 
 
-class KerasRunner(Steps):
+class KerasRunner(FrameworkInfo, Steps):
     """Runs a model with Keras, on the backend that ``KERAS_BACKEND`` names.
 
     config, weights: as in a `Checkpoint`; memory holds the model and one tensor more while it loads.

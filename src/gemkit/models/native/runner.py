@@ -9,7 +9,7 @@ import numpy as np
 
 from gemkit import _native, forks
 from gemkit.arch.config import ModelConfig
-from gemkit.engine.interface import NO_IDS, NOT_NUMBERS, Batch, StepResult, check_single_draws, page_groups
+from gemkit.engine.interface import NO_IDS, NOT_NUMBERS, Batch, RunnerInfo, StepResult, check_single_draws, page_groups
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError, UsageError
 from gemkit.host import check_memory
@@ -42,6 +42,12 @@ class PackedStore(Protocol):
     def take_in(self, model: _native.Model) -> None:
         """Move the mapped image of a model into faster memory."""
 
+    def settle(self) -> None:
+        """Waits until this work is done."""
+
+    def finish(self) -> None:
+        """Waits for the work that later starts need, and leaves out the rest."""
+
 
 class NativeRunner:
     """Runs a model on the CPU; results are the same bits for every batch, chunk and thread count.
@@ -58,7 +64,6 @@ class NativeRunner:
     """
 
     page_size: int = _native.page_positions
-    survives_fork = True
 
     def __init__(
         self,
@@ -85,6 +90,7 @@ class NativeRunner:
         # Float activations need float weights, which are made again at each start
         if activations == "float32":
             store = None
+        self._store = store
         image, screen = (store.find() if store is not None else None) or (None, None)
         # Whether the packed weights are a file's pages, and whether there will be a screen if there is none yet
         self.mapped, self._screens = image is not None, store is not None
@@ -117,24 +123,32 @@ class NativeRunner:
             raise GemkitError(message if message == NOT_NUMBERS else f"{message}.") from None
 
     @property
-    def weight_bytes(self) -> int:
-        """Memory of the packed weights."""
-        return self._model.weight_bytes
+    def info(self) -> RunnerInfo:
+        model = self._model
+        return RunnerInfo(
+            path=self.path,
+            activations=self.activations,
+            threads=self.threads,
+            survives_fork=True,
+            weight_bytes=model.weight_bytes,
+            private_weight_bytes=model.weight_bytes - (model.image().nbytes if self.mapped else 0),
+            token_bytes=model.token_bytes,
+            screen_bytes=model.screen_bytes if self._screens or model.has_screen else 0,
+        )
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of weights that one greedy token of one sequence reads: with a screen, less than all of them."""
-        return self._model.token_bytes
+    def settle(self) -> None:
+        if self._store is not None:
+            self._store.settle()
+
+    def close(self) -> None:
+        store, self._store = self._store, None
+        if store is not None:
+            store.finish()
 
     @property
     def screen_bytes(self) -> int:
         """Memory of the head's screen; 0 where there is none yet, or none is worth its while."""
         return self._model.screen_bytes if self._model.has_screen else 0
-
-    @property
-    def planned_screen_bytes(self) -> int:
-        """Memory of the head's screen that there is, or will be once a first load has made it."""
-        return self._model.screen_bytes if self._screens or self._model.has_screen else 0
 
     @property
     def scratch_bytes(self) -> int:
@@ -147,11 +161,6 @@ class NativeRunner:
         width = self.config.num_attention_heads * self.config.head_dim
         sums = -(-positions // self.page_size) * width * 4 if self.threads > 1 else 0  # threads divide the pages
         return self.scratch_bytes - spare + sums
-
-    @property
-    def private_weight_bytes(self) -> int:
-        """Memory of the packed weights that no other process shares: all of it, or what a mapped file does not hold."""
-        return self.weight_bytes - (self._model.image().nbytes if self.mapped else 0)
 
     def use_screen(self, use: bool) -> None:
         """Allow or forbid the choice of tokens by the head's screen, if it has one; the tokens are equal."""

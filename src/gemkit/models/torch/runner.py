@@ -11,6 +11,7 @@ from gemkit.arch.config import ModelConfig
 from gemkit.engine.interface import Batch, StepResult, check_finite, page_groups
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models.frameworks import padded
+from gemkit.models.frameworks.info import FrameworkInfo
 from gemkit.models.torch.decoder import Decoder
 from gemkit.models.torch.load import BITS, load_decoder, pick_dtype
 from gemkit.models.torch.steps import Steps, found
@@ -20,7 +21,7 @@ _HEAD_ROWS = 64  # rows of logits at a time
 _FIRST_PAGES = 32  # a cache that grows is recorded anew: start with room for 2,000 tokens
 
 
-class TorchRunner:
+class TorchRunner(FrameworkInfo):
     """Runs a model with PyTorch, on the CPU or an accelerator.
 
     config, weights: as in a `Checkpoint`; memory holds the model and one tensor more while it loads.
