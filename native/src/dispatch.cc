@@ -61,12 +61,6 @@ constexpr Path kPaths[] = {
     {"portable", always, portable_kernels},
 };
 
-#if defined(GEMKIT_SIMDE)  // emulated: only on demand
-constexpr int kFirstAutomatic = 1;
-#else
-constexpr int kFirstAutomatic = 0;
-#endif
-
 }  // namespace
 
 bool agrees_with_portable(const Kernels& k) {
@@ -79,8 +73,7 @@ bool agrees_with_portable(const Kernels& k) {
   for (int64_t t = 0; t < kTokens; t++) x[static_cast<size_t>(t * kCols + 37 * t % kCols)] = 60;  // outliers
   for (const FormatInfo& format : kFormats) {
     if (!format.quantised()) continue;
-    Packed w;
-    w.format = &format, w.rows = kRows, w.cols = kCols;
+    Packed w{&format, kRows, kCols};
     std::vector<uint8_t> file(static_cast<size_t>(kRows * kCols / format.file_elements * format.file_bytes));
     for (uint8_t& byte : file) byte = static_cast<uint8_t>(random() & 0x3f);  // small codes, and scales that are finite
     Arena packed, blocks[2];
@@ -106,7 +99,10 @@ const Kernels* select_kernels(const char* forced, const char** error) {
   *error = nullptr;
   if (!forced || !*forced) {
     static const Kernels* const chosen = [] {
-      const Path* path = kPaths + kFirstAutomatic;
+      const Path* path = kPaths;
+#if defined(GEMKIT_SIMDE)
+      path++;  // emulated: only on demand
+#endif
       while (!path->runs() || !agrees_with_portable(*path->table())) path++;
       return path->table();
     }();

@@ -112,33 +112,31 @@ gemkit::ModelPlan read_plan(const nb::dict& d) {
   return p;
 }
 
-// Holds the arrays of a step while the core works on them.
-struct Batch {
-  Vector<int32_t> ids, starts, positions, adapters;
-  std::vector<Matrix<int32_t>> tables;
-  gemkit::StepInput input;
+// Points into the caller's arrays, and holds those that the caller may not.
+struct Input : gemkit::StepInput {
+  std::vector<Matrix<int32_t>> held;
 };
 
-Batch read_batch(Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, const nb::sequence& tables,
-                 Vector<int32_t> adapters) {
-  Batch b{ids, starts, positions, adapters, {}, {}};
-  b.input.tokens = static_cast<int64_t>(ids.shape(0)), b.input.sequences = static_cast<int64_t>(positions.shape(0));
+Input read_input(const Vector<int32_t>& ids, const Vector<int32_t>& starts, const Vector<int32_t>& positions,
+                 const nb::sequence& page_tables, const Vector<int32_t>& adapter_numbers) {
+  Input in;
+  in.tokens = static_cast<int64_t>(ids.shape(0)), in.sequences = static_cast<int64_t>(positions.shape(0));
+  in.ids = ids.data(), in.starts = starts.data(), in.positions = positions.data();
   require(starts.shape(0) == positions.shape(0) + 1, "starts must have one element more than positions");
-  b.input.ids = ids.data(), b.input.starts = starts.data(), b.input.positions = positions.data();
   for (size_t i = 0; i < starts.shape(0); i++)
-    require(starts.data()[i] >= (i ? starts.data()[i - 1] : 0) && starts.data()[i] <= b.input.tokens,
+    require(in.starts[i] >= (i ? in.starts[i - 1] : 0) && in.starts[i] <= in.tokens,
             "starts must rise within the tokens");
-  for (nb::handle h : tables) {
+  for (nb::handle h : page_tables) {
     auto table = as<Matrix<int32_t>>(h, "a page table");
-    require(static_cast<int64_t>(table.shape(0)) == b.input.sequences, "a page table needs one row per sequence");
-    b.input.tables.push_back({table.data(), static_cast<int64_t>(table.shape(1))});
-    b.tables.push_back(table);
+    require(static_cast<int64_t>(table.shape(0)) == in.sequences, "a page table needs one row per sequence");
+    in.tables.push_back({table.data(), static_cast<int64_t>(table.shape(1))});
+    in.held.push_back(table);
   }
-  if (adapters.shape(0)) {  // empty: none for any sequence
-    require(static_cast<int64_t>(adapters.shape(0)) == b.input.sequences, "adapters needs one element per sequence");
-    b.input.adapters = adapters.data();
+  if (adapter_numbers.shape(0)) {  // empty: none for any sequence
+    require(static_cast<int64_t>(adapter_numbers.shape(0)) == in.sequences, "adapters needs one element per sequence");
+    in.adapters = adapter_numbers.data();
   }
-  return b;
+  return in;
 }
 
 template <class T>
@@ -154,7 +152,7 @@ nb::tuple step(Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector
                nb::sequence tables, Vector<int32_t> adapters, Vector<int64_t> wanted, Matrix<int64_t> integers,
                Matrix<double> reals, Vector<uint64_t> seeds, Vector<int64_t> bias_starts, Vector<int32_t> bias_ids,
                Vector<float> bias_values, Vector<int64_t> history_starts, Vector<int32_t> history) {
-  Batch b = read_batch(ids, starts, positions, tables, adapters);
+  const Input in = read_input(ids, starts, positions, tables, adapters);
   const size_t n = wanted.shape(0);
   require(integers.shape(0) == n && integers.shape(1) == 4 && reals.shape(0) == n && reals.shape(1) == 6 &&
               seeds.shape(0) == n,
@@ -186,7 +184,7 @@ nb::tuple step(Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector
     most = std::max(most, std::clamp<int64_t>(q.top, 0, 1024));
   }
   std::vector<gemkit::SampleOutput> out;
-  without_gil([&] { return model.step(b.input, requests, out); });
+  without_gil([&] { return model.step(in, requests, out); });
   auto tokens = new_array<int32_t>({n});
   auto logprobs = new_array<float>({n});
   auto top_ids = new_array<int32_t>({n, static_cast<size_t>(most)});
@@ -206,14 +204,14 @@ nb::tuple step(Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector
 auto per_token(int64_t gemkit::ModelPlan::* width, std::string (Model::*run)(const gemkit::StepInput&, float*)) {
   return [=](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
              Vector<int32_t> adapters) {
-    Batch b = read_batch(ids, starts, positions, tables, adapters);
+    const Input in = read_input(ids, starts, positions, tables, adapters);
     auto out = new_array<float>({ids.shape(0), static_cast<size_t>(model.plan().*width)});
-    without_gil([&] { return (model.*run)(b.input, out.data()); });
+    without_gil([&] { return (model.*run)(in, out.data()); });
     return out;
   };
 }
 
-// Defines a method whose first arguments are those of read_batch().
+// Defines a method whose first arguments are those of read_input().
 template <class Function, class... Extra>
 void def_step(nb::class_<Model>& model, const char* name, Function function, const Extra&... extra) {
   model.def(name, function, "ids"_a.noconvert(), "starts"_a.noconvert(), "positions"_a.noconvert(), "tables"_a,
@@ -245,10 +243,7 @@ double measure_bandwidth(int threads) {
   std::vector<gemkit::Arena> arenas(static_cast<size_t>(threads));
   for (auto& a : arenas) require(a.allocate(kEach), "not enough memory to measure the bandwidth");
   auto fill = [&](int rank, int) { std::memset(arenas[rank].data, 1, kEach); };
-  {
-    gemkit::Team team(threads);
-    team.run(fill);
-  }
+  gemkit::Team(threads).run(fill);
   std::vector<uint64_t> sink(static_cast<size_t>(threads) * 8);
   auto body = [&](int rank, int) { sink[rank * 8] = k.read(arenas[rank].data, kEach); };
   return static_cast<double>(kEach) * threads / median_time(threads, body) / 1e9;
@@ -353,10 +348,10 @@ NB_MODULE(_native, m) {
       model, "score",
       [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
          Vector<int32_t> adapters, Vector<int32_t> targets) {
-        Batch b = read_batch(ids, starts, positions, tables, adapters);
+        const Input in = read_input(ids, starts, positions, tables, adapters);
         require(targets.shape(0) == ids.shape(0), "targets needs one element per token");
         auto out = new_array<float>({ids.shape(0)});
-        without_gil([&] { return model.score(b.input, targets.data(), out.data()); });
+        without_gil([&] { return model.score(in, targets.data(), out.data()); });
         return out;
       },
       "targets"_a.noconvert());

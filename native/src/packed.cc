@@ -8,14 +8,10 @@
 namespace gemkit {
 namespace {
 
-uint16_t read_u16(const uint8_t* p) {
-  uint16_t v;
-  std::memcpy(&v, p, 2);
-  return v;
-}
-uint32_t read_u32(const uint8_t* p) {
-  uint32_t v;
-  std::memcpy(&v, p, 4);
+template <class T>
+T read(const uint8_t* p) {
+  T v;
+  std::memcpy(&v, p, sizeof v);
   return v;
 }
 
@@ -45,7 +41,7 @@ void split_nibbles(const uint8_t* q, uint8_t* codes) {
 // Sub-block j of a Q4_K or Q5_K super-block: f16 scale and minimum, 12 bytes of sub-scales, fifth bits, nibbles.
 void decode_k(const FormatInfo& f, const uint8_t* s, int j, RowBlock& out) {
   constexpr int kSubScales = 4, kBits = 16;
-  out.scale = read_u16(s), out.minimum = read_u16(s + 2);
+  out.scale = read<uint16_t>(s), out.minimum = read<uint16_t>(s + 2);
   k_scales(s + kSubScales, j, out.sub_scale[0], out.sub_minimum);
   const uint8_t *bits = s + kBits, *q = bits + kBlock * (f.residual_bits + j / 2);
   for (int i = 0; i < kBlock; i++) {
@@ -57,7 +53,7 @@ void decode_k(const FormatInfo& f, const uint8_t* s, int j, RowBlock& out) {
 // Sub-block j of a Q6_K super-block: nibbles, pairs of high bits, sub-scales, f16 scale.
 void decode_q6_k(const uint8_t* s, int j, RowBlock& out) {
   constexpr int kHigh = kSuper / 2, kSubScales = kHigh + kSuper / 4, kScale = kSubScales + 16;
-  out.scale = read_u16(s + kScale);
+  out.scale = read<uint16_t>(s + kScale);
   const uint8_t *low = s + 2 * kBlock * (j / 4) + kBlock * (j & 1), *high = s + kHigh + kBlock * (j / 4);
   const int shift = j % 4 >= 2 ? 4 : 0, two = 2 * (j % 4);
   for (int i = 0; i < kBlock; i++)
@@ -70,12 +66,12 @@ void decode_block(const FormatInfo& f, const uint8_t* row, int64_t b, RowBlock& 
   const uint8_t* s = row + b * kBlock / f.file_elements * f.file_bytes;
   const int j = static_cast<int>(b % kSuperBlocks);
   if (f.k_quant) return f.has_minimum ? decode_k(f, s, j, out) : decode_q6_k(s, j, out);
-  out.scale = read_u16(s), s += 2;
-  if (f.has_minimum) out.minimum = read_u16(s), s += 2;
+  out.scale = read<uint16_t>(s), s += 2;
+  if (f.has_minimum) out.minimum = read<uint16_t>(s), s += 2;
   if (f.residual_bits == 4) {  // signed bytes
     for (int i = 0; i < kBlock; i++) out.codes[i] = s[i] ^ 0x80;
   } else if (f.residual_bits == 1) {
-    const uint32_t fifth = read_u32(s);
+    const uint32_t fifth = read<uint32_t>(s);
     split_nibbles(s + 4, out.codes);
     for (int i = 0; i < kBlock; i++) out.codes[i] = static_cast<uint8_t>(out.codes[i] | (fifth >> i & 1) << 4);
   } else {
@@ -115,22 +111,13 @@ void place(const FormatInfo& f, const RowBlock& block, int row, uint8_t* record,
   if (f.has_minimum) std::memcpy(halves + kPanelHalves + 2 * row, &block.minimum, 2);
 }
 
-// Scale and minimum of half h of a decoded block, as float32.
-void block_scales(const FormatInfo& f, const RowBlock& block, int h, float& scale, float& minimum) {
-  scale = half_to_float(block.scale), minimum = f.has_minimum ? half_to_float(block.minimum) : 0.0f;
-  if (!f.k_quant) return;
-  if (f.has_minimum) {
-    scale *= static_cast<float>(block.sub_scale[0]);
-    minimum = -(minimum * static_cast<float>(block.sub_minimum));
-  } else {
-    scale *= static_cast<float>(static_cast<int8_t>(block.sub_scale[h]));
-  }
-}
-
 void dequantise_block(const FormatInfo& f, const RowBlock& block, float* out, int64_t stride) {
   for (int h = 0; h < 2; h++) {
-    float scale, minimum;
-    block_scales(f, block, h, scale, minimum);
+    float scale = half_to_float(block.scale), minimum = f.has_minimum ? half_to_float(block.minimum) : 0.0f;
+    if (f.k_quant) {
+      scale *= static_cast<float>(f.has_minimum ? block.sub_scale[0] : static_cast<int8_t>(block.sub_scale[h]));
+      minimum = -(minimum * static_cast<float>(block.sub_minimum));
+    }
     for (int i = kBlock / 2 * h; i < kBlock / 2 * (h + 1); i++) {
       float v = scale * static_cast<float>(block.codes[i] - f.offset());
       out[i * stride] = f.has_minimum ? v + minimum : v;
@@ -152,17 +139,14 @@ void unplace(const FormatInfo& f, const uint8_t* record, const uint8_t* super, i
   }
   const uint8_t *scales = record + f.scales_at(), *halves = f.k_quant ? super : scales;
   if (f.k_quant) block.sub_scale[0] = scales[row], block.sub_scale[1] = block.sub_minimum = scales[kPanelRows + row];
-  block.scale = read_u16(halves + 2 * row);
-  if (f.has_minimum) block.minimum = read_u16(halves + kPanelHalves + 2 * row);
+  block.scale = read<uint16_t>(halves + 2 * row);
+  if (f.has_minimum) block.minimum = read<uint16_t>(halves + kPanelHalves + 2 * row);
 }
 
 float read_float(GgmlType type, const uint8_t* p, int64_t i) {
-  if (type == kF32) {
-    float v;
-    std::memcpy(&v, p + 4 * i, 4);
-    return v;
-  }
-  return type == kF16 ? half_to_float(read_u16(p + 2 * i)) : bf16_to_float(read_u16(p + 2 * i));
+  if (type == kF32) return read<float>(p + 4 * i);
+  const uint16_t bits = read<uint16_t>(p + 2 * i);
+  return type == kF16 ? half_to_float(bits) : bf16_to_float(bits);
 }
 
 }  // namespace

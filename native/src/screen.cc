@@ -15,12 +15,7 @@ namespace {
 // Their relative errors, and those of the screen's own float arithmetic, stay below this share of ‖w_b‖ · ‖x_b‖.
 constexpr double kRounding = 1e-4;
 
-Packed plane_of(const Packed& head) {
-  Packed p;
-  p.format = find_format(kQ4_0);
-  p.rows = head.rows, p.cols = head.cols;
-  return p;
-}
+Packed plane_of(const Packed& head) { return {find_format(kQ4_0), head.rows, head.cols}; }
 
 }  // namespace
 
@@ -56,8 +51,7 @@ void build_screen(const Packed& head, const std::vector<float>& usual, uint8_t* 
       sizes[k] = static_cast<float>(std::sqrt(std::max(usual[k] / mean, 1.0 / 64)));
   std::memcpy(const_cast<float*>(screen.sizes), sizes.data(), sizes.size() * 4);
   const FormatInfo& q4 = *screen.plane.format;
-  const int64_t block_bytes = q4.file_bytes;
-  const int64_t blocks = head.blocks();
+  const int64_t blocks = head.blocks(), block_bytes = q4.file_bytes;
   std::vector<float> row(static_cast<size_t>(head.cols));
   std::vector<uint8_t> file(static_cast<size_t>(blocks * block_bytes * kPanelRows));
   std::vector<double> norms(static_cast<size_t>(blocks * kPanelRows));
@@ -93,11 +87,10 @@ void build_screen(const Packed& head, const std::vector<float>& usual, uint8_t* 
       double square = 0;
       for (int64_t b = 0; b < blocks; b++) {
         const double n = norms[static_cast<size_t>(b * kPanelRows + i)];
-        square += n * n;
+        square += n * n, widest = std::max(widest, n), finite = finite && std::isfinite(n);
       }
       longest = std::max(longest, std::sqrt(square));
     }
-    for (double n : norms) widest = std::max(widest, n), finite = finite && std::isfinite(n);
     const float unit = finite ? static_cast<float>(widest / 255 * 1.000001) : INFINITY;
     const_cast<float*>(screen.units)[p] = unit;
     const_cast<float*>(screen.longest)[p] = finite ? static_cast<float>(longest * 1.000001) : INFINITY;

@@ -63,9 +63,8 @@ std::string begin_step(Step& step, const StepInput& input, int64_t max_tokens, i
 // Runs all layers on all threads of a team: leaves the residual stream in scratch.x, final norm not yet applied.
 void forward(Step& step, const Worker& worker);
 
-// The attention of a step, in attention.cc.
-//
-// Decides whether this step's attention is split by pages, and allocates the partial sums. Returns an error or nothing.
+// In attention.cc: decides whether this step's attention is split by pages, and allocates the partial sums. Returns an
+// error or nothing.
 std::string begin_attention(Step& step, int threads);
 
 // q and k: norm, rotation, query scale; k and v into their page.

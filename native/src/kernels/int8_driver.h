@@ -42,6 +42,13 @@ GEMKIT_INLINE f32x16 record_minimum(const uint8_t* record, const uint8_t* super)
   return load_f16(reinterpret_cast<const uint16_t*>(super + kPanelHalves)) * from_u8(scales + kPanelRows) * set1(-1.0f);
 }
 
+// Sum of the quantised activations of sub-block `sub`.
+template <class F>
+GEMKIT_INLINE int32_t activation_sum(const ActivationBlock& a, int sub) {
+  if constexpr (F::kSub == 1) return a.sum;
+  return sub == 0 ? a.first_sum : a.sum - a.first_sum;
+}
+
 constexpr int kFusedRows = GEMKIT_FUSED_ROWS, kTileRows = GEMKIT_TILE_ROWS;
 
 // y[m..m+M) of panels [p0, p1), unpacking in registers.

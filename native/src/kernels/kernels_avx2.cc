@@ -28,7 +28,7 @@ struct RecordCodes {
     return by >= 0 ? _mm256_slli_epi16(v, by) : _mm256_srli_epi16(v, -by);
   }
 
-  inline __attribute__((always_inline)) void quads(int j, __m256i (&codes)[2], __m256i (&low)[2]) const {
+  GEMKIT_MEMBER void quads(int j, __m256i (&codes)[2], __m256i (&low)[2]) const {
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i v = load256(record + kVector * j + kHalfVector * half);
     codes[0] = _mm256_and_si256(v, nibble);
@@ -78,10 +78,10 @@ template <class F>
 struct ChunkCodes {
   const uint8_t* block;
   int half;
-  inline __attribute__((always_inline)) __m256i quad(int q) const {
+  GEMKIT_MEMBER __m256i quad(int q) const {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(block + kVector * q + kHalfVector * half));
   }
-  inline __attribute__((always_inline)) void quads(int j, __m256i (&codes)[2], __m256i (&)[2]) const {
+  GEMKIT_MEMBER void quads(int j, __m256i (&codes)[2], __m256i (&)[2]) const {
     for (int i = 0; i < 2; i++) codes[i] = quad(2 * j + i);
   }
 };
@@ -234,12 +234,6 @@ GEMKIT_INLINE __m256 record_minimum(const uint8_t* record, const uint8_t* super,
   const __m256 m = _mm256_mul_ps(half8(super + kPanelHalves + kPanelHalves / 2 * half),
                                  bytes8(record + F::kScales + kPanelRows + kHalfRows * half, false));
   return _mm256_xor_ps(m, _mm256_set1_ps(-0.0f));
-}
-
-template <class F>
-GEMKIT_INLINE int32_t activation_sum(const ActivationBlock& a, int sub) {
-  if constexpr (F::kSub == 1) return a.sum;
-  return sub == 0 ? a.first_sum : a.sum - a.first_sum;
 }
 
 // Folds a block's sums into f[half][m], given its scales and minima.

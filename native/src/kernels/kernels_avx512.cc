@@ -43,12 +43,12 @@ GEMKIT_INLINE __m512i quad_codes(const uint8_t* record, int q) {
 template <class F>
 struct RecordCodes {
   const uint8_t* record;
-  inline __attribute__((always_inline)) __m512i quad(int q) const { return quad_codes<F>(record, q); }
+  GEMKIT_MEMBER __m512i quad(int q) const { return quad_codes<F>(record, q); }
 };
 template <class F>
 struct ChunkCodes {
   const uint8_t* block;
-  inline __attribute__((always_inline)) __m512i quad(int64_t q) const { return load512(block + kVector * q); }
+  GEMKIT_MEMBER __m512i quad(int64_t q) const { return load512(block + kVector * q); }
 };
 
 // sum += codes · q, one quad of activations for all sixteen rows.
@@ -78,10 +78,9 @@ GEMKIT_INLINE void add_block(f32x16 (&f)[M], const Codes& source, const Activati
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
       sums[m] = start;
-      if constexpr (F::kOffsetLog2 >= 0) {
-        const int32_t sum = F::kSub == 1 ? a[m]->sum : sub == 0 ? a[m]->first_sum : a[m]->sum - a[m]->first_sum;
-        sums[m] = _mm512_sub_epi32(start, _mm512_slli_epi32(_mm512_set1_epi32(sum), F::kOffsetLog2));
-      }
+      if constexpr (F::kOffsetLog2 >= 0)
+        sums[m] = _mm512_sub_epi32(start,
+                                   _mm512_slli_epi32(_mm512_set1_epi32(activation_sum<F>(*a[m], sub)), F::kOffsetLog2));
     }
     constexpr int kSubQuads = kQuads / F::kSub;
 #pragma GCC unroll 8

@@ -81,8 +81,7 @@ struct ChunkCodes {
 template <class F>
 GEMKIT_INLINE int32_t start_of_sum(const ActivationBlock& a, int sub) {
   if constexpr (F::kOffsetLog2 < 0 || F::R == 4) return kMagicBits;
-  const int32_t sum = F::kSub == 1 ? a.sum : sub == 0 ? a.first_sum : a.sum - a.first_sum;
-  return kMagicBits - sum * (1 << (F::kOffsetLog2 < 0 ? 0 : F::kOffsetLog2));
+  return kMagicBits - activation_sum<F>(a, sub) * F::kInfo.offset();
 }
 
 // Adds quad Q, whose activations are lane Q % 4 of x[m].
