@@ -66,9 +66,9 @@ void sample_row(const Step& s, int64_t r, const SampleRequest& request, SampleOu
   const SamplingParams& p = request.params;
   float* row = s.scratch.logits.row(r);
   if (std::isnan(s.scratch.log_sum_exps[r])) return;
-  if (request.top > 0) {
-    out.top_ids.resize(static_cast<size_t>(std::min(request.top, V)));
-    out.top_ids.resize(static_cast<size_t>(largest_ids(row, V, request.top, out.top_ids.data())));
+  if (p.logprobs > 0) {
+    out.top_ids.resize(static_cast<size_t>(std::min(p.logprobs, V)));
+    out.top_ids.resize(static_cast<size_t>(largest_ids(row, V, p.logprobs, out.top_ids.data())));
     for (int32_t id : out.top_ids) out.top_logprobs.push_back(log_probability(s, r, id));
   }
   if (p.changes_logits()) {

@@ -68,17 +68,25 @@ std::string Model::run_logits(const StepInput& input, const std::vector<int64_t>
 }
 
 std::string Model::step(const StepInput& input, const std::vector<SampleRequest>& requests,
-                        std::vector<SampleOutput>& out) {
-  std::vector<int64_t> tokens;
-  for (const SampleRequest& r : requests) {
-    if (r.sequence < 0 || r.sequence >= input.sequences || r.top < 0 || r.top > 1024) return "bad sampling request";
-    tokens.push_back(input.starts[r.sequence + 1] - 1);
-  }
-  out.assign(requests.size(), {});
+                        std::vector<SampleOutput>& out, const int32_t* targets, float* scores) {
+  std::vector<int64_t> tokens, request_of(static_cast<size_t>(std::max<int64_t>(input.tokens, 0)), -1);
   const size_t count = requests.size();
+  for (size_t i = 0; i < count; i++) {
+    const SampleRequest& r = requests[i];
+    if (r.token < 0 || r.token >= input.tokens || r.params.logprobs > 1024 || request_of[r.token] >= 0)
+      return "bad sampling request";
+    request_of[r.token] = static_cast<int64_t>(i);
+    tokens.push_back(r.token);
+  }
+  for (int64_t t = 0; targets && t < input.tokens; t++) {
+    if (targets[t] < -1 || targets[t] >= plan_.vocab) return "a target id is not in the vocabulary";
+    scores[t] = 0;
+    if (targets[t] >= 0 && request_of[t] < 0) tokens.push_back(t);
+  }
+  out.assign(count, {});
   const std::lock_guard<std::mutex> lock(mutex_);
   std::string error;
-  if (use_search(search_, requests)) {
+  if (!targets && use_search(search_, requests)) {
     begin_search(search_, step_, requests);
     error = run(input, [&](const Worker& w) {
       head_inputs(step_, tokens.data(), static_cast<int64_t>(count), w);
@@ -92,11 +100,15 @@ std::string Model::step(const StepInput& input, const std::vector<SampleRequest>
   } else {
     error = run_logits(input, tokens, [&](int64_t first, int64_t rows, const Worker& w) {
       log_sum_exp(step_, rows, w);
-      for (int64_t r = w.rank; r < rows; r += w.size) sample_row(step_, r, requests[first + r], out[first + r]);
+      for (int64_t r = w.rank; r < rows; r += w.size) {
+        const int64_t t = tokens[static_cast<size_t>(first + r)], i = request_of[static_cast<size_t>(t)];
+        if (targets && targets[t] >= 0) scores[t] = log_probability(step_, r, targets[t]);
+        if (i >= 0) sample_row(step_, r, requests[static_cast<size_t>(i)], out[static_cast<size_t>(i)]);
+      }
     });
   }
   for (size_t i = 0; error.empty() && i < count; i++)
-    if (out[i].token < 0 || (requests[i].logprob && !std::isfinite(out[i].logprob))) error = kNotNumbers;
+    if (out[i].token < 0 || (requests[i].params.logprobs >= 0 && !std::isfinite(out[i].logprob))) error = kNotNumbers;
   return error;
 }
 
@@ -108,23 +120,6 @@ std::string Model::logits(const StepInput& input, float* out) {
     const Range mine = w.share(count);
     for (int64_t r = mine.begin; r < mine.end; r++)
       std::copy_n(scratch_.logits.row(r), plan_.vocab, out + (first + r) * plan_.vocab);
-  });
-}
-
-std::string Model::score(const StepInput& input, const int32_t* targets, float* out) {
-  std::vector<int64_t> tokens;
-  for (int64_t t = 0; t < input.tokens; t++) {
-    if (targets[t] < -1 || targets[t] >= plan_.vocab) return "a target id is not in the vocabulary";
-    out[t] = 0;
-    if (targets[t] >= 0) tokens.push_back(t);
-  }
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return run_logits(input, tokens, [&](int64_t first, int64_t count, const Worker& w) {
-    log_sum_exp(step_, count, w);
-    for (int64_t r = 0; w.rank == 0 && r < count; r++) {
-      const int64_t t = tokens[static_cast<size_t>(first + r)];
-      out[t] = log_probability(step_, r, targets[t]);
-    }
   });
 }
 

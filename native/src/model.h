@@ -52,10 +52,11 @@ class Model {
   }
 
   // Each runs one forward step and returns an error or nothing.
-  std::string step(const StepInput& input, const std::vector<SampleRequest>& requests, std::vector<SampleOutput>& out);
+  // At most one request a token; targets and scores: [tokens], or null. scores[t]: log-probability of targets[t] after
+  // token t; 0 where the target is -1.
+  std::string step(const StepInput& input, const std::vector<SampleRequest>& requests, std::vector<SampleOutput>& out,
+                   const int32_t* targets = nullptr, float* scores = nullptr);
   std::string logits(const StepInput& input, float* out);  // [tokens][vocab]
-  // Log-probability of targets[t] after token t; 0 where the target is -1.
-  std::string score(const StepInput& input, const int32_t* targets, float* out);
   std::string hidden(const StepInput& input, float* out);  // [tokens][hidden], after the final norm
 
  private:

@@ -2,13 +2,16 @@
 // core's errors to ValueError.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <cstdlib>
+#include <iterator>
 #include <type_traits>
 
 #include "model.h"
@@ -148,43 +151,100 @@ nb::ndarray<nb::numpy, T> new_array(std::vector<size_t> shape) {
   return nb::ndarray<nb::numpy, T>(data, shape.size(), shape.data(), owner);
 }
 
-nb::tuple step(Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions,
-               nb::sequence tables, Vector<int32_t> adapters, Vector<int64_t> wanted, Matrix<int64_t> integers,
-               Matrix<double> reals, Vector<uint64_t> seeds, Vector<int64_t> bias_starts, Vector<int32_t> bias_ids,
-               Vector<float> bias_values, Vector<int64_t> history_starts, Vector<int32_t> history) {
-  const Input in = read_input(ids, starts, positions, tables, adapters);
-  const size_t n = wanted.shape(0);
-  require(integers.shape(0) == n && integers.shape(1) == 4 && reals.shape(0) == n && reals.shape(1) == 6 &&
-              seeds.shape(0) == n,
-          "sampling arrays need one row per wanted sequence");
-  auto rises = [&](const Vector<int64_t>& s, size_t end) {
-    if (s.shape(0) != n + 1 || s.data()[0] != 0 || s.data()[n] != static_cast<int64_t>(end)) return false;
-    for (size_t i = 0; i < n; i++)
-      if (s.data()[i + 1] < s.data()[i]) return false;
-    return true;
+// Checks the fields of Python's record, {name: (offset, bytes)}, against the struct that they are read as.
+void check_sampling(const nb::dict& fields, size_t bytes) {
+  using Record = gemkit::SamplingRecord;
+  struct Field {
+    const char* name;
+    size_t offset, bytes;
   };
-  require(bias_ids.shape(0) == bias_values.shape(0) && rises(bias_starts, bias_ids.shape(0)),
-          "bias arrays do not fit together");
-  require(rises(history_starts, history.shape(0)), "history arrays do not fit together");
-  std::vector<gemkit::SampleRequest> requests(n);
-  int64_t most = 0;
-  for (size_t i = 0; i < n; i++) {
-    const int64_t* k = integers.data() + 4 * i;
-    const double* r = reals.data() + 6 * i;
-    gemkit::SampleRequest& q = requests[i];
-    q.sequence = wanted.data()[i], q.top = std::max<int64_t>(k[1], 0), q.logprob = k[1] >= 0;
-    gemkit::SamplingParams& p = q.params;
-    p.top_k = k[0], p.counter = k[2], p.prompt_length = k[3], p.seed = seeds.data()[i];
-    p.temperature = r[0], p.top_p = r[1], p.min_p = r[2];
-    p.repetition_penalty = r[3], p.presence_penalty = r[4], p.frequency_penalty = r[5];
-    p.bias_ids = bias_ids.data() + bias_starts.data()[i], p.bias_values = bias_values.data() + bias_starts.data()[i];
-    p.bias_count = bias_starts.data()[i + 1] - bias_starts.data()[i];
-    p.history = history.data() + history_starts.data()[i];
-    p.history_length = history_starts.data()[i + 1] - history_starts.data()[i];
-    most = std::max(most, std::clamp<int64_t>(q.top, 0, 1024));
+#define GEMKIT_FIELD(name)                              \
+  {                                                     \
+    #name, offsetof(Record, name), sizeof(Record::name) \
   }
+  const Field expected[] = {GEMKIT_FIELD(row),
+                            GEMKIT_FIELD(draws),
+                            GEMKIT_FIELD(counter),
+                            GEMKIT_FIELD(prompt_length),
+                            GEMKIT_FIELD(history_start),
+                            GEMKIT_FIELD(history_end),
+                            GEMKIT_FIELD(bias_start),
+                            GEMKIT_FIELD(bias_end),
+                            GEMKIT_FIELD(top_k),
+                            GEMKIT_FIELD(logprobs),
+                            GEMKIT_FIELD(seed),
+                            GEMKIT_FIELD(temperature),
+                            GEMKIT_FIELD(top_p),
+                            GEMKIT_FIELD(min_p),
+                            GEMKIT_FIELD(repetition_penalty),
+                            GEMKIT_FIELD(presence_penalty),
+                            GEMKIT_FIELD(frequency_penalty)};
+#undef GEMKIT_FIELD
+  bool same = bytes == sizeof(Record) && fields.size() == std::size(expected);
+  for (const Field& f : expected) {
+    if (!same || !fields.contains(f.name)) throw nb::value_error("sampling records do not have the fields of the core");
+    const auto [offset, size] = as<std::pair<size_t, size_t>>(fields[f.name], "a field of sampling records");
+    if (offset != f.offset || size != f.bytes)
+      throw nb::value_error(
+          ("the field " + std::string(f.name) + " of sampling records has another place or size than in the core")
+              .c_str());
+  }
+}
+
+// One request per draw: sequence after sequence, position after position.
+std::vector<gemkit::SampleRequest> read_requests(const Input& in, const Matrix<uint8_t>& records,
+                                                 const Vector<int32_t>& bias_ids, const Vector<float>& bias_values,
+                                                 const Vector<int32_t>& history) {
+  require(records.shape(1) == sizeof(gemkit::SamplingRecord), "sampling records have the wrong size");
+  require(bias_ids.shape(0) == bias_values.shape(0), "bias arrays do not fit together");
+  auto within = [](int64_t begin, int64_t end, size_t size) {
+    return begin >= 0 && begin <= end && end <= static_cast<int64_t>(size);
+  };
+  std::vector<gemkit::SampleRequest> requests;
+  for (size_t i = 0; i < records.shape(0); i++) {
+    gemkit::SamplingParams p;
+    std::memcpy(static_cast<gemkit::SamplingRecord*>(&p), records.data() + i * records.shape(1), records.shape(1));
+    require(p.row >= 0 && p.row < in.sequences && p.draws >= 0 && p.draws <= in.count(p.row),
+            "a sequence has fewer new tokens than draws");
+    require(within(p.bias_start, p.bias_end, bias_ids.shape(0)), "bias arrays do not fit together");
+    require(within(p.history_start, p.history_end, history.shape(0)), "history arrays do not fit together");
+    p.bias_ids = bias_ids.data() + p.bias_start, p.bias_values = bias_values.data() + p.bias_start;
+    p.bias_count = p.bias_end - p.bias_start, p.history = history.data() + p.history_start;
+    for (int64_t later = p.draws; later-- > 0; p.counter++) {  // draws that follow this one
+      p.history_length = std::max<int64_t>(p.history_end - p.history_start - later, 0);
+      requests.push_back({in.starts[p.row + 1] - 1 - later, p});
+    }
+  }
+  return requests;
+}
+
+nb::tuple step(Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions,
+               nb::sequence tables, Vector<int32_t> adapters, Matrix<uint8_t> records, Vector<int32_t> bias_ids,
+               Vector<float> bias_values, Vector<int32_t> history, nb::sequence masks, Vector<int32_t> targets) {
+  const Input in = read_input(ids, starts, positions, tables, adapters);
+  std::vector<gemkit::SampleRequest> requests = read_requests(in, records, bias_ids, bias_values, history);
+  const size_t n = requests.size(), words = static_cast<size_t>((model.plan().vocab + 31) / 32);
+  std::vector<Vector<uint32_t>> held;
+  require(nb::len(masks) == 0 || nb::len(masks) == n, "masks needs one element per draw");
+  size_t at = 0;
+  for (nb::handle h : masks) {
+    gemkit::SampleRequest& r = requests.at(at++);
+    if (h.is_none()) continue;
+    held.push_back(as<Vector<uint32_t>>(h, "a mask"));
+    require(held.back().shape(0) == words, "a mask needs one bit per token of the vocabulary");
+    r.params.mask = held.back().data();
+    bool any = false;
+    for (int64_t id = 0; id < model.plan().vocab && !any; id++) any = r.params.mask[id / 32] >> id % 32 & 1;
+    require(any, "a mask allows no token");
+  }
+  const bool has_targets = targets.shape(0) > 0;  // empty: none
+  require(!has_targets || targets.shape(0) == ids.shape(0), "targets needs one element per token");
+  auto scores = new_array<float>({targets.shape(0)});
+  int64_t most = 0;
+  for (const gemkit::SampleRequest& r : requests)
+    most = std::max(most, std::clamp<int64_t>(r.params.logprobs, 0, 1024));
   std::vector<gemkit::SampleOutput> out;
-  without_gil([&] { return model.step(in, requests, out); });
+  without_gil([&] { return model.step(in, requests, out, has_targets ? targets.data() : nullptr, scores.data()); });
   auto tokens = new_array<int32_t>({n});
   auto logprobs = new_array<float>({n});
   auto top_ids = new_array<int32_t>({n, static_cast<size_t>(most)});
@@ -197,7 +257,7 @@ nb::tuple step(Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector
       top_logprobs.data()[i * most + j] = has ? out[i].top_logprobs[j] : -INFINITY;
     }
   }
-  return nb::make_tuple(tokens, logprobs, top_ids, top_logprobs);
+  return nb::make_tuple(tokens, logprobs, top_ids, top_logprobs, has_targets ? nb::cast(scores) : nb::none());
 }
 
 // A method that gives plan.*width floats a token.
@@ -265,6 +325,8 @@ NB_MODULE(_native, m) {
   m.attr("head_rows") = gemkit::kHeadRows;
   m.attr("image_version") = gemkit::kImageVersion;
   m.def("path", [] { return kernels().name; }, "Name of the kernel path in use: portable, avx2, avx512 or neon.");
+  m.def("check_sampling", &check_sampling, "fields"_a, "bytes"_a,
+        "Raises ValueError if records have other fields than the core reads.");
   m.def("cores", &gemkit::usable_cores, "Cores this process may run on.");
   m.def("measure_bandwidth", &measure_bandwidth, "threads"_a, "Read bandwidth of this machine in GB/s.");
   m.def("measure_int8_peak", &measure_int8_peak, "threads"_a,
@@ -339,20 +401,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("weight_bytes", &Model::weight_bytes)
       .def_prop_ro("scratch_bytes", &Model::scratch_bytes)
       .def_prop_ro("path", &Model::path);
-  def_step(model, "step", &step, "wanted"_a.noconvert(), "integers"_a.noconvert(), "reals"_a.noconvert(),
-           "seeds"_a.noconvert(), "bias_starts"_a.noconvert(), "bias_ids"_a.noconvert(), "bias_values"_a.noconvert(),
-           "history_starts"_a.noconvert(), "history"_a.noconvert());
+  def_step(model, "step", &step, "records"_a.noconvert(), "bias_ids"_a.noconvert(), "bias_values"_a.noconvert(),
+           "history"_a.noconvert(), "masks"_a, "targets"_a.noconvert());
   def_step(model, "logits", per_token(&gemkit::ModelPlan::vocab, &Model::logits));
   def_step(model, "hidden", per_token(&gemkit::ModelPlan::hidden, &Model::hidden));
-  def_step(
-      model, "score",
-      [](Model& model, Vector<int32_t> ids, Vector<int32_t> starts, Vector<int32_t> positions, nb::sequence tables,
-         Vector<int32_t> adapters, Vector<int32_t> targets) {
-        const Input in = read_input(ids, starts, positions, tables, adapters);
-        require(targets.shape(0) == ids.shape(0), "targets needs one element per token");
-        auto out = new_array<float>({ids.shape(0)});
-        without_gil([&] { return model.score(in, targets.data(), out.data()); });
-        return out;
-      },
-      "targets"_a.noconvert());
 }

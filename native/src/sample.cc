@@ -35,7 +35,7 @@ std::vector<Candidate> best(const float* logits, int64_t vocab, int64_t k) {
   return heap;
 }
 
-void penalise(float* logits, int64_t vocab, const SamplingParams& p) {
+void change(float* logits, int64_t vocab, const SamplingParams& p) {
   if (p.penalises()) {
     std::unordered_map<int32_t, int64_t> generated;  // 0: only in the prompt
     for (int64_t i = 0; i < p.history_length; i++) {
@@ -55,6 +55,9 @@ void penalise(float* logits, int64_t vocab, const SamplingParams& p) {
   }
   for (int64_t i = 0; i < p.bias_count; i++)
     if (p.bias_ids[i] >= 0 && p.bias_ids[i] < vocab) logits[p.bias_ids[i]] += p.bias_values[i];
+  // A NaN is never chosen, not even where all probabilities round to 0
+  for (int64_t id = 0; p.mask && id < vocab; id++)
+    if (!(p.mask[id / 32] >> id % 32 & 1)) logits[id] = NAN;
 }
 
 double uniform(uint64_t seed, int64_t counter) {
@@ -154,13 +157,13 @@ int32_t pick(const float* logits, int64_t vocab, const SamplingParams& p, const 
 }  // namespace
 
 int32_t choose(float* logits, int64_t vocab, const SamplingParams& p, const Kernels& kernels) {
-  penalise(logits, vocab, p);
+  change(logits, vocab, p);
   return pick(logits, vocab, p, kernels);
 }
 
 int32_t choose_among(float* logits, int64_t vocab, const std::vector<int32_t>& panels, const SamplingParams& p,
                      const Kernels& kernels) {
-  penalise(logits, vocab, p);
+  change(logits, vocab, p);
   std::vector<float> known;
   known.reserve(panels.size() * kPanelRows);
   for (int32_t panel : panels) {

@@ -8,29 +8,36 @@
 
 namespace gemkit {
 
-struct SamplingParams {
+// One record of the array that Python calls SAMPLING (gemkit.engine.sampling), by the same names; module.cc checks it.
+struct SamplingRecord {
+  int64_t row = 0, draws = 0;  // index of the sequence in the step; draws after its last new tokens
+  int64_t counter = 0;         // number of the draw
+  int64_t prompt_length = 0;
+  int64_t history_start = 0, history_end = 0, bias_start = 0, bias_end = 0;
+  int64_t top_k = 0;     // 0: all
+  int64_t logprobs = 0;  // how many of the most probable tokens to report; -1: no log-probability at all
+  uint64_t seed = 0;
   double temperature = 0;  // 0: the largest logit, lowest id first
   double top_p = 1, min_p = 0;
   double repetition_penalty = 1, presence_penalty = 0, frequency_penalty = 0;
-  int64_t top_k = 0;  // 0: all
-  uint64_t seed = 0;
-  int64_t counter = 0;  // number of the draw
+};
+
+struct SamplingParams : SamplingRecord {
   const int32_t* bias_ids = nullptr;
   const float* bias_values = nullptr;
   int64_t bias_count = 0;
   const int32_t* history = nullptr;  // ids so far, prompt first
-  int64_t history_length = 0, prompt_length = 0;
+  int64_t history_length = 0;
+  const uint32_t* mask = nullptr;  // bit i % 32 of word i / 32 allows id i; null: all are allowed
 
   bool greedy() const { return temperature <= 0 || top_k == 1; }
   bool penalises() const { return repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0; }
-  bool changes_logits() const { return bias_count > 0 || penalises(); }
+  bool changes_logits() const { return bias_count > 0 || mask || penalises(); }
 };
 
-// A token to draw after the last new token of a sequence.
+// A token to draw after one of the new tokens of a step. Log-probabilities are those of the unchanged logits.
 struct SampleRequest {
-  int64_t sequence = 0;
-  int64_t top = 0;      // how many of the most probable tokens to report
-  bool logprob = true;  // whether to report the token's log-probability, which takes the whole vocabulary
+  int64_t token = 0;  // index in the step
   SamplingParams params;
 };
 

@@ -124,7 +124,8 @@ bool SearchRow::any_failed() const { return std::find(failed.begin(), failed.end
 bool use_search(ScreenSearch& search, const std::vector<SampleRequest>& requests) {
   if (!search.available() || !search.enabled || requests.empty() || requests.size() > kScreenRows) return false;
   for (const SampleRequest& r : requests)
-    if (r.logprob || r.top > 0 || (!r.params.greedy() && (r.params.top_k < 1 || r.params.top_k > kScreenTop)))
+    if (r.params.logprobs >= 0 || r.params.mask ||
+        (!r.params.greedy() && (r.params.top_k < 1 || r.params.top_k > kScreenTop)))
       return false;
   if (search.pause-- > 0) return false;
   search.pause = 0;

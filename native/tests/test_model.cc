@@ -158,8 +158,8 @@ void test_sampling(int draws) {
   call.add(0, ids, 0, 50);
   const std::vector<float> all = logits(*model, call);
   const float* row = &all[49 * 203];
-  SampleRequest greedy;
-  greedy.top = 5;
+  SampleRequest greedy{49, {}};
+  greedy.params.logprobs = 5;
   std::vector<SampleOutput> out;
   CHECK(model->step(call.make(), {greedy}, out).empty(), "step");
   double sum = 0;
@@ -184,8 +184,75 @@ void test_sampling(int draws) {
   std::vector<int32_t> targets(50, 3);
   targets[10] = -1;
   std::vector<float> scores(50);
-  CHECK(model->score(call.make(), targets.data(), scores.data()).empty(), "score");
-  CHECK(scores[10] == 0 && std::fabs(scores[49] - (row[3] - std::log(sum))) < 1e-5, "score");
+  CHECK(model->step(call.make(), {}, out, targets.data(), scores.data()).empty(), "targets");
+  CHECK(scores[10] == 0 && std::fabs(scores[49] - (row[3] - std::log(sum))) < 1e-5, "targets");
+}
+
+// Several draws in one step, with masks and targets, equal the same steps one by one, bit for bit; a masked token is
+// never chosen, on any path, through a screen or not.
+void test_draws() {
+  constexpr int kPrompt = 20, kDraws = 40, kVocab = 5000;  // more draws than rows of the head at a time
+  Toy toy(kQ8_0, 5, 64, kVocab);
+  Random random(6);
+  std::vector<int32_t> ids(kPrompt + kDraws), targets(ids.size(), -1);
+  for (int32_t& id : ids) id = random.below(kVocab);
+  for (size_t t = 0; t < targets.size(); t += 3) targets[t] = random.below(kVocab);
+  std::vector<uint32_t> mask((kVocab + 31) / 32);
+  for (uint32_t& word : mask) word = random.bits() & random.bits() & random.bits();
+  auto request = [&](int i, bool masked) {
+    SampleRequest r;
+    r.params.temperature = i % 4 ? 1 : 0, r.params.top_k = i % 4 == 1 ? 20 : 0, r.params.counter = i;
+    r.params.logprobs = i % 2 ? -1 : 3, r.params.repetition_penalty = i % 3 ? 1 : 1.3;
+    r.params.history = ids.data(), r.params.history_length = kPrompt + i + 1;
+    if (masked) r.params.mask = mask.data();
+    return r;
+  };
+  for (const Kernels* k : paths())
+    for (int threads : {1, 3}) {
+      auto model = load(toy.plan, threads, false, *k);
+      Arena screen;
+      screen.allocate(static_cast<size_t>(model->screen_bytes()));
+      CHECK(model->make_screen(screen.data).empty(), "screen");
+      CHECK(model->attach_screen(screen.data, model->screen_bytes()).empty(), "screen");
+      Call call;
+      call.add(0, ids, 0, kPrompt + kDraws);
+      std::vector<SampleRequest> requests;
+      for (int i = 0; i < kDraws; i++)
+        requests.push_back(request(i, i % 2 || i % 5 == 0)), requests.back().token = kPrompt + i;
+      std::vector<SampleOutput> together, single;
+      std::vector<float> scores(ids.size()), score(1), separate(ids.size());
+      CHECK(model->step(call.make(), requests, together, targets.data(), scores.data()).empty(), "draws");
+      CHECK(model->step(call.make(), {}, single, targets.data(), separate.data()).empty() && scores == separate,
+            "%s: targets differ with draws", k->name);
+      Call prompt;
+      prompt.add(0, ids, 0, kPrompt);
+      CHECK(model->step(prompt.make(), {}, single).empty(), "prompt");
+      for (int i = 0; i < kDraws; i++) {
+        Call one;
+        one.add(0, ids, kPrompt + i, 1);
+        SampleRequest r = requests[static_cast<size_t>(i)];
+        r.token = 0;
+        CHECK(model->step(one.make(), {r}, single, &targets[kPrompt + i], score.data()).empty(), "draw");
+        const SampleOutput &a = together[static_cast<size_t>(i)], &b = single[0];
+        CHECK(a.token == b.token && a.logprob == b.logprob && a.top_ids == b.top_ids &&
+                  a.top_logprobs == b.top_logprobs && score[0] == scores[kPrompt + i],
+              "%s, %d threads: draw %d differs from a step of its own", k->name, threads, i);
+        CHECK(model->step(one.make(), {r}, single).empty() && single[0].token == a.token, "%s: by the screen", k->name);
+        CHECK(!r.params.mask || mask[a.token / 32] >> a.token % 32 & 1, "%s: %d is masked", k->name, a.token);
+      }
+      // One token allowed: chosen however improbable, and with a bias against it
+      std::vector<uint32_t> only(mask.size());
+      const int32_t allowed = kVocab - 1;
+      const float against = -100;
+      only[allowed / 32] = 1u << allowed % 32;
+      for (int i = 0; i < 4; i++) {
+        SampleRequest r = request(i, false);
+        r.token = kPrompt + kDraws - 1, r.params.mask = only.data(), r.params.logprobs = -1;
+        r.params.bias_ids = &allowed, r.params.bias_values = &against, r.params.bias_count = i % 2;
+        CHECK(model->step(call.make(), {r}, single).empty() && single[0].token == allowed, "%s: one token", k->name);
+      }
+      CHECK(!model->step(call.make(), {requests[0], requests[0]}, single).empty(), "two draws at one token");
+    }
 }
 
 // y += scale·B(Ax) equals a weight with scale·B·A added.
@@ -285,7 +352,7 @@ void test_screen(int64_t hidden, float softcap, bool flat, int turns = 3) {
     std::vector<std::vector<SampleRequest>> cases;
     auto request = [&](double temperature, int64_t top_k, double penalty, bool bias) {
       SampleRequest r;
-      r.logprob = false;
+      r.params.logprobs = -1;
       r.params.temperature = temperature, r.params.top_k = top_k, r.params.top_p = top_k ? 0.95 : 1;
       r.params.repetition_penalty = penalty, r.params.history = ids.data(), r.params.history_length = 60;
       r.params.prompt_length = 10, r.params.frequency_penalty = penalty > 1 ? 0.1 : 0;
@@ -310,9 +377,9 @@ void test_screen(int64_t hidden, float softcap, bool flat, int turns = 3) {
     int screened = 0, whole = 0;
     for (auto& wanted : cases)
       for (int turn = 0; turn < turns; turn++) {
-        for (size_t s = 0; s < 3; s++)
-          wanted[s].sequence = static_cast<int64_t>(s), wanted[s].params.seed = static_cast<uint64_t>(turn) * 3 + s;
+        for (size_t s = 0; s < 3; s++) wanted[s].params.seed = static_cast<uint64_t>(turn) * 3 + s;
         Call call = three(turn);
+        for (size_t s = 0; s < 3; s++) wanted[s].token = call.starts[s + 1] - 1;
         std::vector<SampleOutput> through, full;
         model->use_screen(true);
         CHECK(model->step(call.make(), wanted, through).empty(), "step");
@@ -329,6 +396,7 @@ void test_screen(int64_t hidden, float softcap, bool flat, int turns = 3) {
     for (int turn = 0; turn < 12; turn++) {
       Call call = three(turn % 3);
       std::vector<SampleOutput> got;
+      for (size_t s = 0; s < 3; s++) cases[0][s].token = call.starts[s + 1] - 1;
       CHECK(model->step(call.make(), cases[0], got).empty(), "step");
     }
     const size_t tried = model->take_screen_counts().size();
@@ -391,7 +459,7 @@ void test_refusals() {
   Call call;
   call.add(0, ids, 0, 60);
   SampleRequest request;
-  request.sequence = 1;
+  request.token = 60;
   CHECK(!model->step(call.make(), {request}, samples).empty(), "a bad request was accepted");
   CHECK(!model->reserve(2, 5).empty() && !model->reserve(0, int64_t{1} << 40).empty(),
         "a bad reservation was accepted");
@@ -404,6 +472,7 @@ int main(int argc, char** argv) {
   const Splits& splits = whole ? kWholeSplits : kShortSplits;
   test_same_bits(kQ8_0, false, splits), test_same_bits(kF32, false, splits), test_same_bits(kQ8_0, true, splits);
   test_sampling(whole ? 20000 : 5000);
+  test_draws();
   test_adapter();
   test_image();
   if (whole) test_screen(64, 0, false), test_screen(640, 0, false), test_screen(640, 20, false);

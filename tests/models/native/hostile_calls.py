@@ -3,6 +3,7 @@
 Prints a line "WRONG ..." for every call that was not refused as it should be, then how many were refused.
 """
 
+import copy
 import random
 import sys
 
@@ -12,6 +13,7 @@ sys.path.insert(0, sys.argv[1])
 from models.native.running import tiny
 
 from gemkit import _native
+from gemkit.engine.sampling import SAMPLING, Sampling, sampling_records
 from gemkit.models.native.plan import build_plan
 
 i32, i64, u64, f32, f64 = np.int32, np.int64, np.uint64, np.float32, np.float64
@@ -21,18 +23,18 @@ model.reserve(0, 4)
 model.reserve(1, 4)
 tables = [np.array([[0, 1], [2, 3]], i32), np.array([[3, 2], [1, 0]], i32)]
 batch = [np.arange(5, dtype=i32), np.array([0, 2, 5], i32), np.zeros(2, i32), tables, np.zeros(0, i32)]
+records, bias_ids, bias_values = sampling_records((Sampling(logprobs=2),) * 2)
+records["row"], records["draws"] = (0, 1), 1
+no_masks = [None, None]
 rest = [
-    np.array([0, 1], i64),
-    np.array([[0, 2, 0, 0]] * 2, i64),
-    np.array([[1, 1, 0, 1, 0, 0]] * 2, f64),
-    np.zeros(2, u64),
-    np.zeros(3, i64),
+    records.view(np.uint8).reshape(2, -1),
+    bias_ids,
+    bias_values,
     np.zeros(0, i32),
-    np.zeros(0, f32),
-    np.zeros(3, i64),
-    np.zeros(0, i32),
+    no_masks,
+    np.zeros(5, i32),
 ]
-good = {"step": batch + rest, "logits": batch, "hidden": batch, "score": batch + [np.zeros(5, i32)]}
+good = {"step": batch + rest, "logits": batch, "hidden": batch}
 for name, arguments in good.items():
     getattr(model, name)(*arguments)
 expected = model.logits(*batch)
@@ -76,8 +78,8 @@ strange = [
 for name, arguments in good.items():
     for at, value in enumerate(arguments):
         for other in strange:
-            if name == "step" and isinstance(value, np.ndarray) and value.size == 0 and other is None:
-                pass
+            if value is no_masks and np.shape(other) == (0,):
+                continue  # no draw has a mask
             attempt(getattr(model, name), *arguments[:at], other, *arguments[at + 1 :], must_fail=True)
         if isinstance(value, np.ndarray):
             changed = [value.astype(t) for t in (np.int8, np.uint32, f32, f64, i64, i32, u64) if t != value.dtype]
@@ -112,6 +114,31 @@ for bad in (
     table = [tables[0], *bad] if isinstance(bad, list) and len(bad) == 1 else bad
     for name, arguments in good.items():
         attempt(getattr(model, name), *arguments[:3], table, *arguments[4:], must_fail=True)
+for field in SAMPLING.names[:8]:
+    for value in (-1, 99, 2**62):
+        other = records.copy()
+        other[field][1] = value
+        fails = field not in ("counter", "prompt_length")
+        attempt(model.step, *batch, other.view(np.uint8).reshape(2, -1), *rest[1:], must_fail=fails)
+for masks in (
+    [np.zeros(1, np.uint32), None],
+    [None],
+    [None] * 3,
+    [np.ones(64, np.uint32), None],
+    [np.ones(1, i64), None],
+):
+    attempt(model.step, *batch, *rest[:4], masks, rest[5], must_fail=True)
+fields = {name: (offset, kind.itemsize) for name, (kind, offset) in SAMPLING.fields.items()}
+for other in (
+    fields | {"seed": (0, 8)},
+    fields | {"seed": (80, 4)},
+    fields | {"more": (136, 8)},
+    {},
+    fields | {"row": 1},
+):
+    attempt(_native.check_sampling, other, SAMPLING.itemsize, must_fail=True)
+attempt(_native.check_sampling, fields, SAMPLING.itemsize + 8, must_fail=True)
+_native.check_sampling(fields, SAMPLING.itemsize)
 attempt(_native.Model, must_fail=True)
 # Random values in every place.
 r = random.Random(5)
@@ -119,7 +146,7 @@ extremes = [0, 1, -1, 2, 3, 5, 16, 17, 63, 64, 511, 512, 4095, 4096, 2**31 - 1, 
 reals = [0.0, 1.0, -1.0, 1e-300, 1e300, float("inf"), float("-inf"), float("nan"), 0.5]
 for _ in range(3000):
     name = r.choice(list(good))
-    arguments = [[a.copy() for a in v] if isinstance(v, list) else v.copy() for v in good[name]]
+    arguments = copy.deepcopy(good[name])
     for _ in range(r.randint(1, 3)):
         at = r.randrange(len(arguments))
         array = r.choice(arguments[at]) if at == 3 and arguments[at] else arguments[at]
@@ -137,8 +164,8 @@ for _ in range(3000):
             place = tuple(r.randrange(n) for n in array.shape)
             if array.dtype.kind == "f":
                 array[place] = r.choice(reals)
-            elif array.dtype == u64:
-                array[place] = r.choice([0, 1, 2**64 - 1])
+            elif array.dtype == np.uint8:
+                array[place] = r.choice([0, 1, 127, 128, 255])
             else:
                 array[place] = r.choice(extremes + ([2**62, -(2**63)] if array.dtype == i64 else []))
     attempt(getattr(model, name), *arguments)

@@ -6,6 +6,7 @@ Budget: 15 s on two cores.
 import dataclasses
 
 import numpy as np
+import pytest
 from models.native.running import (
     NO_IDS,
     WIDE,
@@ -19,6 +20,7 @@ from parity.tolerances import (
 )
 
 from gemkit.engine.sampling import Sampling, sample
+from gemkit.errors import GemkitError
 from gemkit.models.native import NativeRunner
 
 LARGE = dataclasses.replace(
@@ -101,3 +103,38 @@ def test_a_draw_does_not_depend_on_threads_or_neighbours(path):
         results.append((together.tokens.tolist(), together.logprobs.tolist()))
     assert results[0] == results[1] == results[2]
     assert len(set(results[0][0])) > 1
+
+
+def test_draws_masks_and_targets_of_one_step_equal_steps_of_their_own(path):
+    runner = NativeRunner(LARGE, weights_of(LARGE, "Q8_0", 8), threads=2)
+    generator = np.random.default_rng(3)
+    ids = generator.integers(0, LARGE.vocab_size, 30).astype(np.int32)
+    setting = Sampling(temperature=1.0, top_k=40, seed=5, repetition_penalty=1.2, logprobs=3)
+    masks = tuple(
+        generator.integers(0, 2**32, -(-LARGE.vocab_size // 32), dtype=np.uint32) & 0x11111111 if i % 2 else None
+        for i in range(6)
+    )
+    targets = np.where(np.arange(30) % 3, generator.integers(0, LARGE.vocab_size, 30), -1).astype(np.int32)
+    batch = make_batch(Pages(runner, 8), [(0, ids, 0)], (setting,), counters=[7], history=(ids,), prompt_lengths=[20])
+    batch.draws[0], batch.masks, batch.targets = 6, masks, targets
+    together = runner.step(batch)
+    assert np.array_equal(together.target_logprobs, runner.score(batch, targets))
+    for i, mask in enumerate(masks):
+        end = 25 + i
+        one = make_batch(
+            Pages(runner, 8),
+            [(0, ids[:end], 0)],
+            (setting,),
+            counters=[7 + i],
+            history=(ids[:end],),
+            prompt_lengths=[20],
+        )
+        one.masks = (mask,)
+        alone = runner.step(one)
+        token = together.tokens[i]
+        assert token == alone.tokens[0] and together.logprobs[i] == alone.logprobs[0]
+        assert np.array_equal(together.top_ids[i], alone.top_ids[0])
+        assert mask is None or mask[token // 32] >> token % 32 & 1
+    with pytest.raises(GemkitError, match="allows no token"):
+        batch.masks = (np.zeros_like(masks[1]),) * 6
+        runner.step(batch)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from gemkit import _native, forks
 from gemkit.arch.config import ModelConfig
-from gemkit.engine.interface import NO_IDS, NOT_NUMBERS, Batch, RunnerInfo, StepResult, check_single_draws, page_groups
-from gemkit.engine.sampling import Sampling
+from gemkit.engine.interface import NO_IDS, NOT_NUMBERS, Batch, RunnerInfo, StepResult, page_groups
+from gemkit.engine.sampling import SAMPLING, Sampling, sampling_records
 from gemkit.errors import GemkitError, UsageError
 from gemkit.host import check_memory
 from gemkit.models.native.plan import LowRank, Weight, build_plan
@@ -19,7 +20,9 @@ ACTIVATIONS = ("int8", "float32")
 
 IMAGE_VERSION: int = _native.image_version
 
-_NO_VALUES = np.zeros(0, np.float32)
+_native.check_sampling(
+    {name: (offset, kind.itemsize) for name, (kind, offset) in SAMPLING.fields.items()}, SAMPLING.itemsize
+)
 
 
 def kernel_path() -> str:
@@ -98,7 +101,8 @@ class NativeRunner:
         whole = activations == "float32"
         check_memory("the weights", sum(4 * m * n if whole else data.nbytes for _, m, n, data in plan["tensors"]))
         self._pages = [0] * len(self.groups)
-        self._settings = _Settings(())
+        self._sampling: tuple[Sampling, ...] = ()
+        self._settings = sampling_records(())
         self._model = self._call(
             _native.Model.create, plan, self.threads, activations == "float32", max_tokens_per_step, image, screen
         )
@@ -183,42 +187,39 @@ class NativeRunner:
         return self._call(self._model.page_bytes, group)
 
     def step(self, batch: Batch) -> StepResult:
-        check_single_draws(batch)
-        wanted = batch.draws.nonzero()[0]
-        if len(wanted) == len(batch.sampling):
-            sampling, histories = batch.sampling, batch.history
-            counters, lengths = batch.counters, batch.prompt_lengths
+        rows = batch.draws.nonzero()[0]
+        whole = len(rows) == len(batch.sampling)
+        sampling = batch.sampling if whole else tuple([batch.sampling[b] for b in rows])
+        histories = batch.history if whole else tuple([batch.history[b] for b in rows])
+        if sampling != self._sampling:  # mostly the very same ones as in the step before
+            self._sampling, self._settings = sampling, sampling_records(sampling)
+        records, bias_ids, bias_values = self._settings
+        records["row"], records["draws"] = rows, batch.draws[rows]
+        records["counter"], records["prompt_length"] = batch.counters[rows], batch.prompt_lengths[rows]
+        if any(map(len, histories)):
+            history = np.concatenate(histories, dtype=np.int32, casting="unsafe")
+            records["history_end"] = np.cumsum([len(ids) for ids in histories])
+            records["history_start"] = records["history_end"] - [len(ids) for ids in histories]
         else:
-            sampling = tuple([batch.sampling[b] for b in wanted])
-            histories = tuple([batch.history[b] for b in wanted])
-            counters, lengths = batch.counters[wanted], batch.prompt_lengths[wanted]
-        if sampling != self._settings.sampling:  # mostly the very same ones as in the step before
-            self._settings = _Settings(sampling)
-        settings = self._settings
-        integers = settings.integers.copy()
-        integers[:, 2] = counters
-        integers[:, 3] = lengths
-        history = any(map(len, histories))
-        tokens, logprobs, top_ids, top_logprobs = self._call(
-            self._model.step,
-            *self._arrays(batch),
-            wanted,
-            integers,
-            settings.reals,
-            settings.seeds,
-            settings.bias_starts,
-            settings.bias_ids,
-            settings.bias_values,
-            _offsets([len(ids) for ids in histories]) if history else settings.no_history,
-            np.concatenate(histories, dtype=np.int32, casting="unsafe") if history else NO_IDS,
+            history, records["history_start"], records["history_end"] = NO_IDS, 0, 0
+        return StepResult(
+            *self._call(
+                self._model.step,
+                *self._arrays(batch),
+                records.view(np.uint8).reshape(len(rows), SAMPLING.itemsize),
+                bias_ids,
+                bias_values,
+                history,
+                batch.masks,
+                NO_IDS if batch.targets is None else np.ascontiguousarray(batch.targets, np.int32),
+            )
         )
-        return StepResult(tokens, logprobs, top_ids, top_logprobs)
 
     def logits(self, batch: Batch) -> np.ndarray:
         return self._call(self._model.logits, *self._arrays(batch))
 
     def score(self, batch: Batch, targets: np.ndarray) -> np.ndarray:
-        return self._call(self._model.score, *self._arrays(batch), np.ascontiguousarray(targets, np.int32))
+        return self.step(replace(batch, draws=np.zeros_like(batch.draws), masks=(), targets=targets)).target_logprobs
 
     def hidden(self, batch: Batch) -> np.ndarray:
         return self._call(self._model.hidden, *self._arrays(batch))
@@ -232,30 +233,3 @@ class NativeRunner:
             [np.ascontiguousarray(table, np.int32) for table in batch.pages],
             NO_IDS if batch.adapters is None else np.ascontiguousarray(batch.adapters, np.int32),
         )
-
-
-class _Settings:
-    """The settings of sequences as the arrays that the core takes; columns 2 and 3 of `integers` are the step's."""
-
-    def __init__(self, sampling: tuple[Sampling, ...]) -> None:
-        self.sampling = sampling
-        self.integers = np.array(
-            [(s.top_k, -1 if s.logprobs is None else s.logprobs, 0, 0) for s in sampling], np.int64
-        ).reshape(-1, 4)
-        self.reals = np.array(
-            [
-                (s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
-                for s in sampling
-            ],
-            np.float64,
-        ).reshape(-1, 6)
-        self.seeds = np.array([s.seed for s in sampling], np.uint64)
-        bias = [pair for s in sampling for pair in s.logit_bias]
-        self.bias_starts = _offsets([len(s.logit_bias) for s in sampling])
-        self.bias_ids = np.array([token for token, _ in bias], np.int32)
-        self.bias_values = np.array([value for _, value in bias], np.float32)
-        self.no_history = np.zeros(len(sampling) + 1, np.int64)
-
-
-def _offsets(lengths: list[int]) -> np.ndarray:
-    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64)
