@@ -67,6 +67,7 @@ class Engine:
         self._busy = False
         self._cancelled: list[Request] = []
         self._forked = False
+        self._survives_fork = runner.info.survives_fork
         forks.track(self)
 
     def hold(self) -> None:
@@ -76,7 +77,7 @@ class Engine:
         """After a fork: the child's lock is free, and where the runner cannot go on there, the engine is of no use."""
         if in_child:
             self._lock, self._busy = threading.RLock(), True
-            self._forked = not self.runner.info.survives_fork
+            self._forked = not self._survives_fork
 
     def add(
         self,
@@ -305,6 +306,7 @@ class Engine:
                 row += 1
             if request.finished:
                 scheduler.remove(request)
+        assert row == len(tokens), "a runner returns one row per draw"
         return advanced
 
     def _accept(self, request: Request, token: int, logprob: float, top: tuple, now: float) -> None:
