@@ -1,23 +1,28 @@
-"""The documents hold: the generated page is current, links and tests exist. Budget: 10 s.
+"""The documents hold: the generated pages are current, links and tests exist. Budget: 10 s.
 
 Whether commands and programs do what the pages say is in docs/test_run.py.
 
 `python tests/test_docs.py --write` writes the generated pages.
 """
 
+import dataclasses
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_overloads
 
 import click
 import pytest
 
+import gemkit
 from gemkit.cli import ALIASES, VERBS, cli
 from gemkit.cli.command import Verb
 
 ROOT = Path(__file__).parents[1]
 CLI_PAGE = ROOT / "docs" / "reference" / "cli.md"
+PYTHON_PAGE = ROOT / "docs" / "reference" / "python.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
@@ -57,6 +62,61 @@ def _options(command: click.Command, name: str) -> list[str]:
             rows = [f"| `{left.replace('|', bar)}` | {text} |" for left, text in records]
             lines += [f"| {title if len(sections) > 1 else 'option'} | meaning |", "|---|---|", *rows, ""]
     return lines or ["| option | meaning |", "|---|---|", ""]
+
+
+def python_page() -> str:
+    """The Python reference in Markdown, from the signatures and docstrings of all that the package exports."""
+    lines = ["# The Python API", "", "Generated from the program by `make docs`; a test compares them.", ""]
+    for name in gemkit.__all__[1:]:
+        value = getattr(gemkit, name)
+        lines += [f"## {name}", ""]
+        if isinstance(value, type) and not dataclasses.is_dataclass(value):
+            bases = [base.__name__ for base in value.__bases__ if base is not object]
+            lines += [f"`class {name}{f'({bases[0]})' if bases else ''}`", ""]
+        else:
+            lines += [f"`{_signature(name, value)}`", ""]
+        lines += [_documented(inspect.getdoc(value)), ""]
+        for member, method in vars(value).items() if isinstance(value, type) else ():
+            if not member.startswith("_") and isinstance(method, property):
+                lines += [f"### {name}.{member}", "", _documented(method.__doc__), ""]
+            elif not member.startswith("_") and callable(method):
+                lines += [f"### {name}.{member}", ""]
+                for one in get_overloads(method) or [method]:
+                    lines += [f"`{_signature(member, one)}`", ""]
+                lines += [_documented(method.__doc__), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _signature(name: str, function: Callable) -> str:
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(function)))
+    text = text.replace("(self, ", "(").replace("(self)", "()")
+    text = text.removesuffix(" -> None") if isinstance(function, type) else text
+    return name + text.replace("Unpack[GenerateKeywords]", "GenerateOptions").replace(
+        "Unpack[LoadKeywords]", "LoadOptions"
+    )
+
+
+def _documented(docstring: str | None) -> str:
+    """A docstring as Markdown: a line that begins with the name of an argument or field is an item of a list."""
+    assert docstring, "all that is exported has a docstring"
+    lines = []
+    for line in inspect.cleandoc(docstring).splitlines():
+        if item := re.match(r"((?:[a-z_]\w*, )*[a-z_]\w*): (.*)", line):
+            if lines and not lines[-1].startswith(("- ", "  ")) and lines[-1]:
+                lines.append("")
+            line = f"- `{item[1]}`: {item[2]}"
+        elif line.startswith("    ") and lines and lines[-1].startswith(("- ", "  ")):
+            line = f"  {line.strip()}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def test_the_python_reference_is_current():
+    page = python_page()
+    assert PYTHON_PAGE.read_text(encoding="utf-8") == page, "run `make docs`"
+    for kind in (gemkit.GenerateOptions, gemkit.LoadOptions, gemkit.Usage):
+        for field in dataclasses.fields(kind):
+            assert f"- `{field.name}`: " in page, f"{kind.__name__}.{field.name} has no line in the docstring"
 
 
 def test_the_command_reference_is_current():
@@ -108,3 +168,4 @@ def test_every_line_of_the_numerics_contract_names_its_test():
 
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
     CLI_PAGE.write_text(cli_page(), encoding="utf-8", newline="\n")
+    PYTHON_PAGE.write_text(python_page(), encoding="utf-8", newline="\n")

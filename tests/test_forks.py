@@ -73,7 +73,7 @@ thread.join()
 assert not wrong, wrong
 
 # A stream that was begun before the fork goes on in both
-stream = model.stream(PROMPTS[0], max_tokens=20, ignore_eos=True)
+stream = model.stream(PROMPTS[0], max_tokens=20, temperature=0, ignore_eos=True)
 begun = [next(stream).id for _ in range(5)]
 if (pid := os.fork()) == 0:
     os._exit(begun + [piece.id for piece in stream] != expected[0][0])
@@ -94,7 +94,7 @@ import gemkit
 
 model = gemkit.load(sys.argv[1], backend="torch")
 expected = model.generate([2, 40, 50], max_tokens=4, temperature=0, ignore_eos=True).ids
-stream = model.stream([2, 40, 50], max_tokens=4, ignore_eos=True)
+stream = model.stream([2, 40, 50], max_tokens=4, temperature=0, ignore_eos=True)
 next(stream)
 if os.fork() == 0:
     for use in (

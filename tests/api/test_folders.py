@@ -69,7 +69,9 @@ def theirs(world: Path, ids: list[int], adapter: str | None) -> np.ndarray:
 
 @pytest.mark.parametrize("adapter", [None, "first", "second"])
 def test_scores_equal_theirs(world, adapter):
-    with gemkit.load(world / "model", 2, "float32", adapter=world / adapter if adapter else None) as model:
+    with gemkit.load(
+        world / "model", threads=2, activations="float32", adapter=world / adapter if adapter else None
+    ) as model:
         ours = model.score(TEXT)
         assert np.abs(ours.logprobs - theirs(world, ours.ids, adapter)).max() < 2e-4
         base = model.score(TEXT, adapter="base").logprobs
@@ -135,11 +137,11 @@ def test_an_adapter_on_the_command_line(world, capsys):
 
 @pytest.mark.parametrize("backend", ["torch", "jax", "keras"])
 def test_every_backend_says_what_the_native_core_says(world, backend):
-    with gemkit.load(world / "model", 1, backend=backend, device="cpu") as model:
+    with gemkit.load(world / "model", threads=1, backend=backend, device="cpu") as model:
         ours = model.score(TEXT)
         assert np.abs(ours.logprobs - theirs(world, ours.ids, None)).max() < 2e-4
         text = model.generate(TEXT, max_tokens=8, temperature=0.0, ignore_eos=True)
-    with gemkit.load(world / "model", 2, "float32") as model:
+    with gemkit.load(world / "model", threads=2, activations="float32") as model:
         assert model.generate(TEXT, max_tokens=8, temperature=0.0, ignore_eos=True).ids == text.ids
 
 
@@ -166,14 +168,14 @@ def test_generation_ends_after_any_stop_id_that_the_files_name(speller, tmp_path
     s, t, o, p = (vocabulary().pieces.index(letter.encode()) for letter in "stop")
     options = {"max_tokens": 8, "temperature": 0.0}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 9, o]}))
-    with gemkit.load(folder, 1, backend=backend) as model:
+    with gemkit.load(folder, threads=1, backend=backend) as model:
         assert o in model.stop_ids and o not in model.tokenizer.stop_ids
         answer = model.generate("x", **options)
         assert (answer, answer.ids, answer.finish_reason) == ("st", [s, t, o], "stop")
         assert "".join(model.stream("x", **options)) == "st"
         assert model.generate("x", **options, ignore_eos=True).ids[:5] == [s, t, o, p, 1]
     (folder / "generation_config.json").unlink()
-    with gemkit.load(folder, 1, backend=backend) as model:
+    with gemkit.load(folder, threads=1, backend=backend) as model:
         answer = model.generate("x", **options)
         assert (answer, answer.ids) == ("stop", [s, t, o, p, 1])
 
@@ -199,9 +201,9 @@ def test_a_tokenizer_is_found_again_without_opening_the_folder(world, tmp_path, 
     folder = tmp_path / "model"
     shutil.copytree(world / "model", folder)
     assert loading._remembered_tokenizer(folder) is None
-    gemkit.load(folder, 1).close()
+    gemkit.load(folder, threads=1).close()
     known = loading._remembered_tokenizer(folder)
-    assert known is not None and known.encode("the sea") == gemkit.load(folder, 1).tokenizer.encode("the sea")
+    assert known is not None and known.encode("the sea") == gemkit.load(folder, threads=1).tokenizer.encode("the sea")
     for name in ("tokenizer_config.json", "tokenizer.json"):
         (folder / name).write_text('{"x": 1}')
         assert loading._remembered_tokenizer(folder) is None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import dataclasses
 import math
 import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +21,7 @@ from parity.cases import CASES
 
 import gemkit
 from gemkit.api.model import Model
+from gemkit.api.options import MAX_TOKENS, GenerateKeywords, GenerateOptions, LoadKeywords, LoadOptions
 from gemkit.api.output import Completion
 from gemkit.arch import reference
 from gemkit.engine.sampling import Sampling
@@ -76,15 +80,15 @@ def test_a_list_gives_a_list_and_the_same_as_one_by_one():
     assert len(set(map(str, same))) > 1, "without a seed every prompt has its own"
 
 
-def test_a_stream_is_the_completion_in_pieces_and_greedy_by_default():
+def test_a_stream_is_the_completion_in_pieces():
     m = fake()
     assert all(p.logprob is None and p.top_logprobs == () for p in m.stream("abc", max_tokens=3))
     assert m.generate("abc", max_tokens=3).logprobs is None, "they were not asked for"
-    pieces = list(m.stream("abc", max_tokens=12, ignore_eos=True, logprobs=0))
+    pieces = list(m.stream("abc", max_tokens=12, temperature=0, ignore_eos=True, logprobs=0))
     answer = m.generate("abc", max_tokens=12, temperature=0, ignore_eos=True, logprobs=0)
     assert "".join(pieces) == answer and [p.id for p in pieces] == answer.ids
     assert [p.logprob for p in pieces] == answer.logprobs and len(pieces) == 12
-    drawn = list(m.stream([5, 6], max_tokens=12, temperature=1.0, seed=3, stop="e"))
+    drawn = list(m.stream([5, 6], max_tokens=12, seed=3, stop="e"))
     assert "".join(drawn) == m.generate([5, 6], max_tokens=12, seed=3, stop=["e"])
 
 
@@ -102,6 +106,72 @@ def test_a_stream_checks_at_once_starts_when_asked_and_ends_when_closed():
     assert not m.engine.scheduler and m.engine.allocator.used(0) == 0
     with pytest.raises(UsageError, match="one prompt"):
         m.stream(["abc", "def"])
+
+
+def test_a_stream_ends_with_its_completion_and_usage():
+    m = fake()
+    stream = m.stream("abc", max_tokens=6, seed=2, ignore_eos=True, logprobs=1)
+    with pytest.raises(UsageError, match="has not ended"):
+        _ = stream.completion
+    pieces, answer = list(stream), stream.completion
+    whole = m.generate("abc", max_tokens=6, seed=2, ignore_eos=True, logprobs=1)
+    assert (answer, answer.ids, answer.logprobs, answer.top_logprobs) == (
+        whole,
+        whole.ids,
+        whole.logprobs,
+        whole.top_logprobs,
+    )
+    assert (answer.finish_reason, answer.usage.prompt_tokens, answer.usage.completion_tokens) == ("length", 4, 6)
+    assert answer.usage.prefill_rate == 4 / answer.usage.first_token_seconds and answer.usage.decode_rate > 0
+    assert "".join(pieces) == answer and next(stream, None) is None and stream.completion is answer
+    with m.stream("abc", seed=2, ignore_eos=True) as stream:
+        read = [next(stream), next(stream)]
+    assert stream.completion == "".join(read) and stream.completion.ids == whole.ids[:2]
+    assert stream.completion.finish_reason == "cancelled" and not m.engine.scheduler
+    stream = m.stream("abc")
+    stream.close()
+    assert stream.completion == "" and stream.completion.usage.prefill_rate == 0 == stream.completion.usage.decode_rate
+
+
+def test_a_stream_that_fails_ends():
+    m = fake()
+    stream = m.stream("abc", ignore_eos=True)
+    first = next(stream)
+    m.engine.runner.step = None
+    with pytest.raises(TypeError):
+        next(stream)
+    assert not m.engine.scheduler and next(stream, None) is None
+    assert stream.completion == first and stream.completion.finish_reason == "cancelled"
+
+
+def test_options_and_keywords():
+    m = fake()
+    options = GenerateOptions(max_tokens=5, seed=3, ignore_eos=True)
+    wanted = m.generate("abc", max_tokens=5, seed=3, ignore_eos=True)
+    assert m.generate("abc", options=options) == wanted == "".join(m.stream("abc", options=options))
+    shorter = m.generate("abc", options=options, max_tokens=2)
+    assert len(shorter.ids) == 2 and shorter.ids == wanted.ids[:2]
+    chat = m.chat(options=options, max_tokens=4)
+    assert (chat.options.max_tokens, chat.options.seed, options.max_tokens) == (4, 3, 5)
+    assert [len(chat.send("a").ids), len(chat.send("a", max_tokens=1).ids)] == [4, 1]
+    assert len(chat.send("a", options=GenerateOptions(ignore_eos=True), max_tokens=3).ids) == 3
+    assert len(m.generate("abc", ignore_eos=True, max_tokens=None).ids) == m.ctx_size - 4
+    for call in (m.generate, m.stream):
+        with pytest.raises(UsageError, match="options is"):
+            call("abc", options={"max_tokens": 3})
+
+
+def test_an_answer_without_a_limit_is_capped():
+    m = fake(context=2 * MAX_TOKENS)
+    assert len(m.generate("abc", ignore_eos=True).ids) == MAX_TOKENS == len(list(m.stream("abc", ignore_eos=True)))
+    assert len(m.chat().send("a", ignore_eos=True).ids) == MAX_TOKENS
+
+
+def test_the_keywords_for_type_checkers_are_the_fields():
+    for kind, keywords in ((GenerateOptions, GenerateKeywords), (LoadOptions, LoadKeywords)):
+        assert {field.name: field.type for field in dataclasses.fields(kind)} == {
+            name: hint.__forward_arg__ for name, hint in keywords.__annotations__.items()
+        }
 
 
 def test_an_interrupted_generate_leaves_nothing_behind():
@@ -138,7 +208,7 @@ def test_a_rendered_prompt_warns_once_a_call_and_is_read_when_asked():
     calls = [
         lambda **o: m.generate(RENDERED, max_tokens=1, seed=1, **o).usage.prompt_tokens,
         lambda **o: m.generate([RENDERED, "abc", RENDERED], max_tokens=1, seed=1, **o)[2].usage.prompt_tokens,
-        lambda **o: next(m.stream(RENDERED, max_tokens=1, logprobs=1, **o)).logprob,
+        lambda **o: next(m.stream(RENDERED, max_tokens=1, temperature=0, logprobs=1, **o)).logprob,
         lambda **o: m.score(RENDERED, **o).ids,
         lambda **o: m.score(["abc", RENDERED], **o)[1].ids,
         lambda **o: m.embed(["abc", RENDERED], **o)[1].tolist(),
@@ -287,6 +357,15 @@ def test_import_is_fast_and_exports_are_there():
     assert set(gemkit.__all__) <= set(dir(gemkit))
     with pytest.raises(AttributeError, match="nothing"):
         _ = gemkit.nothing
+
+
+def test_type_checkers_see_the_exports():
+    source = Path(gemkit.__file__)
+    shown = {}
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("gemkit."):
+            shown |= {alias.asname: node.module.removeprefix("gemkit.") for alias in node.names}
+    assert shown == gemkit._EXPORTS and source.with_name("py.typed").exists()
 
 
 @dataclass

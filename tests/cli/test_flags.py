@@ -1,13 +1,11 @@
 """The command line's face is frozen: a changed option is a decision, written here and in the changelog. Budget: 1 s."""
 
-import inspect
 import re
 
 import click
 from click.testing import CliRunner
 
-from gemkit.api.load import load
-from gemkit.api.model import Model
+from gemkit.api.options import GenerateOptions, LoadOptions
 from gemkit.cli import ALIASES, VERBS, cli
 from gemkit.cli.command import GROUPS
 
@@ -148,11 +146,13 @@ def test_an_alias_is_the_same_command():
 
 
 def test_the_defaults_are_those_of_the_python_api():
-    generate = cli.get_command(click.Context(cli), "generate")
-    context = click.Context(generate)
-    defaults = {p.name: p.get_default(context) for p in generate.params if isinstance(p, click.Option)}
-    signature = inspect.signature(Model.generate).parameters
-    assert {name: defaults[name] for name in ("temperature", "top_k", "top_p")} == {
-        name: signature[name].default for name in ("temperature", "top_k", "top_p")
-    }
-    assert defaults["activations"] == inspect.signature(load).parameters["activations"].default
+    both = [cli.get_command(click.Context(cli), verb) for verb in ("generate", "chat")]
+    defaults, chat = (
+        {p.name: p.get_default(click.Context(verb)) for p in verb.params if isinstance(p, click.Option)}
+        for verb in both
+    )
+    assert chat == {name: defaults.get(name, value) for name, value in chat.items()}
+    for name in ("max_tokens", "temperature", "top_k", "top_p"):
+        assert defaults[name] == getattr(GenerateOptions(), name)
+    for name in ("activations", "backend", "dtype"):
+        assert defaults[name] == getattr(LoadOptions(), name)

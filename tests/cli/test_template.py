@@ -66,7 +66,7 @@ def prompt(folder: Path, capsys, *args: object) -> tuple[list[int], str]:
 def test_it_is_followed_and_said_once(model, capsys):
     folder = model(OWN)
     ids, err = prompt(folder, capsys, "--system-prompt", "sys")
-    with gemkit.load(folder, 1) as loaded:
+    with gemkit.load(folder, threads=1) as loaded:
         assert loaded.has_own_template and loaded.chat_template == OWN
         shown = loaded.tokenizer.decode(ids, skip_control=False)
         messages = [{"role": "system", "content": "sys"}, {"role": "user", "content": "hi"}]
@@ -118,7 +118,7 @@ def test_what_it_calls_eos_token_survives_conversion(model, capsys, tmp_path):
     assert run(capsys, "convert", gguf, again, "--to", "hf")[0] == 0
     assert run(capsys, "convert", again, tmp_path / "same.gguf", "--to", "gguf", "--dtype", "bfloat16")[0] == 0
     for path in (folder, gguf, again, tmp_path / "same.gguf"):
-        with gemkit.load(path, 1, dtype="int8") as loaded:
+        with gemkit.load(path, threads=1, dtype="int8") as loaded:
             ids = loaded.render(messages)
             assert loaded.tokenizer.decode(ids, skip_control=False) == "<bos>hi<end_of_turn>", path
 

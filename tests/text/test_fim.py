@@ -43,7 +43,7 @@ def test_an_answer_ends_at_any_of_the_four():
         model = Model(None, FakeRunner(forced=[40, 41, token, 42]), tokenizer)
         answer = model.generate("a", suffix="b", max_tokens=9, temperature=0)
         assert answer.ids == [40, 41, token] and answer.finish_reason == "stop"
-        assert [piece.id for piece in model.stream("a", suffix="b", max_tokens=9)] == [40, 41, token]
+        assert [piece.id for piece in model.stream("a", suffix="b", max_tokens=9, temperature=0)] == [40, 41, token]
 
 
 def test_other_models_and_other_prompts_are_refused():

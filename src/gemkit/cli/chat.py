@@ -15,8 +15,8 @@ import click
 from gemkit.cli import config
 from gemkit.cli.command import Verb
 from gemkit.cli.common import Text, default_model_argument, failure, load_options, missing_model, read_text
-from gemkit.cli.generate import _real, _whole
 from gemkit.cli.hints import hint_faster
+from gemkit.cli.sampling import sampling_options
 from gemkit.cli.template import set_template, template_option
 from gemkit.errors import UsageError
 
@@ -37,13 +37,7 @@ PRETRAINED = (
 @default_model_argument
 @click.option("--system-prompt", type=Text(), help="Instructions put before the conversation.")
 @template_option
-@_whole("-n", "--max-tokens", help="Maximum number of tokens in an answer (default: up to the context).")
-@_real("--temp", "--temperature", "temperature", default=1.0, help="Temperature; 0 takes the most probable token.")
-@_whole("--top-k", default=64, help="Sample from the N most probable tokens; 0 disables it.")
-@_real("--top-p", default=0.95, help="Sample from the most probable tokens with this total probability.")
-@_real("--min-p", help="Exclude tokens below this fraction of the highest probability.")
-@_real("--repetition-penalty", help="Above 1, penalise tokens that the text already has.")
-@_whole("-s", "--seed", help="The same seed gives the same answers.")
+@sampling_options("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 @click.option("--continue", "resume", is_flag=True, help="Continue the last conversation.")
 @click.option("--context-shift", is_flag=True, help="Leave out the oldest messages when the context is full.")
 @click.option("--no-history", is_flag=True, help="Save neither the conversation nor the input history.")
@@ -311,11 +305,12 @@ _ENDED = {
 
 
 def _speed(session: "Session", turn: "Turn") -> str:
-    parts = [f"{turn.tokens:,} token{'' if turn.tokens == 1 else 's'}"]
-    if turn.rate:
-        parts.append(f"{turn.rate:.1f} tok/s")
-    parts.append(f"first token {turn.first_seconds:.2f} s")
-    parts.append(f"{turn.prompt_tokens + turn.tokens}/{session.model.ctx_size} context")
+    usage = turn.usage
+    parts = [f"{usage.completion_tokens:,} token{'' if usage.completion_tokens == 1 else 's'}"]
+    if usage.decode_rate:
+        parts.append(f"{usage.decode_rate:.1f} tok/s")
+    parts.append(f"first token {usage.first_token_seconds:.2f} s")
+    parts.append(f"{usage.prompt_tokens + usage.completion_tokens}/{session.model.ctx_size} context")
     return " · ".join(parts)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from gemkit.api.options import ACTIVATIONS, BACKENDS, LoadOptions
 from gemkit.cli import config
 from gemkit.cli.streams import is_utf8
 from gemkit.errors import GemkitError, UsageError, listed
@@ -125,14 +126,14 @@ LOAD_OPTIONS = (
     click.option(
         "--dtype",
         type=click.Choice(["auto", "bfloat16", "float32", "int8", "float16", "int4"]),
-        default="auto",
+        default=LoadOptions.dtype,
         show_default=True,
         help="Type of the weights; auto keeps the stored type. float16, int4: torch, jax.",
     ),
     click.option(
         "--backend",
-        type=click.Choice(["native", "torch", "jax", "keras"]),
-        default="native",
+        type=click.Choice(BACKENDS),
+        default=LoadOptions.backend,
         show_default=True,
         help="Backend; torch, jax and keras are extras.",
     ),
@@ -147,8 +148,8 @@ LOAD_OPTIONS = (
     click.option("--offline", is_flag=True, help="Use downloaded files only; make no request to a hub."),
     click.option(
         "--activations",
-        type=click.Choice(["int8", "float32"]),
-        default="int8",
+        type=click.Choice(ACTIVATIONS),
+        default=LoadOptions.activations,
         show_default=True,
         help="int8 is fast; float32 is close to the reference.",
     ),

@@ -62,8 +62,9 @@ def command(
     texts = _texts(words, files)
 
     from gemkit.api.load import Loading
+    from gemkit.api.options import LoadOptions
 
-    loading = Loading(model, **load)
+    loading = Loading(model, LoadOptions(**load))
     import_numpy()
     import numpy as np
 

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,12 +30,14 @@ from gemkit.cli.common import (
 from gemkit.cli.hints import hint_faster
 from gemkit.cli.paths import check_writable
 from gemkit.cli.prompt import Prompt, input_kind
+from gemkit.cli.sampling import sampling_options
 from gemkit.cli.template import set_template, template_option
 from gemkit.errors import UsageError
 
 if TYPE_CHECKING:
     from gemkit.api.model import Model
-    from gemkit.api.output import Completion, Piece, Usage
+    from gemkit.api.output import Completion, Usage
+    from gemkit.api.stream import Stream
     from gemkit.text.tokenizer import Tokenizer
 
 
@@ -51,14 +52,6 @@ class _Bias(click.ParamType):
             self.fail(f"{value!r} is not ID=VALUE, such as 106=-5.", param, ctx)
 
 
-def _real(*names: str, default: float | None = None, help: str) -> Callable:
-    return click.option(*names, type=float, metavar="X", default=default, show_default=True, help=help)
-
-
-def _whole(*names: str, default: int | None = None, help: str) -> Callable:
-    return click.option(*names, type=int, metavar="N", default=default, show_default=True, help=help)
-
-
 @click.command("generate", cls=Verb, short_help="Write text.")
 @default_model_argument
 @click.argument("words", metavar="[PROMPT]", nargs=-1, type=Text())
@@ -69,18 +62,25 @@ def _whole(*names: str, default: int | None = None, help: str) -> Callable:
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
 @template_option
 @special_option("The prompt is rendered: read control tokens such as <start_of_turn> in it. Implies --raw.")
-@_whole("-n", "--max-tokens", default=256, help="Maximum number of tokens to generate.")
-@_real("--temp", "--temperature", "temperature", default=1.0, help="Temperature; 0 takes the most probable token.")
-@_whole("--top-k", default=64, help="Sample from the N most probable tokens; 0 disables it.")
-@_real("--top-p", default=0.95, help="Sample from the most probable tokens with this total probability.")
-@_real("--min-p", help="Exclude tokens below this fraction of the highest probability.")
-@_real("--repetition-penalty", help="Above 1, penalise tokens that the text already has.")
-@_real("--presence-penalty", help="Subtracted from the logit of every token generated before.")
-@_real("--frequency-penalty", help="Subtracted once for each time the token was generated.")
+@sampling_options(
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 @click.option("--logit-bias", type=_Bias(), multiple=True, help="Added to a token's logit; may be repeated.")
-@_whole("-s", "--seed", help="The same seed gives the same text.")
+@sampling_options("seed")
 @click.option("--stop", multiple=True, type=Text(), help="Stop before this text; may be repeated.")
-@_whole("--logprobs", help="With --json: each token's log-probability and the N most probable tokens.")
+@click.option(
+    "--logprobs",
+    type=int,
+    metavar="N",
+    help="With --json: each token's log-probability and the N most probable tokens.",
+)
 @click.option(
     "--receipt",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -144,14 +144,14 @@ def command(
     parts = Prompt(words, prompt, files)
 
     from gemkit.api.load import Loading
+    from gemkit.api.options import GenerateOptions, LoadOptions
 
     started = time.perf_counter()
-    loading = Loading(model, **load)
+    loading = Loading(model, LoadOptions(**load))
     import_numpy()
-    from gemkit.engine.sampling import Sampling
 
-    settings = given(logprobs=logprobs, **sampling)
-    Sampling(**settings)  # wrong values are found before the weights are read
+    settings = given(max_tokens=max_tokens, logprobs=logprobs, **sampling) | {"stop": stop}
+    GenerateOptions(**settings)  # wrong values are found before the weights are read
     with loading.model() as loaded:
         load_seconds = time.perf_counter() - started
         if not as_json:
@@ -159,40 +159,30 @@ def command(
         if system_is_default and not loaded.checkpoint.instruction_tuned:
             system_prompt = None
         ids = _prompt_ids(loaded, parts.text(), system_prompt, suffix, raw, special, template)
-        settings.update(max_tokens=max_tokens, stop=stop)
         if receipt is not None:
             settings.setdefault("seed", int.from_bytes(os.urandom(4), "little"))
         if as_json:
             completion = loaded.generate(ids, **settings)
-            usage = completion.usage
-            written = completion.ids
             print_json(_record(completion, loaded.tokenizer, logprobs is not None))
         else:
-            usage, written = _print_stream(loaded.stream(ids, **settings), len(ids))
+            completion = _print_stream(loaded.stream(ids, **settings))
         if receipt is not None:
             from gemkit.tools.receipt import write_receipt
 
-            write_receipt(receipt, model, loaded, load, ids, settings, written)
+            write_receipt(receipt, model, loaded, load, ids, settings, completion.ids)
         if verbose:
             weights = _weights(loaded, load)
     if verbose:
-        click.echo(f"{weights}\n{_rates(usage, load_seconds)}", err=True)
+        click.echo(f"{weights}\n{_rates(completion.usage, load_seconds)}", err=True)
 
 
-def _print_stream(pieces: "Iterator[Piece]", prompt_tokens: int) -> "tuple[Usage, list[int]]":
-    """Print the pieces as they come; return what they took, and their tokens."""
-    from gemkit.api.output import Usage
-
-    started = time.perf_counter()
-    times, ids = [], []
-    for piece in pieces:
-        times.append(time.perf_counter())
-        ids.append(piece.id)
+def _print_stream(stream: "Stream") -> "Completion":
+    """Print the pieces as they come; return the whole."""
+    for piece in stream:
         sys.stdout.write(piece)
         sys.stdout.flush()
     click.echo()
-    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-    return Usage(prompt_tokens, len(times), times[0] - started, rate), ids
+    return stream.completion
 
 
 def _prompt_ids(
@@ -265,9 +255,8 @@ def _weights(model: "Model", load: dict) -> str:
 
 
 def _rates(usage: "Usage", load_seconds: float) -> str:
-    prefill = usage.prompt_tokens / usage.first_token_seconds
     return (
-        f"prompt {usage.prompt_tokens} tokens, {prefill:.1f} tok/s; "
+        f"prompt {usage.prompt_tokens} tokens, {usage.prefill_rate:.1f} tok/s; "
         f"generated {usage.completion_tokens} tokens, {usage.decode_rate:.1f} tok/s; "
         f"first token after {usage.first_token_seconds:.3f} s, load {load_seconds:.2f} s; "
         f"peak memory {megabytes(peak_memory())}"

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 def command(model: str, load: dict, as_json: bool) -> None:
     """Print the layers, shapes, parameters, bytes by type and memory plan of MODEL."""
     from gemkit.api.load import Loading
+    from gemkit.api.options import LoadOptions
 
-    with Loading(model, keep=False, **load).model() as loaded:
+    with Loading(model, LoadOptions(**load), keep=False).model() as loaded:
         record = _record(loaded)
     if as_json:
         print_json(record)

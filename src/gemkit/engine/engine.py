@@ -410,9 +410,7 @@ def check_max_tokens(value: object) -> int:
     """Returns the most tokens of an answer; raises UsageError unless it is a whole number from 1."""
     count = whole_number(value)
     if count is None or count < 1:
-        raise UsageError(
-            f"max_tokens is {brief(value)}; give a whole number from 1, or leave it out for the whole context"
-        )
+        raise UsageError(f"max_tokens is {brief(value)}; give a whole number from 1, or None for the whole context")
     return count
 
 

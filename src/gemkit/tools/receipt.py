@@ -16,6 +16,7 @@ from pathlib import Path
 from gemkit import __version__
 from gemkit.api.load import Loading, find, wants_original
 from gemkit.api.model import Model
+from gemkit.api.options import LoadOptions
 from gemkit.api.output import Completion
 from gemkit.arch.hf_config import to_hf
 from gemkit.arch.tensors import manifest
@@ -122,7 +123,7 @@ def replay(
         settings["logit_bias"] = {int(token): value for token, value in settings["logit_bias"]}
     prompt = record["prompt_ids"]
     prompts = [prompt] + [prompt[: 1 + n % len(prompt)] for n in range(batch - 1)]
-    with Loading(source, threads, **load).model() as loaded:
+    with Loading(source, LoadOptions(threads, **load)).model() as loaded:
         found: Completion = loaded.generate(prompts, **settings)[0]
         now = loaded.engine.runner.info.path
     wanted = record["ids"]

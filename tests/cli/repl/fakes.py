@@ -3,14 +3,43 @@
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+from gemkit.api.options import GenerateOptions
+from gemkit.api.output import Completion, Usage
 from gemkit.cli.repl.session import Session
 from gemkit.text.chat import render
 
 STOP = 106
 
 
-class Piece(str):
-    id = 0
+class Stream:
+    """The pieces of a text, each with an id, and the completion of those that were read."""
+
+    def __init__(self, pieces: list[tuple[str, int]], prompt_tokens: int) -> None:
+        self._pieces, self._read, self._prompt_tokens = iter(pieces), [], prompt_tokens
+        self._reason = "cancelled"
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            text, token = next(self._pieces)
+        except StopIteration:
+            self._reason = "stop" if self._read and self._read[-1][1] == STOP else "length"
+            raise
+        self._read.append((text, token))
+        return text
+
+    def close(self) -> None:
+        pass
+
+    @property
+    def completion(self) -> Completion:
+        completion = Completion("".join(text for text, _ in self._read))
+        completion.ids = [token for _, token in self._read]
+        completion.finish_reason = self._reason
+        completion.usage = Usage(self._prompt_tokens, len(self._read), 0.1, 10.0)
+        return completion
 
 
 class Tokenizer:
@@ -33,15 +62,11 @@ class Model:
     def render(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
         return render(self.tokenizer, messages, add_generation_prompt)
 
-    def stream(self, ids: list[int], **settings: object) -> Iterator[str]:
-        self.asked.append((list(ids), settings))
-        room = min(self.ctx_size - len(ids), settings.get("max_tokens") or self.ctx_size)
-        return self._pieces(self.answers.pop(0), room)
-
-    def _pieces(self, text: str, room: int) -> Iterator[str]:
-        end = Piece("")
-        end.id = STOP
-        yield from [*map(Piece, text), *([end] if self.stops else [])][:room]
+    def stream(self, ids: list[int], options: GenerateOptions) -> Stream:
+        self.asked.append((list(ids), options))
+        most = min(self.ctx_size - len(ids), options.max_tokens)
+        pieces = [*((character, 0) for character in self.answers.pop(0)), *([("", STOP)] if self.stops else [])]
+        return Stream(pieces[:most], len(ids))
 
     def last_prompt(self) -> str:
         return "".join(chr(i - 1000) for i in self.asked[-1][0] if i >= 1000)
@@ -58,4 +83,4 @@ def say(session: Session, text: str | None, count: int | None = None) -> str:
         if number == count:
             break
     session.keep(answer)
-    return answer.text
+    return answer.close().text

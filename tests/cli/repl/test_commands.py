@@ -114,7 +114,7 @@ def test_set_alone_lists_all():
     s = session()
     s.settings = {"temperature": 0.25}
     text = run(s, "/set").text
-    assert "temperature" in text and "0.25" in text and "64" in text and "up to the context" in text
+    assert "temperature" in text and "0.25" in text and "64" in text and "1024" in text
 
 
 def test_save_and_load(tmp_path):

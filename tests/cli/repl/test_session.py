@@ -1,13 +1,12 @@
 """The conversation: what joins it, when it is full, and what a file may do to it. Budget: 2 s."""
 
-import inspect
 import json
 import os
 
 import pytest
 from cli.repl.fakes import say, session
 
-from gemkit.api.model import Model
+from gemkit.api.options import GenerateOptions
 from gemkit.cli.repl.session import DEFAULTS, check_settings
 from gemkit.errors import UsageError
 
@@ -20,7 +19,8 @@ def test_turns_join_the_conversation_and_are_all_sent():
     assert say(s, "2+2?") == "four" and say(s, "3+3?") == "six"
     assert [m["role"] for m in s.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert all(words in s.model.last_prompt() for words in ("Be brief.", "2+2?", "four", "3+3?"))
-    assert (s.last.tokens, s.last.ended, s.last.prompt_tokens) == (4, "stop", len(s.model.asked[-1][0]))
+    usage = s.last.usage
+    assert (usage.completion_tokens, s.last.ended, usage.prompt_tokens) == (4, "stop", len(s.model.asked[-1][0]))
 
 
 def test_a_stopped_answer_stays_and_is_marked():
@@ -46,7 +46,7 @@ def test_how_an_answer_ends():
     s.settings = {}
     say(s, "x")
     assert say(s, "x") and s.last.ended == "context"
-    assert s.last.prompt_tokens + s.last.tokens == s.model.ctx_size
+    assert s.last.usage.prompt_tokens + s.last.usage.completion_tokens == s.model.ctx_size
 
 
 def test_a_full_context_is_said_and_loses_nothing():
@@ -145,11 +145,10 @@ def test_another_answer_replaces_the_last_one():
 
 
 def test_the_defaults_are_those_of_the_python_api():
-    signature = inspect.signature(Model.generate).parameters
-    assert {name: signature[name].default for name in DEFAULTS} == DEFAULTS
+    assert {name: getattr(GenerateOptions(), name) for name in DEFAULTS} == DEFAULTS
     s = session("x")
     say(s, "x")
-    assert s.model.asked[0][1] == {name: value for name, value in DEFAULTS.items() if value is not None}
+    assert s.model.asked[0][1] == GenerateOptions()
 
 
 @pytest.mark.parametrize(

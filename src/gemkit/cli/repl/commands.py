@@ -102,8 +102,7 @@ def set_(session: Session, argument: str) -> Reply:
         lines = []
         for name, default in DEFAULTS.items():
             value = session.settings.get(name, default)
-            unset = {"max_tokens": "up to the context", "seed": "random"}.get(name, "")
-            lines.append(f"{name.ljust(width)}  {unset if value is None else f'{value:g}'}")
+            lines.append(f"{name.ljust(width)}  {'random' if value is None else f'{value:g}'}")
         return Reply("\n".join(lines))
     changed = dict(session.settings)
     names = []
@@ -229,7 +228,7 @@ def tokens(session: Session, argument: str) -> Reply:
     if session.dropped:
         text += f" The model does not see the {session.dropped} oldest messages."
     if last is not None:
-        text += f" The last answer: {last.tokens:,} tokens, {last.rate:.1f} tok/s."
+        text += f" The last answer: {last.usage.completion_tokens:,} tokens, {last.usage.decode_rate:.1f} tok/s."
     return Reply(text)
 
 

@@ -3,63 +3,58 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemkit.api.options import GenerateOptions
 from gemkit.cli.common import decode_text
 from gemkit.cli.repl import transcript
 from gemkit.cli.repl.transcript import Message
-from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError, UsageError
 from gemkit.text import chat as template
 from gemkit.text import window
 
 if TYPE_CHECKING:
     from gemkit.api.model import Model
-    from gemkit.api.output import Piece
+    from gemkit.api.output import Completion, Piece, Usage
 
-# The settings of a conversation; those that were not given take the values of `gemkit.api.model.Model.generate`.
+# The settings of a conversation, with the values of those that were not given.
 DEFAULTS: dict[str, object] = {
-    "temperature": 1.0,
-    "top_k": 64,
-    "top_p": 0.95,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "max_tokens": None,
-    "seed": None,
+    name: getattr(GenerateOptions, name)
+    for name in (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "max_tokens",
+        "seed",
+    )
 }
 
 
 def check_settings(settings: dict[str, object]) -> dict[str, object]:
-    """Return settings as `Model.stream` takes them, None left out; raises UsageError for an unknown name or value."""
+    """Returns settings as `Model.stream` takes them, None left out; raises UsageError for an unknown name or value."""
     given = {name: value for name, value in settings.items() if value is not None}
     for name in given:
         if name not in DEFAULTS:
             raise UsageError(f"there is no setting {name!r:.40}: choose from {', '.join(DEFAULTS)}")
-    count = given.get("max_tokens", 1)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 2**31:
-        raise UsageError(f"max_tokens is {count!r:.40}; give a whole number from 1 (leave it out: up to the context)")
-    checked = Sampling(**{name: value for name, value in given.items() if name != "max_tokens"})
-    return {name: count if name == "max_tokens" else getattr(checked, name) for name in given}
+    checked = GenerateOptions(**given)
+    return {name: getattr(checked, name) for name in given}
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Statistics of an answer.
+    """The end of an answer.
 
-    first_seconds: from the question to its first token. rate: tokens per second after that one, 0 if there is none.
     ended: "stop" (the model ended it), "length" (max_tokens), "context" (it is full) or "stopped" (the user did).
     """
 
-    prompt_tokens: int
-    tokens: int
-    first_seconds: float
-    rate: float
+    usage: Usage
     ended: str
 
 
@@ -84,52 +79,32 @@ class Answer:
         model: Model,
         before: list[Message],
         ids: list[int],
-        settings: dict[str, object],
+        options: GenerateOptions,
         dropped: int = 0,
         begun: str = "",
     ) -> None:
         self.before, self.dropped, self.begun = before, dropped, begun
-        self._model, self._ids, self._limit = model, ids, settings.get("max_tokens")
-        self._came: list[tuple[float, Piece]] = []
-        self._complete = False
-        self._started = time.perf_counter()
-        self._pieces = model.stream(ids, **settings)
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self._ids)
+        self.prompt_tokens, self._limit = len(ids), options.max_tokens
+        self._stream = model.stream(ids, options=options)
 
     def __iter__(self) -> Iterator[Piece]:
         return self
 
     def __next__(self) -> Piece:
-        try:
-            piece = next(self._pieces)
-        except StopIteration:
-            self._complete = True
-            raise
-        self._came.append((time.perf_counter(), piece))
-        return piece
+        return next(self._stream)
+
+    def close(self) -> Completion:
+        """Cancels the rest; returns what has come."""
+        self._stream.close()
+        return self._stream.completion
 
     @property
-    def text(self) -> str:
-        return "".join(piece for _, piece in self._came)
-
-    def close(self) -> Turn | None:
-        """Cancel the rest; return the statistics, None without a token."""
-        self._pieces.close()
-        if not self._came:
-            return None
-        first, last, count = self._came[0][0], self._came[-1][0], len(self._came)
-        rate = (count - 1) / (last - first) if last > first else 0.0
-        return Turn(len(self._ids), count, first - self._started, rate, self._ended(count))
-
-    def _ended(self, count: int) -> str:
-        if not self._complete:
-            return "stopped"
-        if self._came[-1][1].id in self._model.stop_ids:
-            return "stop"
-        return "length" if count == self._limit else "context"
+    def ended(self) -> str:
+        """The reason of the end, as in `Turn`."""
+        completion = self._stream.completion
+        if completion.finish_reason == "length":
+            return "length" if len(completion.ids) == self._limit else "context"
+        return {"cancelled": "stopped"}.get(completion.finish_reason, completion.finish_reason)
 
 
 @dataclass
@@ -205,16 +180,14 @@ class Session:
         def rendered(messages: list[Message]) -> list[int]:
             return [*self.model.render(messages), *tail]
 
-        dropped = self.dropped
+        options, dropped = GenerateOptions(**self.settings), self.dropped
         if self.shift:
-            limit = self.settings.get("max_tokens")
-            dropped = window.shift(before, dropped, lambda messages: len(rendered(messages)), room, limit)
+            dropped = window.shift(before, dropped, lambda messages: len(rendered(messages)), room, options.max_tokens)
         ids = rendered(window.visible(before, dropped))
         if len(ids) >= room:
             alone = self.shift or self.count(before[-1:]) >= room
             raise UsageError(self._full(len(ids), alone, continued=bool(begun)))
-        defaults = {name: value for name, value in DEFAULTS.items() if value is not None}
-        return Answer(self.model, before, ids, defaults | self.settings, dropped, begun)
+        return Answer(self.model, before, ids, options, dropped, begun)
 
     def _full(self, tokens: int, alone: bool, continued: bool) -> str:
         """Return the message about a full context; alone: the user's message does not fit by itself."""
@@ -231,14 +204,15 @@ class Session:
 
     def keep(self, answer: Answer) -> Turn | None:
         """End an answer and add it to the conversation, unless it is empty; return its statistics."""
-        turn = answer.close()
-        if turn is not None:
-            message: Message = {"role": "assistant", "content": answer.begun + answer.text}
-            if turn.ended == "stopped":
-                message["stopped"] = True
-            self.messages, self.last = [*answer.before, message], turn
-            self.dropped, self.attached = answer.dropped, []
-        return turn
+        completion = answer.close()
+        if not completion.ids:
+            return None
+        message: Message = {"role": "assistant", "content": answer.begun + completion.text}
+        if answer.ended == "stopped":
+            message["stopped"] = True
+        self.messages, self.last = [*answer.before, message], Turn(completion.usage, answer.ended)
+        self.dropped, self.attached = answer.dropped, []
+        return self.last
 
     def attach(self, path: str) -> Attachment:
         """Read a text file that goes with the next message.
