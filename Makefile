@@ -32,7 +32,7 @@ ZIG_TARGETS := x86_64-windows-gnu x86_64-macos aarch64-macos
 export ZIG_GLOBAL_CACHE_DIR ?= $(CURDIR)/build/zig
 CTEST = $(BIN)/ctest --output-on-failure --no-tests=error --test-dir
 
-.PHONY: help run test test-native test-more test-sanitize test-cross parity lint format bench constraints docs clean
+.PHONY: help run test test-native test-more test-sanitize test-cross parity lint types format bench constraints docs clean
 help:
 	@echo "make run          install gemkit with the demo model and generate text: PROMPT='...'"
 	@echo "make test         the native tests, then pytest: PYTEST_ARGS='...' WORKERS=1"
@@ -40,7 +40,8 @@ help:
 	@echo "make test-sanitize  the native tests under sanitizers and on emulated AVX-512"
 	@echo "make test-cross   the native tests on emulated ARM; compiles for Windows and macOS"
 	@echo "make parity       every implementation against the reference, as a table, into docs/parity.md"
-	@echo "make lint         ruff and clang-format, check only; make format applies them"
+	@echo "make lint         ruff and clang-format, check only, and the next; make format applies them"
+	@echo "make types        pyright and mypy, strict, on programs that use gemkit"
 	@echo "make bench        speed beside other engines: installs them, measures for half an hour: BENCH_ARGS='...'"
 	@echo "make docs         write the generated pages of docs/ anew"
 	@echo "make constraints  resolve constraints/*.txt anew"
@@ -99,10 +100,15 @@ endif
 parity: $(VENV)/.test
 	$(BIN)/python tests/parity/grid.py --write
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.lint types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find native -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+
+types: $(VENV)/.lint
+	$(BIN)/python tests/typing/readme.py build/types
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/mypy
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
@@ -167,5 +173,5 @@ $(VENV)/.bench: $(VENV)/.run
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv $(CONSTRAINTS)
-	@$(INSTALL) ruff clang-format
+	@$(INSTALL) ruff clang-format basedpyright mypy numpy
 	@touch $@
