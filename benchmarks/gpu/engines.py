@@ -91,7 +91,7 @@ def torch_runner(config: ModelConfig, dtype: str, device: str) -> Ours:
         else:
             put(decoder, name, value.float() if len(spec.shape) == 1 else value)
     decoder.model.embed_tokens.dtype = torch.bfloat16
-    runner = TorchRunner.of(decoder.eval(), torch.bfloat16)
+    runner = TorchRunner(decoder.eval())
     return Ours("torch", runner, runner.info.token_bytes)
 
 
@@ -101,6 +101,7 @@ def jax_runner(config: ModelConfig, dtype: str, device: str) -> Ours:
     import jax
     import jax.numpy as jnp
 
+    from gemkit.models.jax.decoder import Decoder
     from gemkit.models.jax.linear import quantise
     from gemkit.models.jax.load import BITS, bits_of
     from gemkit.models.jax.runner import JaxRunner
@@ -117,7 +118,7 @@ def jax_runner(config: ModelConfig, dtype: str, device: str) -> Ours:
             kind = jnp.float32 if len(spec.shape) == 1 else jnp.bfloat16
             params[name] = random(jax.random.key(number), spec.shape, kind, bits)
     params = jax.device_put(params, place)
-    runner = JaxRunner.of(config, params, jnp.bfloat16)
+    runner = JaxRunner(Decoder(config, params, jnp.bfloat16))
     return Ours("jax", runner, runner.info.token_bytes)
 
 

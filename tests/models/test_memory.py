@@ -22,11 +22,11 @@ import sys, threading, time
 from gemkit.weights.open import open_checkpoint
 backend, folder = sys.argv[1:]
 if backend == "torch":
-    from gemkit.models.torch import TorchRunner as Runner
+    from gemkit.models.torch import load_runner
 elif backend == "jax":
-    from gemkit.models.jax import JaxRunner as Runner
+    from gemkit.models.jax import load_runner
 else:
-    from gemkit.models.native import NativeRunner as Runner
+    from gemkit.models.native import NativeRunner as load_runner
 options = {} if backend == "native" else {"device": "cpu", "dtype": "bfloat16"}
 def owned():
     lines = open("/proc/self/status").read().splitlines()
@@ -40,7 +40,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 with open_checkpoint(folder) as checkpoint:
-    runner = Runner(checkpoint.config, checkpoint.tensors, **options)
+    runner = load_runner(checkpoint.config, checkpoint.tensors, **options)
 done = True
 watcher.join()
 print(max(peak, owned()) - before, owned() - before, runner.info.weight_bytes)

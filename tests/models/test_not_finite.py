@@ -32,7 +32,8 @@ def damaged(backend: str, where: tuple[str, tuple[int, ...]], value: float) -> M
     params[where[0]][where[1]] = value
     tensors = Checkpoint.from_params(CASE.config, params).tensors
     module = importlib.import_module(f"gemkit.models.{backend}")
-    runner = getattr(module, f"{backend.title()}Runner")(CASE.config, tensors, threads=1)
+    load = module.NativeRunner if backend == "native" else module.load_runner
+    runner = load(CASE.config, tensors, threads=1)
     return Model(SimpleNamespace(name="tiny", instruction_tuned=None), runner, tokenizer())
 
 

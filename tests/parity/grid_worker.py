@@ -81,11 +81,11 @@ def run_transformers(mode: str, case: Case, params: dict[str, np.ndarray]) -> np
 def run_torch(mode: str, case: Case, params: dict[str, np.ndarray]) -> np.ndarray:
     import torch
 
-    from gemkit.models.torch import TorchRunner, load_decoder
+    from gemkit.models.torch import load_decoder, load_runner
 
     torch.set_num_threads(1)
     if mode == "cached":
-        return cached(TorchRunner(case.config, weights(case, params), device="cpu", dtype="float32", threads=1), case)
+        return cached(load_runner(case.config, weights(case, params), device="cpu", dtype="float32", threads=1), case)
     decoder = load_decoder(case.config, weights(case, params), getattr(torch, mode))
     if mode == "float64":
         decoder = decoder.double()
@@ -98,24 +98,24 @@ def run_jax(mode: str, case: Case, params: dict[str, np.ndarray]) -> np.ndarray:
     import jax
     import jax.numpy as jnp
 
-    from gemkit.models.jax import JaxRunner, forward, load_params
+    from gemkit.models.jax import Decoder, load_decoder, load_runner
 
     if mode == "cached":
-        return cached(JaxRunner(case.config, weights(case, params), device="cpu", dtype="float32"), case)
-    loaded = load_params(case.config, weights(case, params), getattr(jnp, mode), jax.devices("cpu")[0])
+        return cached(load_runner(case.config, weights(case, params), device="cpu", dtype="float32"), case)
+    decoder = load_decoder(case.config, weights(case, params), getattr(jnp, mode), jax.devices("cpu")[0])
     if mode == "float64":
-        loaded = {name: value.astype(jnp.float64) for name, value in loaded.items()}
+        decoder = jax.tree.map(lambda value: value.astype(jnp.float64), decoder)
     ids = case.tokens()[None].astype(np.int32)
-    return np.asarray(jax.jit(forward, static_argnums=0)(case.config, loaded, ids)[0][0])
+    return np.asarray(jax.jit(Decoder.__call__)(decoder, ids)[0])
 
 
 def run_keras(mode: str, case: Case, params: dict[str, np.ndarray]) -> np.ndarray:
     import keras
 
-    from gemkit.models.keras import KerasRunner, load_decoder
+    from gemkit.models.keras import load_decoder, load_runner
 
     if mode == "cached":
-        return cached(KerasRunner(case.config, weights(case, params), dtype="float32"), case)
+        return cached(load_runner(case.config, weights(case, params), dtype="float32"), case)
     decoder = load_decoder(case.config, weights(case, params), mode)
     ids = case.tokens()[None].astype(np.int32)
     return keras.ops.convert_to_numpy(keras.ops.stop_gradient(decoder(ids)))[0]

@@ -29,17 +29,17 @@ def new_runner(backend: str) -> Runner:
 
             return NativeRunner(*arguments, threads=2, activations="float32")
         case "torch":
-            from gemkit.models.torch import TorchRunner
+            from gemkit.models.torch import load_runner
 
-            return TorchRunner(*arguments, device="cpu", dtype="float32", threads=2)
+            return load_runner(*arguments, device="cpu", dtype="float32", threads=2)
         case "jax":
-            from gemkit.models.jax import JaxRunner
+            from gemkit.models.jax import load_runner
 
-            return JaxRunner(*arguments, device="cpu", dtype="float32")
+            return load_runner(*arguments, device="cpu", dtype="float32")
         case _:
-            from gemkit.models.keras import KerasRunner
+            from gemkit.models.keras import load_runner
 
-            return KerasRunner(*arguments, dtype="float32")
+            return load_runner(*arguments, dtype="float32")
 
 
 def main() -> None:

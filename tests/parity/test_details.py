@@ -53,13 +53,13 @@ def _jax() -> Framework:
     import jax
     import jax.numpy as jnp
 
-    from gemkit.models.jax import forward, load_params
+    from gemkit.models.jax import load_decoder
 
     def logits(config, params, dtype, ids):
-        loaded = load_params(
+        decoder = load_decoder(
             config, Checkpoint.from_params(config, params).tensors, getattr(jnp, dtype), jax.devices("cpu")[0]
         )
-        return np.asarray(forward(config, loaded, ids[None].astype(np.int32))[0][0]).astype(np.float64)
+        return np.asarray(decoder(ids[None].astype(np.int32))[0]).astype(np.float64)
 
     def put(array, dtype="float32"):
         return jnp.asarray(array).astype(dtype)

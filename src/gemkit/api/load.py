@@ -99,9 +99,8 @@ class Loading:
             from gemkit.extras import install
 
             raise GemkitError(f"the backend {backend} needs {error.name}: {install(backend)}") from None
-        runner_of = getattr(module, f"{backend.title()}Runner")
         with self._beside, open_checkpoint(self.path) as checkpoint:
-            runner = runner_of(
+            runner = module.load_runner(
                 checkpoint.config, checkpoint.tensors, threads=self.threads, device=options.device, dtype=options.dtype
             )
             tokenizer = self._early.result() or _tokenizer(checkpoint)

@@ -23,14 +23,14 @@ from parity.tolerances import (
 from gemkit.arch import reference
 from gemkit.arch.presets import preset
 from gemkit.errors import GemkitError, UsageError
-from gemkit.models.jax import abstract_params, forward, load_params
+from gemkit.models.jax import Decoder, abstract_decoder, load_decoder
 from gemkit.models.jax.attention import attend, attend_one, attend_plain, visible
 from gemkit.models.jax.load import pick_dtype
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.quant import GGMLType
 
 CPU = jax.devices("cpu")[0]
-jitted = jax.jit(forward, static_argnums=0)
+jitted = jax.jit(Decoder.__call__)
 
 
 @pytest.fixture(autouse=True)
@@ -40,16 +40,16 @@ def on_the_cpu():
 
 
 @functools.cache
-def params_of(name: str, dtype=jnp.float32) -> dict[str, jax.Array]:
+def decoder_of(name: str, dtype=jnp.float32) -> Decoder:
     case = CASES[name]
     types = GGMLType.BF16 if dtype == jnp.bfloat16 else GGMLType.F32
-    return load_params(case.config, Checkpoint.from_params(case.config, case.params(), types).tensors, dtype, CPU)
+    return load_decoder(case.config, Checkpoint.from_params(case.config, case.params(), types).tensors, dtype, CPU)
 
 
 def logits(name: str, dtype=jnp.float32, positions=None, run=jitted) -> np.ndarray:
     case = CASES[name]
-    out, caches = run(case.config, params_of(name, dtype), case.tokens()[None].astype(np.int32), positions)
-    assert out.dtype == jnp.float32 and caches is None
+    out = run(decoder_of(name, dtype), case.tokens()[None].astype(np.int32), positions)
+    assert out.dtype == jnp.float32
     return np.asarray(out[0])
 
 
@@ -67,7 +67,7 @@ def test_late_positions():
 
 
 def test_without_jit_it_is_the_same():
-    assert relative_error(logits("qk_norm", run=forward), logits("qk_norm")) <= FRAMEWORK_FLOAT32
+    assert relative_error(logits("qk_norm", run=Decoder.__call__), logits("qk_norm")) <= FRAMEWORK_FLOAT32
 
 
 def test_gradients_equal_those_of_transformers():
@@ -77,8 +77,8 @@ def test_gradients_equal_those_of_transformers():
 
     @jax.jit
     @jax.grad
-    def gradient(params):
-        log_probs = jax.nn.log_softmax(forward(case.config, params, tokens)[0][0, :-1])
+    def gradient(decoder):
+        log_probs = jax.nn.log_softmax(decoder(tokens)[0, :-1])
         return -jnp.take_along_axis(log_probs, tokens[0, 1:, None], 1).mean()
 
     theirs = hf.build(case.config, case.params(), torch.float32)
@@ -86,7 +86,7 @@ def test_gradients_equal_those_of_transformers():
     ids = torch.from_numpy(case.tokens())
     torch.nn.functional.cross_entropy(theirs(ids[None]).logits[0, :-1], ids[1:]).backward()
     expected = {key: p.grad.numpy() for key, p in theirs.named_parameters() if p.grad is not None}
-    ours = gradient(params_of("gemma3"))
+    ours = gradient(decoder_of("gemma3")).params
     assert ours.keys() == expected.keys()
     for key, value in ours.items():
         assert relative_error(value, expected[key]) <= 5 * FRAMEWORK_FLOAT32, key
@@ -97,10 +97,11 @@ def test_gradients_equal_those_of_transformers():
 )
 def test_parameter_counts_without_memory(name, count):
     config = preset(name).config
-    params = abstract_params(config, jnp.bfloat16)
+    decoder = abstract_decoder(config, jnp.bfloat16)
+    params = decoder.params
     assert sum(value.size for value in params.values()) == count
     assert {value.dtype for value in params.values() if value.ndim == 1} == {np.dtype(np.float32)}
-    out, _ = jax.eval_shape(functools.partial(forward, config), params, jax.ShapeDtypeStruct((2, 5), jnp.int32))
+    out = jax.eval_shape(Decoder.__call__, decoder, jax.ShapeDtypeStruct((2, 5), jnp.int32))
     assert (out.shape, out.dtype) == ((2, 5, config.vocab_size), jnp.float32)
 
 
@@ -144,14 +145,14 @@ import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
 from jax.sharding import NamedSharding, PartitionSpec
 from gemkit.arch.tensors import manifest
-from gemkit.models.jax import forward
+from gemkit.models.jax import Decoder
 from parity.cases import CASES
 case = CASES["gemma1_7b"]
 mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices("cpu"))
 place = {n: NamedSharding(mesh, PartitionSpec(*(None,) * (s.shard or 0), None if s.shard is None else "model"))
          for n, s in manifest(case.config).items()}
 params = {n: jax.device_put(value, place[n]) for n, value in case.params().items()}
-run = jax.jit(lambda p, t: forward(case.config, p, t)[0]).lower(params, case.tokens()[None].astype(np.int32)).compile()
+run = jax.jit(lambda p, t: Decoder(case.config, p)(t)).lower(params, case.tokens()[None].astype(np.int32)).compile()
 assert "all-reduce" in run.as_text()
 np.save(__import__("sys").argv[1], run(params, case.tokens()[None].astype(np.int32))[0])
 """
@@ -176,7 +177,7 @@ def test_float16_is_refused_where_it_overflows():
 def test_bfloat16_comes_bit_by_bit_and_norms_stay_float32():
     case = CASES["gemma3"]
     tensors = Checkpoint.from_params(case.config, case.params(), GGMLType.BF16).tensors
-    for name, value in params_of("gemma3", jnp.bfloat16).items():
+    for name, value in decoder_of("gemma3", jnp.bfloat16).params.items():
         if value.ndim == 1:
             assert value.dtype == jnp.float32 and np.array_equal(value, case.params()[name])
         else:
@@ -205,4 +206,4 @@ def test_a_wrong_tensor_is_named(fault):
     if fault == "transposed":
         weights[name] = type(wrong)(wrong.type, wrong.shape[::-1], wrong.data)
     with pytest.raises(GemkitError, match=name):
-        load_params(case.config, weights)
+        load_decoder(case.config, weights)

@@ -14,7 +14,7 @@ from parity.tolerances import BFLOAT16_PRODUCT, FRAMEWORK_FLOAT32, relative_erro
 from gemkit.arch import reference
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import GemkitError
-from gemkit.models.jax import JaxRunner, abstract_params, forward, load_params
+from gemkit.models.jax import Decoder, abstract_decoder, load_decoder, load_runner
 from gemkit.models.jax.linear import Quantised, dequantise, linear, linear_one, linear_plain, quantise, rows
 from gemkit.weights.checkpoint import Checkpoint
 
@@ -49,26 +49,26 @@ def test_one_row_is_one_pass_over_the_bytes():
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_model_computes_with_the_rounded_weights(bits):
     case = CASES["untied_embedding"]
-    params = load_params(case.config, Checkpoint.from_params(case.config, case.params()).tensors, bits=bits)
+    decoder = load_decoder(case.config, Checkpoint.from_params(case.config, case.params()).tensors, bits=bits)
     rounded = case.params()
     for key, value in rounded.items():
-        assert isinstance(params[key], Quantised) == (value.ndim > 1)
+        assert isinstance(decoder.params[key], Quantised) == (value.ndim > 1)
         if value.ndim > 1:
             kept = 8 if key in ("model.embed_tokens.weight", "lm_head.weight") else bits
             rounded[key] = np.asarray(dequantise(quantise(value, kept), jnp.float32))
     expected = reference.forward(case.config, rounded, case.tokens())
-    logits = jax.jit(forward, static_argnums=0)(case.config, params, case.tokens()[None])[0][0]
+    logits = jax.jit(Decoder.__call__)(decoder, case.tokens()[None])[0]
     assert relative_error(logits, expected) <= FRAMEWORK_FLOAT32
-    shapes = abstract_params(case.config, bits=bits)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), params)
+    shapes = abstract_decoder(case.config, bits=bits)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), decoder)
 
 
 def test_a_runner_of_few_bits_goes_on_as_it_began():
     case = CASES["gemma3"]
     weights = Checkpoint.from_params(case.config, case.params()).tensors
-    runner = JaxRunner(case.config, weights, device="cpu", dtype="int4")
+    runner = load_runner(case.config, weights, device="cpu", dtype="int4")
     assert runner.activations == "float32"
-    size = sum(value.nbytes for value in runner.params.values())
+    size = sum(value.nbytes for value in runner.decoder.params.values())
     assert runner.weight_bytes == size < 1.3 * case.config.parameter_count()
     runner.reserve([20] * len(runner.groups))
     ids = case.tokens()[:20]
@@ -88,4 +88,4 @@ def test_rows_that_are_no_whole_groups_are_refused(monkeypatch):
     case = CASES["gemma3"]
     weights = Checkpoint.from_params(case.config, case.params()).tensors
     with pytest.raises(GemkitError, match=r"model.embed_tokens.weight: rows of 48 numbers; choose another dtype"):
-        load_params(case.config, weights, bits=4)
+        load_decoder(case.config, weights, bits=4)

@@ -16,14 +16,14 @@ from gemkit.arch import reference
 from gemkit.engine.engine import Engine
 from gemkit.engine.sampling import Sampling, log_softmax, sample
 from gemkit.errors import GemkitError, UsageError
-from gemkit.models.jax import JaxRunner
+from gemkit.models.jax import JaxRunner, load_runner
 from gemkit.weights.checkpoint import Checkpoint
 
 NO_IDS = np.zeros(0, np.int32)
 
 
 def runner_of(config, params, **options) -> JaxRunner:
-    return JaxRunner(config, Checkpoint.from_params(config, params).tensors, **{"device": "cpu"} | options)
+    return load_runner(config, Checkpoint.from_params(config, params).tensors, **{"device": "cpu"} | options)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_tokens_are_those_of_the_definition():
 def test_the_engine_writes_the_references_text(monkeypatch):
     """Past four windows, several requests at once, the cache growing."""
     monkeypatch.setattr(JaxRunner, "page_size", 16)
-    monkeypatch.setattr("gemkit.models.jax.runner._FIRST_PAGES", 8)
+    monkeypatch.setattr("gemkit.models.jax.runner.JaxRunner.first_pages", 8)
     config = tiny_config("gemma2", vocab_size=len(vocabulary().pieces))
     params = random_params(config, 1)
     runner = runner_of(config, params)
@@ -114,7 +114,7 @@ def test_the_engine_writes_the_references_text(monkeypatch):
     sizes = set()
     while not all(request.finished for request in requests):
         engine.step()
-        sizes |= {len(k) for k, _ in runner._cache}
+        sizes |= {len(k) for k, _ in runner.caches}
     assert len(sizes) > 1, "the cache grew on the way"
     for request in requests:
         ids = request.ids
@@ -146,20 +146,20 @@ def test_compiled_once_for_a_shape_and_no_slower_with_depth():
         run(first)
     assert runner.compilations == 5, "128, 256, 512, 1024 and 2048 slots, for 19 numbers of pages"
     # Nothing was compiled behind our back, as for another placement of the same shape
-    functions = (runner._decode, runner._hidden, runner._take, runner._likeliest, runner._scores)
+    functions = (getattr(runner, f"_run_{name}") for name in ("decode", "hidden", "take", "top", "logprobs"))
     assert sum(function._cache_size() for function in functions) == runner.compilations
 
 
 def test_a_step_writes_the_cache_in_place(simple):
-    before = [k.unsafe_buffer_pointer() for k, _ in simple._cache]
+    before = [k.unsafe_buffer_pointer() for k, _ in simple.caches]
     simple.hidden(one(simple, CASES["gemma1_2b"].tokens()[:5], 0))
-    assert [k.unsafe_buffer_pointer() for k, _ in simple._cache] == before
+    assert [k.unsafe_buffer_pointer() for k, _ in simple.caches] == before
 
 
 def test_after_a_broken_step_the_cache_is_there_again(simple):
     ids = CASES["gemma1_2b"].tokens()[:5]
     expected = simple.logits(one(simple, ids, 0))
-    for k, v in simple._cache:
+    for k, v in simple.caches:
         k.delete()
         v.delete()
     assert np.array_equal(simple.logits(one(simple, ids, 0)), expected)

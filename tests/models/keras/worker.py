@@ -171,7 +171,7 @@ def depth() -> list[float]:
     """
     sizes = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 2048}
     decoder, found = Decoder(dataclasses.replace(first_layers("gemma1_2b"), **sizes)), {10: [], 1000: []}
-    steps = decoder._generator.steps
+    steps = decoder._generator.runner
     run = steps.step
     for length in (10, 1000) * 4:
         times = []

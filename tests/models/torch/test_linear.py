@@ -74,7 +74,7 @@ def test_every_form_is_the_plain_one(bits, dtype):
 def test_a_large_matrix_goes_in_pieces(monkeypatch):
     few, x = quantise(matrix(), 4), torch.randn(2, 128)
     whole = linear_plain(x, few)
-    monkeypatch.setattr("gemkit.models.torch.linear._PIECE", 128 * 7)
+    monkeypatch.setattr("gemkit.models.torch.linear.PIECE", 128 * 7)
     assert relative_error(linear_plain(x, few), whole) <= FRAMEWORK_FLOAT32
     again = quantise(matrix(), 4)
     assert torch.equal(again.values, few.values) and torch.equal(again.scales, few.scales)

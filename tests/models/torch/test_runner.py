@@ -16,7 +16,7 @@ from gemkit.arch import reference
 from gemkit.engine.engine import Engine
 from gemkit.engine.sampling import Sampling, sample
 from gemkit.errors import UsageError
-from gemkit.models.torch import TorchRunner
+from gemkit.models.torch import TorchRunner, load_runner
 from gemkit.models.torch.attention import attend_one, attend_plain, visible
 from gemkit.weights.checkpoint import Checkpoint
 
@@ -33,7 +33,7 @@ def one_thread():
 
 
 def runner_of(config, params, **options) -> TorchRunner:
-    return TorchRunner(config, Checkpoint.from_params(config, params).tensors, device="cpu", **options)
+    return load_runner(config, Checkpoint.from_params(config, params).tensors, device="cpu", **options)
 
 
 @pytest.mark.parametrize("name", ["gemma1_2b", "gemma2", "gemma3", "untied_embedding"])
@@ -129,7 +129,7 @@ def test_no_slower_with_depth():
 
 def test_compiled_once_for_all_layers_and_depths(monkeypatch):
     """As on CUDA but for the capture: one graph a kind of layer, one for the head, and no more for more cache."""
-    monkeypatch.setattr("gemkit.models.torch.runner._FIRST_PAGES", 2)
+    monkeypatch.setattr("gemkit.models.torch.runner.TorchRunner.first_pages", 2)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -197,4 +197,4 @@ def test_a_device_that_is_not_there():
     case = CASES["gemma1_2b"]
     weights = Checkpoint.from_params(case.config, case.params()).tensors
     with pytest.raises(UsageError, match="torch has no device 'cuda:7' here"):
-        TorchRunner(case.config, weights, device="cuda:7")
+        load_runner(case.config, weights, device="cuda:7")

@@ -1,1 +1,1 @@
-"""Parts that the torch, JAX and Keras runners share."""
+"""Shared by the torch, JAX and Keras runners: batches, choice of tokens, the base runner, quantised weights."""

@@ -1,10 +1,11 @@
 """Gemma 1, 2 and 3 (text) in JAX: read it beside ``models/torch/decoder.py`` and ``models/keras/decoder.py``.
 
 Pure functions, in the order of ``arch/reference.py``, over a dictionary of arrays with the names of
-`gemkit.arch.tensors.manifest`, which are Hugging Face's. The configuration is static: ``jax.jit(forward,
-static_argnums=0)``. Norms, rotations, soft-caps and softmax are computed in float32, whatever the weights are (float64
-stays). Matrix products have the precision that JAX is set to: on a GPU or TPU, float32 is narrower unless
-``jax.default_matmul_precision("highest")`` says otherwise.
+`gemkit.arch.tensors.manifest`, which are Hugging Face's. `Decoder` holds the dictionary and the configuration; it is a
+pytree, so that it goes through ``jax.jit``, ``jax.grad`` and ``jax.device_put`` like an array. Norms, rotations,
+soft-caps and softmax are computed in float32, whatever the weights are (float64 stays). Matrix products have the
+precision that JAX is set to: on a GPU or TPU, float32 is narrower unless ``jax.default_matmul_precision("highest")``
+says otherwise.
 
 Letters: B sequences, T new tokens, S visible tokens, D model width, F ffn width, N query heads, K key-value heads,
 G = N/K query heads per key-value head, H head width, V vocabulary. ``q_BTNH`` has the axes B, T, N, H.
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -127,49 +130,49 @@ def block(
     return x_BTD + norm(m_BTD, p["post_feedforward_layernorm.weight"], eps), cache
 
 
-def hidden(
-    config: ModelConfig,
-    params: Params,
-    tokens_BT: Array,
-    positions_BT: Array | None = None,
-    caches: Sequence[LayerCache] | None = None,
-    dtype: jnp.dtype = jnp.float32,
-) -> tuple[Array, list[LayerCache] | None]:
-    """Hidden states [B, T, D] after the final norm, and the caches with the new tokens in them.
+@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "dtype"])
+@dataclass(frozen=True)
+class Decoder:
+    """A Gemma model.
 
-    positions: 0, 1, 2, … if None. caches: one per layer. dtype: of activations where the weights are quantised.
+    params: arrays by the names of `gemkit.arch.tensors.manifest`. dtype: of activations where the weights are
+    quantised.
+
+    Example: ``Decoder(config, params)(jnp.array([[2, 651, 6037]]))`` gives logits float32 [1, 3, V].
     """
-    if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    x_BTD = rows(params["model.embed_tokens.weight"], tokens_BT, dtype)
-    # √D in the activations' own type: 55.5, not 55.43, for D = 3072 in bfloat16
-    x_BTD = x_BTD * jnp.asarray(math.sqrt(x_BTD.shape[-1]), x_BTD.dtype)
-    written = []
-    for i, layer in enumerate(config.layers):
-        prefix = f"model.layers.{i}."
-        p = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
-        x_BTD, cache = block(x_BTD, p, positions_BT, layer, config, caches[i] if caches else None)
-        written.append(cache)
-    return norm(x_BTD, params["model.norm.weight"], config.rms_norm_eps), written if caches else None
 
+    config: ModelConfig
+    params: Params
+    dtype: jnp.dtype = jnp.float32
 
-def logits(config: ModelConfig, params: Params, x_BTD: Array) -> Array:
-    """Logits float32 [..., V] of hidden states."""
-    head_VD = params["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-    wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-    return softcap(linear(x_BTD, head_VD, wide), config.final_logit_softcapping)
+    def hidden(
+        self, tokens_BT: Array, positions_BT: Array | None = None, caches: Sequence[LayerCache] | None = None
+    ) -> tuple[Array, list[LayerCache | None]]:
+        """Returns hidden states [B, T, D] after the final norm, and the caches with the new tokens in them.
 
+        positions: 0, 1, 2, … if None. caches: one per layer.
+        """
+        c, params = self.config, self.params
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        x_BTD = rows(params["model.embed_tokens.weight"], tokens_BT, self.dtype)
+        # √D in the activations' own type: 55.5, not 55.43, for D = 3072 in bfloat16
+        x_BTD = x_BTD * jnp.asarray(math.sqrt(x_BTD.shape[-1]), x_BTD.dtype)
+        written = []
+        for i, layer in enumerate(c.layers):
+            prefix = f"model.layers.{i}."
+            p = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+            x_BTD, cache = block(x_BTD, p, positions_BT, layer, c, caches[i] if caches else None)
+            written.append(cache)
+        return norm(x_BTD, params["model.norm.weight"], c.rms_norm_eps), written
 
-def forward(
-    config: ModelConfig,
-    params: Params,
-    tokens_BT: Array,
-    positions_BT: Array | None = None,
-    caches: Sequence[LayerCache] | None = None,
-) -> tuple[Array, list[LayerCache] | None]:
-    """Logits float32 [B, T, V], and the caches; position t scores the token after ``tokens[:, t]``.
+    def logits(self, x_BTD: Array) -> Array:
+        """Returns logits float32 [..., V] of hidden states."""
+        c = self.config
+        head_VD = self.params["model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"]
+        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        return softcap(linear(x_BTD, head_VD, wide), c.final_logit_softcapping)
 
-    Example: ``forward(config, params, jnp.array([[2, 651, 6037]]))[0]`` has the shape [1, 3, V].
-    """
-    x_BTD, caches = hidden(config, params, tokens_BT, positions_BT, caches)
-    return logits(config, params, x_BTD), caches
+    def __call__(self, tokens_BT: Array, positions_BT: Array | None = None) -> Array:
+        """Returns logits float32 [B, T, V]; position t scores the token after ``tokens[:, t]``."""
+        return self.logits(self.hidden(tokens_BT, positions_BT)[0])

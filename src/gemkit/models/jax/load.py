@@ -1,4 +1,4 @@
-"""From a checkpoint to the decoder's parameters, one tensor at a time: memory holds the model and one tensor more."""
+"""From a checkpoint to a `Decoder`, one tensor at a time: memory holds the model and one tensor more."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax import Array
 
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.tensors import TensorSpec, manifest
 from gemkit.errors import GemkitError, UsageError
+from gemkit.models.frameworks.quantise import PIECE
+from gemkit.models.frameworks.runner import check_memory
+from gemkit.models.jax.decoder import Decoder
 from gemkit.models.jax.linear import Quantised, quantise
+from gemkit.models.jax.runner import JaxRunner
 from gemkit.weights.checkpoint import Tensor
 from gemkit.weights.quant import GGMLType
 
@@ -23,7 +26,7 @@ BITS = {"int8": 8, "int4": 4}  # of the matrices; activations are those of "auto
 
 
 def pick_dtype(name: str, config: ModelConfig, device: jax.Device) -> np.dtype:
-    """The type to compute in: "auto" is bfloat16 on accelerators that have it, else float32.
+    """Returns the type to compute in: "auto" is bfloat16 on accelerators that have it, else float32.
 
     Raises UsageError for float16 in Gemma 2 and 3, whose activations leave its range, and for bfloat16 on a GPU that
     has none.
@@ -47,14 +50,48 @@ def _has_bfloat16(device: jax.Device) -> bool:
     return device.platform != "cpu"
 
 
-def load_params(
+def load_runner(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    threads: int | None = None,
+    max_tokens_per_step: int = 512,
+) -> JaxRunner:
+    """Loads a runner on the CPU, a GPU or a TPU.
+
+    weights: as in a `Checkpoint`. device: "cpu", "cuda", "tpu", "cuda:1", …; None takes JAX's first. dtype: see
+    `pick_dtype`; "int8" and "int4" are of the matrices alone. threads: ignored, JAX takes every core.
+    Raises UsageError for a device or type that cannot be had, GemkitError if memory is short.
+    """
+    place = pick_device(device)
+    activations = pick_dtype(dtype, config, place)
+    return JaxRunner(
+        check_memory(load_decoder, config, weights, activations, place, BITS.get(dtype)),
+        max_tokens_per_step=max_tokens_per_step,
+    )
+
+
+def pick_device(name: str | None) -> jax.Device:
+    """Returns JAX's first device, or the one of that name. Raises UsageError if there is none."""
+    if name is None:
+        return jax.devices()[0]
+    platform, _, index = name.partition(":")
+    try:
+        return jax.devices(platform)[int(index or 0)]
+    except (RuntimeError, ValueError, IndexError):
+        raise UsageError(f"JAX has no device {name!r} here; leave it out, or choose cpu") from None
+
+
+def load_decoder(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     dtype: np.dtype = jnp.float32,
     device: jax.Device | jax.sharding.Sharding | None = None,
     bits: int | None = None,
-) -> dict[str, Array | Quantised]:
-    """The parameters by name; norms stay float32. weights: as in a `Checkpoint`. device: JAX's first if None.
+) -> Decoder:
+    """Loads a decoder; norms stay float32. weights: as in a `Checkpoint`. device: JAX's first if None.
 
     bits: 8 or 4, of the matrices; those of the vocabulary have 8 at least. None: all are of dtype.
     Raises GemkitError that names a tensor that is missing, has another shape, or cannot have so few bits.
@@ -74,19 +111,16 @@ def load_params(
         else:
             value = jax.device_put(to_numpy(tensor).astype(_kind(spec, dtype), copy=False), device)
         params[name] = jax.block_until_ready(value)
-    return params
+    return Decoder(config, params, np.dtype(dtype))
 
 
 def bits_of(spec: TensorSpec, bits: int) -> int:
-    """Those of a tensor in a model of so many bits: each row of the vocabulary's matrices is a token of its own."""
+    """Returns 8 for the vocabulary's matrices, each row of which is a token of its own, else bits."""
     return 8 if spec.letters[0] == "V" else bits
 
 
-_PIECE = 1 << 23  # numbers that are widened at a time
-
-
 def _quantised(values: np.ndarray, bits: int, device: jax.Device | jax.sharding.Sharding | None) -> Quantised:
-    rows = max(1, _PIECE // values.shape[1])
+    rows = max(1, PIECE // values.shape[1])
     pieces = [values[at : at + rows] for at in range(0, len(values), rows)]
     found = [jax.block_until_ready(_quantise(jax.device_put(piece, device), bits)) for piece in pieces]
     return Quantised(*(jnp.concatenate(parts) for parts in zip(*found)))
@@ -95,20 +129,18 @@ def _quantised(values: np.ndarray, bits: int, device: jax.Device | jax.sharding.
 _quantise = jax.jit(quantise, static_argnums=1)
 
 
-def abstract_params(
-    config: ModelConfig, dtype: np.dtype = jnp.float32, bits: int | None = None
-) -> dict[str, jax.ShapeDtypeStruct | Quantised]:
-    """What `load_params` would return, without memory: for ``jax.eval_shape``, lowering, and exact counts."""
+def abstract_decoder(config: ModelConfig, dtype: np.dtype = jnp.float32, bits: int | None = None) -> Decoder:
+    """Returns a decoder of shapes without memory, for ``jax.eval_shape``, lowering, and exact counts."""
     params = {}
     for name, spec in manifest(config).items():
         params[name] = jax.ShapeDtypeStruct(spec.shape, _kind(spec, dtype))
         if bits is not None and spec.quantise:
             params[name] = jax.eval_shape(partial(quantise, bits=bits_of(spec, bits)), params[name])
-    return params
+    return Decoder(config, params, np.dtype(dtype))
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A tensor's values in memory of their own: bfloat16 bit by bit, everything else by way of float32."""
+    """Returns a tensor's values in memory of their own: bfloat16 bit by bit, everything else by way of float32."""
     if tensor.type == GGMLType.BF16 and not tensor.add_one:
         return np.array(tensor.data).view(ml_dtypes.bfloat16).reshape(tensor.shape)
     return np.ascontiguousarray(tensor.to_float32())

@@ -262,7 +262,7 @@ class Decoder(keras.Model):
     @property
     def compilations(self) -> int:
         """How many graphs `generate` has compiled: one per function and shape; 0 on PyTorch, which runs eagerly."""
-        return self._generator.steps.compilations
+        return self._generator.runner.compilations
 
     def get_config(self) -> dict:
         return {**super().get_config(), "config": to_hf(self.config), "initializer_range": self.initializer_range}

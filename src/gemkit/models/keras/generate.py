@@ -14,24 +14,24 @@ import numpy as np
 from gemkit.engine.interface import build_batch
 from gemkit.engine.sampling import Sampling
 from gemkit.errors import UsageError, brief, whole_number
-from gemkit.models.frameworks.padded import bucket
-from gemkit.models.keras.steps import Cached, Steps
+from gemkit.models.frameworks.batch import bucket
+from gemkit.models.keras.runner import Cached, KerasRunner
 
 CHUNK = 512  # the most tokens of a prompt in one step
 
 
 class Generator:
-    """A decoder's steps, kept between answers because they are compiled."""
+    """A decoder's runner, kept between answers because its steps are compiled."""
 
     def __init__(self, decoder: Cached) -> None:
         self._decoder = decoder
-        self._steps: Steps | None = None
+        self._runner: KerasRunner | None = None
 
     @property
-    def steps(self) -> Steps:
-        if self._steps is None:
-            self._steps = Steps(self._decoder)
-        return self._steps
+    def runner(self) -> KerasRunner:
+        if self._runner is None:
+            self._runner = KerasRunner(self._decoder)
+        return self._runner
 
     def generate(
         self,
@@ -65,7 +65,7 @@ class Generator:
         try:
             found = self._generate(prompts, most, sampling, stop) if prompts else []
         finally:
-            self.steps.clear()
+            self.runner.clear()
         return found[0] if one else found
 
     def _checked(self, prompt: Sequence[int]) -> np.ndarray:
@@ -85,25 +85,25 @@ class Generator:
     def _generate(
         self, prompts: list[np.ndarray], max_tokens: int, sampling: Sampling, stop: set[int]
     ) -> list[list[int]]:
-        steps = self.steps
+        runner = self.runner
         limits = [min(max_tokens, self._decoder.config.max_position_embeddings - len(prompt)) for prompt in prompts]
-        pages = [-(-(len(prompt) + limit) // steps.page_size) for prompt, limit in zip(prompts, limits)]
+        pages = [-(-(len(prompt) + limit) // runner.page_size) for prompt, limit in zip(prompts, limits)]
         table = np.full((len(prompts), max(pages)), -1, np.int32)
         for b, count in enumerate(pages):
             table[b, :count] = sum(pages[:b]) + np.arange(count)
-        steps.reserve([sum(pages)] * len(steps.groups))
+        runner.reserve([sum(pages)] * len(runner.groups))
         found: list[list[int]] = [[] for _ in prompts]
 
         def run(which: list[int], parts: list[np.ndarray], firsts: list[int], draws: list[bool], T: int) -> None:
             batch = build_batch(
                 parts,
                 firsts,
-                (table[which],) * len(steps.groups),
+                (table[which],) * len(runner.groups),
                 draws=draws,
                 sampling=(sampling,) * len(which),
                 counters=[len(found[b]) for b in which],
             )
-            result = steps.step(batch, at_least=(bucket(len(prompts)), T, 1 + max(pages)))
+            result = runner.step(batch, at_least=(bucket(len(prompts)), T, 1 + max(pages)))
             for b, token in zip(compress(which, draws), result.tokens, strict=True):
                 found[b].append(int(token))
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import keras
+
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.tensors import manifest
 from gemkit.errors import GemkitError, UsageError
+from gemkit.models.frameworks.runner import check_memory
 from gemkit.models.keras.decoder import Decoder
+from gemkit.models.keras.runner import KerasRunner, default_device
 from gemkit.weights.checkpoint import Tensor
 
 POLICIES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
@@ -25,8 +29,33 @@ def check_dtype(name: str, config: ModelConfig) -> str:
     return name
 
 
+def load_runner(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    threads: int | None = None,
+    max_tokens_per_step: int = 512,
+) -> KerasRunner:
+    """Loads a runner on the backend that ``KERAS_BACKEND`` names.
+
+    weights: as in a `Checkpoint`. dtype: a dtype policy of Keras, "auto" for the one that it is set to. device: Keras
+    cannot choose; None or the place where the backend puts arrays anyway. threads: ignored, the backend chooses.
+    Raises UsageError for a device or dtype that cannot be had, GemkitError if memory is short.
+    """
+    place = default_device()
+    if device not in (None, place):
+        raise UsageError(
+            f"device is {device!r}; Keras runs on {place} here: set CUDA_VISIBLE_DEVICES or JAX_PLATFORMS instead"
+        )
+    policy = keras.config.dtype_policy().name if dtype == "auto" else dtype
+    decoder = check_memory(load_decoder, config, weights, policy)
+    return KerasRunner(decoder, max_tokens_per_step=max_tokens_per_step)
+
+
 def load_decoder(config: ModelConfig, weights: Mapping[str, Tensor], dtype: str = "float32") -> Decoder:
-    """A decoder with these weights; norms stay float32. weights: as in a `Checkpoint`. dtype: a dtype policy.
+    """Loads a decoder; norms stay float32. weights: as in a `Checkpoint`. dtype: a dtype policy.
 
     Raises GemkitError that names a tensor that is missing or has another shape.
     """

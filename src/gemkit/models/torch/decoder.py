@@ -185,6 +185,12 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the activations."""
+        embedding = self.model.embed_tokens
+        return embedding.weight.dtype if isinstance(embedding.weight, Tensor) else embedding.dtype
+
     def hidden(
         self,
         tokens_BT: Tensor,

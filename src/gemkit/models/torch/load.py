@@ -10,8 +10,10 @@ import torch
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.tensors import TensorSpec, manifest
 from gemkit.errors import GemkitError, UsageError
+from gemkit.models.frameworks.runner import check_memory
 from gemkit.models.torch.decoder import Decoder
 from gemkit.models.torch.linear import Quantised, quantise
+from gemkit.models.torch.runner import TorchRunner
 from gemkit.weights.checkpoint import Tensor
 from gemkit.weights.quant import GGMLType
 
@@ -20,7 +22,7 @@ BITS = {"int8": 8, "int4": 4}  # of the matrices; activations are those of "auto
 
 
 def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The type to compute in: "auto" is bfloat16 on accelerators that have it, else float32.
+    """Returns the type to compute in: "auto" is bfloat16 on accelerators that have it, else float32.
 
     Raises UsageError for float16 in Gemma 2 and 3, whose activations leave its range, and for bfloat16 on a GPU that
     only emulates it.
@@ -40,6 +42,40 @@ def _has_bfloat16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def load_runner(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    compile: bool | None = None,
+    threads: int | None = None,
+    max_tokens_per_step: int = 512,
+) -> TorchRunner:
+    """Loads a runner on the CPU or an accelerator.
+
+    weights: as in a `Checkpoint`. device: "cpu", "cuda", "cuda:1", …; None takes CUDA where there is one. dtype: see
+    `pick_dtype`; "int8" and "int4" are of the matrices alone. compile, threads: as in `TorchRunner`.
+    Raises UsageError for a device or type that cannot be had, GemkitError if memory is short.
+    """
+    place = pick_device(device)
+    activations = pick_dtype(dtype, config, place)
+    decoder = check_memory(load_decoder, config, weights, activations, place, BITS.get(dtype))
+    return TorchRunner(decoder, compile=compile, threads=threads, max_tokens_per_step=max_tokens_per_step)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Returns CUDA where there is one, or the device of that name. Raises UsageError if there is none."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UsageError(f"torch has no device {name!r} here; leave it out, or choose cpu") from None
+    return device
+
+
 def load_decoder(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
@@ -47,7 +83,7 @@ def load_decoder(
     device: torch.device | str = "cpu",
     bits: int | None = None,
 ) -> Decoder:
-    """A decoder with these weights; norms stay float32. weights: as in a `Checkpoint`.
+    """Loads a decoder; norms stay float32. weights: as in a `Checkpoint`.
 
     bits: 8 or 4, of the matrices; those of the vocabulary have 8 at least. None: all are of dtype.
     Raises GemkitError that names a tensor that is missing, has another shape, or cannot have so few bits.
@@ -73,7 +109,7 @@ def load_decoder(
 
 
 def empty_decoder(config: ModelConfig) -> Decoder:
-    """A decoder without memory, for `put` to fill."""
+    """Returns a decoder without memory, for `put` to fill."""
     with torch.device("meta"):
         decoder = Decoder(config)
     assert dict(decoder.named_parameters()).keys() == manifest(config).keys()
@@ -81,7 +117,7 @@ def empty_decoder(config: ModelConfig) -> Decoder:
 
 
 def put(decoder: Decoder, name: str, value: torch.Tensor | Quantised) -> None:
-    """Gives a parameter its value."""
+    """Sets a parameter."""
     place, _, leaf = name.rpartition(".")
     module = decoder.get_submodule(place)
     delattr(module, leaf)  # a parameter cannot become a module
@@ -89,12 +125,12 @@ def put(decoder: Decoder, name: str, value: torch.Tensor | Quantised) -> None:
 
 
 def bits_of(spec: TensorSpec, bits: int) -> int:
-    """Those of a tensor in a model of so many bits: each row of the vocabulary's matrices is a token of its own."""
+    """Returns 8 for the vocabulary's matrices, each row of which is a token of its own, else bits."""
     return 8 if spec.letters[0] == "V" else bits
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
-    """A tensor's values: bfloat16 bit by bit, everything else by way of float32."""
+    """Returns a tensor's values: bfloat16 bit by bit, everything else by way of float32."""
     if tensor.type == GGMLType.BF16 and not tensor.add_one:
         return torch.from_numpy(np.array(tensor.data)).view(torch.bfloat16).reshape(tensor.shape)
     return torch.from_numpy(np.ascontiguousarray(tensor.to_float32()))

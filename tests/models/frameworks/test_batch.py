@@ -1,23 +1,10 @@
 """Ragged batches as padded arrays. Budget: 1 s."""
 
 import numpy as np
-import pytest
 
 from gemkit.engine.interface import Batch, StepResult, build_batch
 from gemkit.engine.sampling import Sampling
-from gemkit.models.frameworks.padded import (
-    FAR,
-    TOP,
-    bucket,
-    greedy,
-    in_parts,
-    needs_whole,
-    pad,
-    part,
-    quarter,
-    split,
-    unpack,
-)
+from gemkit.models.frameworks.batch import FAR, bucket, in_parts, pad, part, quarter, split, unpack
 
 NO_IDS = np.zeros(0, np.int32)
 
@@ -36,38 +23,17 @@ def test_slots_and_positions():
     assert step.tokens.shape == (2, 16)
     assert step.tokens[:, :4].tolist() == [[10, 11, 12, 0], [20, 0, 0, 0]] and not step.tokens[:, 4:].any()
     assert step.positions[:, :4].tolist() == [[4, 5, 6, FAR], [2, FAR, FAR, FAR]]
-    assert step.last.tolist() == [2, 0] and step.rows.tolist() == [0, 1, 2, 16]
-    # Page p of the batch is page p + 1 of the storage; page 0 takes what padding writes
+    assert step.rows.tolist() == [0, 1, 2, 16]
+    # Page p of the batch is page p + 1 of the storage; page 0 is the padding page
     assert step.write[0][:, :4].tolist() == [[8, 9, 10, 0], [14, 0, 0, 0]]
     assert step.write[1][:, :4].tolist() == [[24, 25, 26, 0], [22, 0, 0, 0]]
-    for read, seen, pages in zip(step.read, step.seen, (full, window), strict=True):
+    for read, seen, pages in zip(step.read, step.read_positions, (full, window), strict=True):
         assert read.shape == seen.shape and (seen == FAR).any(1).all()
         for b, last in enumerate((6, 2)):
             known = {int(s): int(p) for s, p in zip(read[b], seen[b], strict=True) if p != FAR}
             first = 4 * int(np.flatnonzero(pages[b] >= 0)[0])
             assert known == {4 * (int(pages[b, p // 4]) + 1) + p % 4: p for p in range(first, last + 1)}
     assert set(step.read[1][1][4:]) <= set(range(4))
-
-
-@pytest.mark.parametrize(
-    "sampling, whole",
-    [
-        (Sampling(), False),
-        (Sampling(temperature=1.0, top_k=64), False),
-        (Sampling(temperature=1.0, top_k=TOP + 1), True),
-        (Sampling(temperature=1.0), True),
-        (Sampling(repetition_penalty=1.1), True),
-        (Sampling(logit_bias=((3, 1.0),)), True),
-    ],
-)
-def test_when_the_largest_logits_are_enough(sampling, whole):
-    assert needs_whole(sampling) == whole
-
-
-def test_only_the_likeliest_token_without_its_probability_is_greedy():
-    assert greedy(Sampling(logprobs=None)) and not greedy(Sampling(logprobs=0))
-    assert not greedy(Sampling(temperature=1.0, top_k=4, logprobs=None))
-    assert not greedy(Sampling(repetition_penalty=1.1, logprobs=None))
 
 
 def test_quarters():
@@ -93,11 +59,11 @@ def ragged(counts, firsts=None, page_size=4) -> Batch:
 
 def test_one_array_holds_a_step():
     step = pad(ragged([3, 1, 7], [5, 0, 2]), 4)
-    tokens, positions, last, places = unpack(step.flat(), step.sizes)
+    tokens, positions, slots = unpack(step.flat(), step.sizes)
     assert step.flat().dtype == np.int32 and step.sizes == (4, 16, (step.read[0].shape[1],))
-    for found, wanted in ((tokens, step.tokens), (positions, step.positions), (last, step.last)):
+    for found, wanted in ((tokens, step.tokens), (positions, step.positions)):
         assert np.array_equal(found, wanted)
-    for found, wanted in zip(places[0], (step.write[0], step.read[0], step.seen[0]), strict=True):
+    for found, wanted in zip(slots[0], (step.write[0], step.read[0], step.read_positions[0]), strict=True):
         assert np.array_equal(found, wanted)
 
 
@@ -115,6 +81,16 @@ def test_tokens_are_split_from_long_chunks():
     assert [rows.tolist() for rows in split(ragged([1, 200, 1]))] == [[1], [0, 2]]
     for counts in ([1, 1, 1], [200, 100], [1, 30], [7]):
         assert [rows.tolist() for rows in split(ragged(counts))] == [list(range(len(counts)))]
+
+
+def test_a_part_has_its_own_masks_and_targets():
+    batch = ragged([2, 200, 3], [3, 0, 9])
+    batch.draws[:] = [2, 1, 2]
+    batch.masks = tuple(np.array([r], np.uint32) for r in range(5))
+    batch.targets = np.arange(205, dtype=np.int32)
+    some = part(batch, np.array([0, 2]))
+    assert some.draws.tolist() == [2, 2] and [int(mask[0]) for mask in some.masks] == [0, 1, 3, 4]
+    assert some.targets.tolist() == [0, 1, 202, 203, 204] == some.tokens.tolist()
 
 
 def test_parts_are_put_together_again():
