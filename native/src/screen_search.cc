@@ -12,7 +12,7 @@ namespace {
 constexpr size_t kScreenRows = kHeadRows;  // most sequences of a step whose head is screened
 constexpr int64_t kScreenTop = 128;        // largest top-k
 constexpr float kMargin = 1.0001f;
-// Without a proof: so many standard deviations of an error whose 32 parts per block have signs of their own.
+// Without a proof: this many standard deviations of an error whose 32 parts per block have independent signs.
 constexpr float kDeviations = 8.0f;
 // Beyond this share of its panels a row is cheaper to compute in full.
 constexpr int64_t kLimitDivisor = 2;
@@ -216,7 +216,7 @@ int32_t choose_found(const ScreenSearch& search, const Step& s, size_t m, const 
   return choose_among(logits, s.plan.vocab, panels, params, s.kernels);
 }
 
-// After so many steps in a row most of whose rows took the whole head, the screen is left out for a while: with some
+// After this many steps in a row in which most rows took the whole head, the screen is left out for a while: with some
 // weights, random ones for example, it never decides.
 void end_search(ScreenSearch& search, size_t rows) {
   constexpr int kLosses = 8, kPause = 512;

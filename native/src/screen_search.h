@@ -56,7 +56,7 @@ void search_rows(ScreenSearch& search, const Step& step, const std::vector<Sampl
 // The token of a row whose search has run; -1 where a logit is not finite.
 int32_t choose_found(const ScreenSearch& search, const Step& step, size_t row, const SamplingParams& params);
 
-// After a step of so many rows.
+// After a step of `rows` rows.
 void end_search(ScreenSearch& search, size_t rows);
 
 }  // namespace gemkit

@@ -198,7 +198,7 @@ class Runner(Protocol):
     def info(self) -> RunnerInfo: ...
 
     def activation_bytes(self, positions: int) -> int | None:
-        """Memory that a sequence of so many positions touches besides weights and cache; None if it is not known."""
+        """Bytes touched by a sequence of `positions` tokens besides weights and cache; None if unknown."""
 
     def settle(self) -> None:
         """Waits until background work that makes this runner, or the next start, faster is done."""

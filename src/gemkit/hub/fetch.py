@@ -51,7 +51,7 @@ def timeout() -> float:
 
 
 def pause(failures: int) -> float:
-    """Return seconds to wait after so many failures in a row."""
+    """Return seconds to wait after this number of failures in a row."""
     return _PAUSE * 2 ** (failures - 1)
 
 
