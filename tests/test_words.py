@@ -34,14 +34,14 @@ WORDS = {
 # Openings of a docstring: it begins with a verb, or with a noun that is a term.
 OPENINGS = re.compile(r"(?:What|Which|Whether|Whose|Who|Whoever|Those|How|Some|Of|Where|Why|When)\b")
 COVERED = [
-    *(f"src/gemkit/{name}" for name in ("arch", "text", "weights", "hub", "tools", "cli")),
+    *(f"src/gemkit/{name}" for name in ("arch", "text", "weights", "hub", "engine", "api", "tools", "cli")),
     *(f"src/gemkit/{name}.py" for name in ("cache", "errors", "extras", "forks", "host")),
-    *(f"src/gemkit/engine/{name}.py" for name in ("interface", "sampling", "pages", "request", "scheduler")),
-    *("src/gemkit/models/native", "src/gemkit/models/kept.py", "native/src", "native/tests", "native/bench"),
-    *(f"tests/{name}" for name in ("arch", "text", "weights", "hub", "tools", "cli", "docs", "benchmarks")),
-    "tests/models/native",
+    *("src/gemkit/models/frameworks", "src/gemkit/models/native", "src/gemkit/models/kept.py"),
+    *("native/src", "native/tests", "native/bench"),
+    *(f"tests/{name}" for name in ("arch", "text", "weights", "hub", "engine", "api", "tools", "cli", "parity")),
+    *("tests/docs", "tests/benchmarks", "tests/models/native"),
     *("benchmarks/cpu", "benchmarks/gpu", "benchmarks/quality", "benchmarks/peers"),
-    *("docs", "README.md", "CONTRIBUTING.md"),
+    *("docs", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
 ]
 SUFFIXES = {".py", ".md", ".cc", ".h"}
 # Texts with such a word in another sense: the path and a part of the line, with the reason.

@@ -84,7 +84,7 @@ def beside_peers(record: dict, path: Path) -> Path:
         panel.axvline(1, color=INK, linewidth=0.8, linestyle=":")
         panel.margins(x=0.16)
         panel.set_xlim(left=0)
-        panel.set_title(f"beside {peer}", fontsize=9, loc="left")
+        panel.set_title(f"compared with {peer}", fontsize=9, loc="left")
         panel.tick_params(axis="y", length=0)
     panels[0][0].set_yticks(list(places.values()), list(labels.values()))
     figure.supxlabel("times as many tokens a second; line: lowest to highest round; red: the goal", fontsize=8, y=0.0)
@@ -132,7 +132,7 @@ def roofline(record: dict, path: Path) -> Path:
     panel.set_yscale("log")
     panel.set_xlabel("operations for each byte that gemkit has to read")
     panel.set_ylabel("10⁹ operations a second")
-    panel.set_title(f"beside the limits of this machine, {threads} threads", fontsize=9, loc="left")
+    panel.set_title(f"compared with the limits of this machine, {threads} threads", fontsize=9, loc="left")
     panel.grid(color=PALE, linewidth=0.5)
     if points:
         panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -173,15 +173,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scaling", type=Path, help="of run.py --scaling; default: scaling.json next to --json")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "images")
     options = parser.parse_args(arguments)
-    beside = options.scaling or options.json.with_name("scaling.json")
+    other = options.scaling or options.json.with_name("scaling.json")
     with plt.rc_context(STYLE):
         if options.json.exists():
             record = json.loads(options.json.read_text(encoding="utf-8"))
             if record["rows"]:
                 print(beside_peers(record, options.folder / "speed-peers.svg"))
                 print(roofline(record, options.folder / "speed-roofline.svg"))
-        if beside.exists():
-            print(scaling(json.loads(beside.read_text(encoding="utf-8")), options.folder / "speed-scaling.svg"))
+        if other.exists():
+            print(scaling(json.loads(other.read_text(encoding="utf-8")), options.folder / "speed-scaling.svg"))
     return 0
 
 

@@ -192,10 +192,10 @@ class Run:
             for worker in (mine, *(worker for rival in rivals.values() for worker in rival.workers)):
                 worker.ask(do="decode", ids=prompt(mine.about, -2, 16), tokens=4, ways=[GREEDY])
             for task in session.tasks:
-                beside = {peer.name: rivals[peer.name] for peer in wanted[task] if peer.name in rivals}
-                if beside:
-                    self.task(session, task, model, mine, beside)
-                for name, rival in beside.items():
+                others = {peer.name: rivals[peer.name] for peer in wanted[task] if peer.name in rivals}
+                if others:
+                    self.task(session, task, model, mine, others)
+                for name, rival in others.items():
                     saved[name] = rival.chosen()
                     if self.state["missing"].get(name, "").startswith(title):
                         rivals.pop(name, None)
@@ -224,7 +224,7 @@ class Run:
         self.rows = [row for row in self.rows if (row.model, row.threads, row.name, row.against) != key]
         row = Row(session.threads, kind, name, tuple(pairs), None, floor, session.model, against, needed)
         self.rows.append(row)
-        print(f"    {name} beside {against}: {row.ours:.4g} to {row.peer:.4g}, {row.ratio:.2f} times", flush=True)
+        print(f"    {name} against {against}: {row.ours:.4g} to {row.peer:.4g}, {row.ratio:.2f} times", flush=True)
 
     def task(self, session: Session, task: Task, model: str, mine: Worker, rivals: dict[str, Rival]) -> None:
         """All rounds of a task, and its rows."""

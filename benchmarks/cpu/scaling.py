@@ -22,7 +22,7 @@ def tasks(quick: bool) -> list[Task]:
     return found + [Task("decode", depth or 1, tokens) for depth in depths]
 
 
-def measure(ours: Engine, model: str, threads: list[int], quick: bool, beside: Path) -> int:
+def measure(ours: Engine, model: str, threads: list[int], quick: bool, results: Path) -> int:
     """Write scaling.json next to the figures of the main run: rates by threads and batch, and by threads and depth."""
     record: dict = {"model": Path(model).name, "machine": machine(), "limits": {}, "batch": [], "depth": []}
     for count in threads:
@@ -47,7 +47,7 @@ def measure(ours: Engine, model: str, threads: list[int], quick: bool, beside: P
             record["batch" if task.kind == "batch" else "depth"].append(row)
             print(f"  {row}", flush=True)
         worker.close()
-        target = beside.with_name("scaling.json")
+        target = results.with_name("scaling.json")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(record, indent=1), encoding="utf-8")
     return 0

@@ -54,7 +54,7 @@ class Context:
             if llama.llama_decode(self.context, llama.llama_batch_get_one(array, len(part))):
                 raise SystemExit("llama_decode failed")
 
-    def likeliest(self, row: int = -1) -> int:
+    def argmax(self, row: int = -1) -> int:
         # The arg-max straight from the logits: llama.cpp's own sampler first copies the vocabulary
         logits = llama.llama_get_logits_ith(self.context, row)
         return int(np.ctypeslib.as_array(logits, (self.vocabulary,)).argmax())
@@ -66,9 +66,9 @@ class Context:
         """The ways follow one another in the same context: the prompt is read once."""
         self.clear()
         self.read(ids)
-        first, seconds, greedy = self.likeliest(), [], []
+        first, seconds, greedy = self.argmax(), [], []
         for way in ways:
-            choose, token, chosen = self.likeliest if way == "greedy" else self.draw, first, []
+            choose, token, chosen = self.argmax if way == "greedy" else self.draw, first, []
             began = time.perf_counter()
             for _ in range(tokens):
                 self.read([token])
@@ -95,11 +95,11 @@ class Context:
         current = []
         for sequence, ids in enumerate(prompts):
             run([(token, i, sequence, i == len(ids) - 1) for i, token in enumerate(ids)])
-            current.append(self.likeliest(len(ids) - 1))
+            current.append(self.argmax(len(ids) - 1))
         began = time.perf_counter()
         for step in range(tokens):
             run([(token, len(prompts[s]) + step, s, True) for s, token in enumerate(current)])
-            current = [self.likeliest(s) for s in range(len(prompts))]
+            current = [self.argmax(s) for s in range(len(prompts))]
         seconds = time.perf_counter() - began
         llama.llama_batch_free(batch)
         return {"seconds": seconds}
@@ -124,7 +124,7 @@ def main() -> None:
             context.clear()
             began = time.perf_counter()
             context.read(request["ids"])
-            answer = {"ids": [context.likeliest()], "seconds": time.perf_counter() - began}
+            answer = {"ids": [context.argmax()], "seconds": time.perf_counter() - began}
         else:
             answer = context.decode(request["ids"], request["tokens"], request["ways"])
         print(json.dumps(answer), flush=True)

@@ -33,7 +33,7 @@ def test_pictures_show_every_row(tmp_path):
     names = {path.name for path in (tmp_path / "images").iterdir()}
     assert names == {"speed-peers.svg", "speed-roofline.svg"}
     text = (tmp_path / "images" / "speed-peers.svg").read_text(encoding="utf-8")
-    for label in ("decode 64 at depth 0", "prefill 512", "2B Q4_0: decode 16", "beside CTranslate2", ">2.5<", ">3.0<"):
+    for label in ("decode 64 at depth 0", "prefill 512", "2B Q4_0: decode 16", "with CTranslate2", ">2.5<", ">3.0<"):
         assert label in text
     assert "peak memory" not in text and len(text) < 100_000
     text = (tmp_path / "images" / "speed-roofline.svg").read_text(encoding="utf-8")

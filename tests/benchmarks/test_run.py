@@ -229,7 +229,7 @@ def test_a_worker_that_dies_is_named(tmp_path, peer):
     worker.close()
 
 
-def test_gemkit_beside_a_fake_peer(tmp_path, capsys, monkeypatch, peer):
+def test_gemkit_against_a_fake_peer(tmp_path, capsys, monkeypatch, peer):
     times = {}
 
     def once(command: list[str], cold_cache: bool = False) -> float:

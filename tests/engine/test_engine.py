@@ -563,7 +563,7 @@ class IdleRunner(FakeRunner):
 
 
 def test_a_decode_step_costs_little():
-    """The engine's share of a decode step is small beside the model's: about 11 µs; the bound is for a busy machine."""
+    """The engine's share of a decode step is small, about 11 µs; the bound is for a busy machine."""
     middle, early, late = [], [], []
     for _ in range(4):  # what else runs on the machine disturbs the one or the other
         e = Engine(IdleRunner((None, 512), 16, 512, context=32768), SimpleNamespace(vocab_size=V, stop_ids=set()))

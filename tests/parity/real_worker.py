@@ -50,21 +50,21 @@ def main() -> None:
     loaded = time.perf_counter()
     runner.reserve([PAGES] * len(runner.groups))
     largest = scale = 0.0
-    turned = []  # margins of the likeliest token where another one is likeliest
+    changed = []  # margins of the reference's argmax where the backend has another
     for first in range(0, len(ids), STEP):
         part = ids[first : first + STEP]
         logits = runner.logits(one(runner, part, first))
         for row, wanted in zip(logits, expected[first : first + STEP], strict=True):
             largest, scale = max(largest, float(np.abs(row - wanted).max())), max(scale, float(np.abs(wanted).max()))
             if (mine := row.argmax()) != (theirs := wanted.argmax()):
-                turned.append(float(wanted[theirs] - wanted[mine]))
+                changed.append(float(wanted[theirs] - wanted[mine]))
     error = largest / scale if np.isfinite(largest) else float("inf")
     print(
         json.dumps(
             {
                 "error": error,
                 "scale": scale,
-                "turned": turned,
+                "changed": changed,
                 "load": round(loaded - start, 1),
                 "run": round(time.perf_counter() - loaded, 1),
             }

@@ -38,7 +38,7 @@ class Chat:
     def send(
         self, text: str, *, options: GenerateOptions | None = None, **keywords: Unpack[GenerateKeywords]
     ) -> Completion:
-        """Sends a message and returns the answer; both join the history, neither does after an error.
+        """Send a message and return the answer; both join the history, neither does after an error.
 
         options: in place of the conversation's own. Its fields may be given as keywords too; a keyword replaces the
             field for this answer.
@@ -52,7 +52,7 @@ class Chat:
     def stream(
         self, text: str, *, options: GenerateOptions | None = None, **keywords: Unpack[GenerateKeywords]
     ) -> Stream:
-        """Sends a message and returns the answer as an iterator of pieces; an answer that is closed early is kept too.
+        """Send a message and return the answer as an iterator of pieces; an answer that is closed early is kept too.
 
         The arguments are those of `send`. The history grows when the stream ends, if there was a piece.
         """
@@ -67,7 +67,7 @@ class Chat:
             self.messages += [turn, {"role": "assistant", "content": answer.text}]
 
     def _seen(self, turn: dict[str, str], options: GenerateOptions) -> list[Mapping[str, Any]]:
-        """The messages that the model sees, this one among them; warns when more of the oldest are left out."""
+        """Return the messages that the model sees, this one among them; warn when more of the oldest are left out."""
         messages = [*self.messages, turn]
         if not self.context_shift:
             return messages

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def load(
     path_or_name: str | os.PathLike[str], *, options: LoadOptions | None = None, **keywords: Unpack[LoadKeywords]
 ) -> Model:
-    """Loads a model: a GGUF file, a folder with one, a Hugging Face folder, a hub's name, or "demo".
+    """Load a model: a GGUF file, a folder with one, a Hugging Face folder, a hub's name, or "demo".
 
     path_or_name: a path, or one of the names "gemma-3-1b-it" and the like, "hf:org/name[:file]", "kaggle:…"; see
         `gemkit.hub.resolve`. A short name means Google's 4-bit file where there is one, unless a dtype, an adapter or
@@ -58,11 +58,11 @@ class Loading:
         self.adapters = _adapters(options.adapter)
         original = wants_original(options.backend, options.dtype, options.adapter)
         self.path = find(path_or_name, options.offline, original=original)
-        self._beside = ThreadPoolExecutor(1)
-        self._early: Future[Tokenizer | None] = self._beside.submit(_remembered_tokenizer, self.path)
+        self._background = ThreadPoolExecutor(1)
+        self._early: Future[Tokenizer | None] = self._background.submit(_remembered_tokenizer, self.path)
 
     def model(self) -> Model:
-        """Reads the files, starts the runner and returns the model."""
+        """Read the files, start the runner and return the model."""
         options = self.options
         if options.backend != "native":
             return self._framework_model()
@@ -70,9 +70,9 @@ class Loading:
         from gemkit.models.native import NativeRunner, PackedStore
         from gemkit.weights.open import open_checkpoint
 
-        with self._beside, open_checkpoint(self.path) as stored:
+        with self._background, open_checkpoint(self.path) as stored:
             # The vocabulary is read while the core packs the weights: each takes a tenth of a second or more.
-            tokenizer = self._beside.submit(lambda: self._early.result() or _tokenizer(stored))
+            tokenizer = self._background.submit(lambda: self._early.result() or _tokenizer(stored))
             checkpoint = _converted(stored, options.dtype, self.options.activations)
             _check_adapters(self.adapters, checkpoint.config)
             store = PackedStore.of(stored.source, checkpoint.tensors, self.keep)
@@ -99,7 +99,7 @@ class Loading:
             from gemkit.extras import install
 
             raise GemkitError(f"the backend {backend} needs {error.name}: {install(backend)}") from None
-        with self._beside, open_checkpoint(self.path) as checkpoint:
+        with self._background, open_checkpoint(self.path) as checkpoint:
             runner = module.load_runner(
                 checkpoint.config, checkpoint.tensors, threads=self.threads, device=options.device, dtype=options.dtype
             )
@@ -108,7 +108,7 @@ class Loading:
 
 
 def _choose_keras_backend() -> None:
-    """Sets KERAS_BACKEND where nobody did: Keras would take TensorFlow, installed or not."""
+    """Set KERAS_BACKEND unless it is set: Keras would take TensorFlow, installed or not."""
     if "KERAS_BACKEND" in os.environ or "keras" in sys.modules or Path.home().joinpath(".keras/keras.json").exists():
         return
     installed = [name for name in ("jax", "torch", "tensorflow") if find_spec(name)]
@@ -120,7 +120,7 @@ def _choose_keras_backend() -> None:
 
 
 def wants_original(backend: str = "native", dtype: str = "auto", adapter: object = None) -> bool:
-    """Whether a short name means the original weights of a model, rather than Google's 4-bit file of it.
+    """Return whether a short name means the original weights of a model, not Google's 4-bit file of it.
 
     The other backends take no 4-bit blocks, a type is asked for to be had of the original, and adapters are trained on
     it.
@@ -131,7 +131,7 @@ def wants_original(backend: str = "native", dtype: str = "auto", adapter: object
 def find(
     path_or_name: str | os.PathLike[str], offline: bool = False, *, download: bool = True, original: bool = False
 ) -> Path:
-    """Returns the model's file or folder.
+    """Return the model's file or folder.
 
     download: fetch it if it is missing; False raises GemkitError instead. original: of `gemkit.hub.resolve.resolve`.
     """
@@ -149,7 +149,7 @@ def find(
 
 
 def _check_path(what: str, path: object) -> None:
-    """Raises UsageError unless a path is text, not blank, or a path object."""
+    """Raise UsageError unless a path is text, not blank, or a path object."""
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes) or not os.fspath(path).strip():
         raise UsageError(f"{what} is {brief(path)}; give a path or a name as text")
 
@@ -167,7 +167,7 @@ def _converted(checkpoint: Checkpoint, dtype: str, activations: str) -> Checkpoi
 
 
 def _is_quick(source: Path | None) -> bool:
-    """Whether a file is Google's 4-bit file of a model, in the cache where it was downloaded to."""
+    """Return whether a file is Google's 4-bit file of a model, in the cache where it was downloaded to."""
     if source is None or "-qat-" not in str(source):
         return False
     from gemkit.hub.hf_cache import repo_of
@@ -177,7 +177,7 @@ def _is_quick(source: Path | None) -> bool:
 
 
 def _adapters(paths: Adapters | None) -> dict[str, LoraAdapter]:
-    """Reads the adapters, by name."""
+    """Read the adapters, by name."""
     if paths is None:
         return {}
     from gemkit.api.model import BASE, ONLY
@@ -193,7 +193,7 @@ def _adapters(paths: Adapters | None) -> dict[str, LoraAdapter]:
 
 
 def _check_adapters(adapters: Mapping[str, LoraAdapter], config: ModelConfig) -> None:
-    """Raises GemkitError for an adapter that does not fit the model."""
+    """Raise GemkitError for an adapter that does not fit the model."""
     if adapters:
         from gemkit.weights.lora import check_fits
 
@@ -202,7 +202,7 @@ def _check_adapters(adapters: Mapping[str, LoraAdapter], config: ModelConfig) ->
 
 
 def load_tokenizer(path_or_name: str | os.PathLike[str], *, offline: bool = False) -> Tokenizer:
-    """Loads the tokenizer of a model, or a ``tokenizer.model`` or ``tokenizer.json``, without reading weights.
+    """Load the tokenizer of a model, or a ``tokenizer.model`` or ``tokenizer.json``, without reading weights.
 
     Raises GemkitError as `load` does.
     """
@@ -239,7 +239,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def _remembered_tokenizer(path: Path) -> Tokenizer | None:
-    """The tokenizer of a file that was loaded before, found without opening it; None if it is not known."""
+    """Return the tokenizer of a file that was loaded before, without opening it; None if it is not known."""
     record = _key_record(path)
     try:
         key = record.read_text() if record is not None else None
@@ -253,22 +253,22 @@ def _remembered_tokenizer(path: Path) -> Tokenizer | None:
 
 
 def _key_record(path: Path) -> Path | None:
-    """The file with the checksum of a model's vocabulary, by name, size and time of the files that it comes from."""
+    """Return the file with the checksum of a model's vocabulary, named by path, size and time of its sources."""
     try:
         files = _vocabulary_files(path)
-        facts = [
+        keys = [
             f"{file.absolute()}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ino}"
             for file in files
             for status in (file.stat(),)
         ]
-        name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+        name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:32]
         return cache_dir() / "tokenizers" / f"{name}.key" if files else None
     except (OSError, GemkitError):
         return None
 
 
 def _vocabulary_files(path: Path) -> list[Path]:
-    """The files from which a model's vocabulary is read; none where only opening the model tells."""
+    """Return the files from which a model's vocabulary is read; none where only opening the model tells."""
     if path.suffix == ".gguf" and path.is_file():
         return [path]
     if not path.is_dir():

@@ -1,4 +1,4 @@
-"""The public face: load a model, then generate, stream, chat, score and embed.
+"""The public API: load a model, then generate, stream, chat, score and embed.
 
     m = gemkit.load("demo", threads=2)
     print(m.generate("The capital of France is", max_tokens=16, temperature=0))
@@ -99,16 +99,16 @@ class Model:
 
     @property
     def has_own_template(self) -> bool:
-        """The template renders other turns than Google's; the first look at an unknown one runs it on samples."""
+        """True if the template renders other turns than Google's; the first call runs an unknown one on samples."""
         return self._template.is_own
 
     def settle(self) -> None:
-        """Waits for work in the background: the packed copy for later loads, the move of weights to huge pages."""
+        """Wait for work in the background: the packed copy for later loads, the move of weights to huge pages."""
         if self._engine is not None:
             self._engine.runner.settle()
 
     def close(self) -> None:
-        """Frees the weights and the cache; the model cannot be used any more."""
+        """Free the weights and the cache; the model cannot be used any more."""
         try:
             if self._engine is not None:
                 self._engine.runner.close()
@@ -161,7 +161,7 @@ class Model:
         parse_special: bool = False,
         **keywords: Unpack[GenerateKeywords],
     ) -> Completion | list[Completion]:
-        """Generates the answer to a prompt, or to each of a list of prompts in one batch, and returns it or them.
+        """Generate the answer to a prompt, or to each of a list of prompts in one batch, and return it or them.
 
         options: see `GenerateOptions`, whose fields may be given as keywords too; a keyword replaces the field.
         suffix: the text after the gap that is to be filled after the prompt (CodeGemma).
@@ -194,7 +194,7 @@ class Model:
         parse_special: bool = False,
         **keywords: Unpack[GenerateKeywords],
     ) -> Stream:
-        """Returns the answer to one prompt as an iterator, a piece per token; closing it cancels the rest.
+        """Return the answer to one prompt as an iterator, a piece per token; closing it cancels the rest.
 
         The arguments are those of `generate`. `Stream.completion` is the whole, with its usage, after the end.
         """
@@ -212,7 +212,7 @@ class Model:
         options: GenerateOptions | None = None,
         **keywords: Unpack[GenerateKeywords],
     ) -> Chat:
-        """Starts a conversation.
+        """Start a conversation.
 
         system: instructions put before it.
         context_shift: when the context is full, leave out the oldest messages, with a GemkitWarning each time; by
@@ -222,7 +222,7 @@ class Model:
         return Chat(self, system, merged(GenerateOptions, options, keywords), context_shift)
 
     def check_options(self, options: GenerateOptions) -> None:
-        """Raises UsageError if options name an adapter or a token that the model lacks."""
+        """Raise UsageError if options name an adapter or a token that the model lacks."""
         options.sampling().check_vocabulary(self.config.vocab_size)
         self._adapter(options.adapter)
 
@@ -232,7 +232,7 @@ class Model:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """Returns the ids of a conversation by the model's chat template, after exactly one BOS.
+        """Return the ids of a conversation by the model's chat template, after exactly one BOS.
 
         messages: dictionaries with "role" (user, assistant or system) and "content". Control tokens named in them stay
             plain text.
@@ -255,7 +255,7 @@ class Model:
     def score(
         self, text: str | Ids | Sequence[str | Ids], adapter: str | None = None, parse_special: bool = False
     ) -> Score | list[Score]:
-        """Returns the log-probabilities of a text, or of each of a list of texts.
+        """Return the log-probabilities of a text, or of each of a list of texts.
 
         adapter: as in `GenerateOptions`.
         parse_special: as in `generate`.
@@ -281,7 +281,7 @@ class Model:
     def embed(
         self, texts: str | Sequence[str], adapter: str | None = None, parse_special: bool = False
     ) -> Vector | Matrix:
-        """Returns one unit vector per text: float32 [n, D] for a list, [D] for a string.
+        """Return one unit vector per text: float32 [n, D] for a list, [D] for a string.
 
         It is the mean of the hidden states after the final norm over the text's tokens, BOS left out since it is the
         same for all, divided by its length. Gemma was not trained for this: similar texts are near, that is all.
@@ -312,7 +312,7 @@ class Model:
     def _requests(
         self, prompts: Sequence[Prompt], options: GenerateOptions, suffix: str | None, parse_special: bool
     ) -> list[Request]:
-        """Returns one checked request per prompt, not queued yet."""
+        """Return one checked request per prompt, not queued yet."""
         requests, adapter = [], self._adapter(options.adapter)
         parse_special = check_flag("parse_special", parse_special)
         if not parse_special:
@@ -331,7 +331,7 @@ class Model:
         return requests
 
     def _adapter(self, name: str | None) -> int:
-        """The engine's number for an adapter's name, -1 for none."""
+        """Return the engine's number for an adapter's name, -1 for none."""
         if name is not None and not isinstance(name, str):
             raise UsageError(f"adapter is {brief(name)}; give the name of one, a text")
         if name == BASE or (name is None and list(self.adapters) != [ONLY]):
@@ -348,7 +348,7 @@ class Model:
         return fim.render(self.tokenizer, prefix, suffix, parse_special)
 
     def _warn_of_control(self, texts: Iterable[object], stacklevel: int = 3) -> None:
-        """Warns once of the control tokens whose names are about to be read as plain text."""
+        """Warn once of the control tokens whose names are about to be read as plain text."""
         found = [self.tokenizer.find_control(text) for text in texts if isinstance(text, str)]
         if names := list(dict.fromkeys(name for some in found for name in some)):
             warnings.warn(
@@ -359,7 +359,7 @@ class Model:
             )
 
     def _ids(self, prompt: Prompt, parse_special: bool = False) -> Sequence[int]:
-        """The token ids of one prompt."""
+        """Return the token ids of one prompt."""
         kind = kind_of(prompt)
         if kind == "text":
             return self.tokenizer.encode(prompt, parse_special=parse_special)

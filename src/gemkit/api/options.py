@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Adapters = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 
-# Most tokens of an answer where nobody asked for another number. An instruction-tuned model nearly always ends before
+# Most tokens of an answer by default. An instruction-tuned model nearly always ends before
 # it; a pretrained one may never end.
 MAX_TOKENS = 1024
 # By backend, the types that `dtype` may name.
@@ -29,7 +29,7 @@ ACTIVATIONS = ("int8", "float32")
 
 
 class UnknownOptionError(UsageError, TypeError):
-    """A keyword that no option is called."""
+    """A keyword that is not the name of an option."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class GenerateOptions:
             raise UsageError(f"adapter is {brief(self.adapter)}; give the name of one, a text")
 
     def sampling(self) -> Sampling:
-        """Returns the settings of one request, with a random seed where none is given."""
+        """Return the settings of one request, with a random seed where none is given."""
         from gemkit.engine.sampling import Sampling
 
         return Sampling(
@@ -193,7 +193,7 @@ Options = TypeVar("Options", GenerateOptions, LoadOptions)
 
 
 def merged(kind: type[Options], options: Options | None, keywords: Mapping[str, object]) -> Options:
-    """Returns options of a kind, the defaults without any, with keywords in place of their fields.
+    """Return options of a kind, the defaults without any, with keywords in place of their fields.
 
     Raises UnknownOptionError for a keyword that is no field, UsageError for a bad value.
     """

@@ -74,7 +74,7 @@ class Completion(str):
 
     @classmethod
     def _of(cls, request: Request, count: int | None = None) -> Completion:
-        """The completion of a request's first tokens, by default of all."""
+        """Return the completion of a request's first tokens, by default of all."""
         tokens = request.tokens[:count]
         completion = cls("".join([token.text for token in tokens]))
         completion.ids = [token.id for token in tokens]
@@ -110,7 +110,7 @@ class Score:
 
 
 def perplexity(mean: float) -> float:
-    """Returns exp(-mean) of a mean log-probability; infinity where that is too large for a float."""
+    """Return exp(-mean) of a mean log-probability; infinity where that is too large for a float."""
     try:
         return math.exp(-mean)
     except OverflowError:

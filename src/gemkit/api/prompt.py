@@ -18,7 +18,7 @@ Prompt: TypeAlias = "str | Sequence[Message] | Ids"
 
 
 def kind_of(prompt: object) -> str:
-    """Says what a prompt is: "text", "messages", "ids" or "batch" (a list of prompts)."""
+    """Say what a prompt is: "text", "messages", "ids" or "batch" (a list of prompts)."""
     if isinstance(prompt, str):
         return "text"
     if isinstance(prompt, np.ndarray) and prompt.ndim and prompt.dtype.kind in "iu":

@@ -40,7 +40,7 @@ class Stream(Iterator[Piece]):
         return self._completion
 
     def close(self) -> None:
-        """Cancels the rest; nothing happens if the stream has ended."""
+        """Cancel the rest; nothing happens if the stream has ended."""
         if self._completion is not None:
             return
         if self._tokens is not None:

@@ -181,8 +181,8 @@ def _loaded(model: str, loading: dict[str, object], styled: bool, history: bool)
     note = f"loading {Path(model).name} ..." if styled and sys.stdout.isatty() and Path(model).exists() else ""
     note = note if note.isprintable() and len(note) < 70 else ""
     click.echo(note, nl=False)
-    with ThreadPoolExecutor(1) as beside:
-        module = beside.submit(import_module, "gemkit.cli.repl.terminal")
+    with ThreadPoolExecutor(1) as background:
+        module = background.submit(import_module, "gemkit.cli.repl.terminal")
         try:
             loaded = gemkit.load(model, **loading)
         finally:

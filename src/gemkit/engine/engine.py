@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 class Engine:
-    """Turns requests into tokens.
+    """Turn requests into tokens.
 
     context_size: the most tokens of prompt and answer together; at most (and by default) the model's.
     max_sequences: the most requests that run at once; others wait.
@@ -71,10 +71,10 @@ class Engine:
         forks.track(self)
 
     def hold(self) -> None:
-        """Nothing has to be waited for before a fork: `step` mends what another thread left half done."""
+        """Return at once before a fork: `step` repairs what another thread left half done."""
 
     def release(self, in_child: bool) -> None:
-        """After a fork: the child's lock is free, and where the runner cannot go on there, the engine is of no use."""
+        """Free the lock in a forked child, and refuse further use there if the runner does not survive a fork."""
         if in_child:
             self._lock, self._busy = threading.RLock(), True
             self._forked = not self._survives_fork
@@ -89,7 +89,7 @@ class Engine:
         ignore_eos: bool = False,
         adapter: int = -1,
     ) -> Request:
-        """Checks a request, queues it and returns it; `step` fills in its ``tokens`` and ``finish_reason``.
+        """Check a request, queue it and return it; `step` fills in its ``tokens`` and ``finish_reason``.
 
         The arguments are those of `prepare`.
         """
@@ -109,12 +109,12 @@ class Engine:
         ignore_eos: bool = False,
         adapter: int = -1,
     ) -> Request:
-        """Checks a request and returns it, not queued yet.
+        """Check a request and return it, not queued yet.
 
         prompt: ids, BOS included. max_tokens: by default up to the end of the context, where generation ends anyway.
         stop: strings that end the answer and are left out of its text. ignore_eos: do not end at the model's stop ids.
         adapter: the number of one of the runner's adapters.
-        Raises UsageError for a bad value or a prompt that leaves no room in the context.
+        Raises UsageError for a bad value or a prompt that fills the context.
         """
         if not isinstance(sampling, Sampling):
             raise UsageError(f"sampling is {brief(sampling)}; give a gemkit.engine.sampling.Sampling")
@@ -134,14 +134,14 @@ class Engine:
         return Request(ids, limit, self._new_table(limit), sampling, stream, ignore_eos, adapter)
 
     def submit(self, request: Request) -> None:
-        """Queues a request that `prepare` returned."""
+        """Queue a request that `prepare` returned."""
         with self._lock:
             self._check_fork()
             request.start_time = time.perf_counter()
             self.scheduler.add(request)
 
     def step(self) -> list[Request]:
-        """Runs one step and returns the requests that got a token; an empty list if there was nothing to do.
+        """Run one step and return the requests that got a token; an empty list if there was nothing to do.
 
         After an exception, an interrupt included, every unfinished request is intact and starts over in the next step.
         """
@@ -160,12 +160,12 @@ class Engine:
             return advanced
 
     def run(self) -> None:
-        """Steps until every request is finished."""
+        """Step until every request is finished."""
         while self.scheduler:
             self.step()
 
     def cancel(self, request: Request) -> None:
-        """Ends a request and frees its pages; nothing happens if it is finished. Pieces so far stay as they are."""
+        """End a request and free its pages; nothing happens if it is finished. Pieces so far stay as they are."""
         with self._lock:
             if request.finished:
                 return
@@ -179,7 +179,7 @@ class Engine:
             self._busy = False
 
     def stream(self, request: Request) -> Iterator[Token]:
-        """Yields a request's tokens as they come; closing the generator cancels the request."""
+        """Yield a request's tokens as they come; closing the generator cancels the request."""
         index = 0
         try:
             while True:
@@ -195,7 +195,7 @@ class Engine:
             self.cancel(request)
 
     def score(self, prompts: Sequence[Sequence[int]], adapter: int = -1) -> list[np.ndarray]:
-        """Returns per list of ids the log-probability of each but the first, given those before: float32 [n - 1].
+        """Return per list of ids the log-probability of each but the first, given those before: float32 [n - 1].
 
         Raises GemkitError if any is not finite.
         """
@@ -216,7 +216,7 @@ class Engine:
         return scores
 
     def mean_hidden(self, prompts: Sequence[Sequence[int]], skip: Sequence[int], adapter: int = -1) -> np.ndarray:
-        """Returns for each list of ids the mean of its final hidden states but the first ``skip``: float64 [n, D].
+        """Return for each list of ids the mean of its final hidden states but the first ``skip``: float64 [n, D].
 
         Raises GemkitError if any is not finite.
         """
@@ -240,7 +240,7 @@ class Engine:
         visit: Callable[[Part, np.ndarray], None],
         adapter: int = -1,
     ) -> None:
-        """Runs lists of ids through the model once, in ragged batches and chunks.
+        """Run lists of ids through the model once, in ragged batches and chunks.
 
         run: called with each batch and its parts, returns one row per new token [T, …].
         visit: called with each part and its rows; the parts of a list come in order.
@@ -310,7 +310,7 @@ class Engine:
         return advanced
 
     def _accept(self, request: Request, token: int, logprob: float, top: tuple, now: float) -> None:
-        """Appends a token, and ends the request if it was the last one."""
+        """Append a token, and end the request if it was the last one."""
         text, reason = self._judge(request, token, request.length + 1)
         if not request.tokens:
             request.first_token_time = now
@@ -322,7 +322,7 @@ class Engine:
             request.finish_reason = reason
 
     def _judge(self, request: Request, token: int, length: int) -> tuple[str, str | None]:
-        """Returns the text that a token adds, and why the request ends with it if it does."""
+        """Return the text that a token adds, and why the request ends with it if it does."""
         stream = request.stream
         if token in self.stop_ids and not request.ignore_eos:
             return stream.flush(), "stop"
@@ -335,7 +335,7 @@ class Engine:
         return text, None
 
     def _recover(self) -> None:
-        """Makes the state whole after an interrupt at any point: requests go back to their last complete token."""
+        """Restore a consistent state after an interrupt at any point: requests go back to their last complete token."""
         self._busy = True
         for request in (*self.scheduler.running, *self.scheduler.waiting):
             request.length = request.prompt_length + len(request.tokens)
@@ -383,7 +383,7 @@ class Engine:
         return ids
 
     def check_ids(self, prompt: Sequence[int]) -> np.ndarray:
-        """Returns the prompt as int32 [n]; raises UsageError unless it is at least one id of the vocabulary."""
+        """Return the prompt as int32 [n]; raises UsageError unless it is at least one id of the vocabulary."""
         try:
             ids = np.asarray(prompt)
         except (ValueError, OverflowError):
@@ -407,7 +407,7 @@ def _top(request: Request, result: StepResult, row: int) -> tuple[tuple[int, flo
 
 
 def check_max_tokens(value: object) -> int:
-    """Returns the most tokens of an answer; raises UsageError unless it is a whole number from 1."""
+    """Return the most tokens of an answer; raises UsageError unless it is a whole number from 1."""
     count = whole_number(value)
     if count is None or count < 1:
         raise UsageError(f"max_tokens is {brief(value)}; give a whole number from 1, or None for the whole context")
@@ -415,7 +415,7 @@ def check_max_tokens(value: object) -> int:
 
 
 def check_stop(stop: object) -> tuple[str, ...]:
-    """Returns stop strings, of one or any iterable; raises UsageError for anything that is not text."""
+    """Return stop strings, of one or any iterable; raises UsageError for anything that is not text."""
     if stop is None or isinstance(stop, str):
         strings = () if stop is None else (stop,)
     elif isinstance(stop, Iterable) and not isinstance(stop, bytes | bytearray | Mapping):

@@ -201,10 +201,10 @@ class Runner(Protocol):
         """Bytes touched by a sequence of `positions` tokens besides weights and cache; None if unknown."""
 
     def settle(self) -> None:
-        """Waits until background work that makes this runner, or the next start, faster is done."""
+        """Wait until background work that makes this runner, or the next start, faster is done."""
 
     def close(self) -> None:
-        """Ends background work; the runner is not used any more."""
+        """End background work; the runner is not used any more."""
 
     def reserve(self, pages: Sequence[int]) -> None:
         """Allocate this many pages per group and keep cached values; raises GemkitError if memory is short."""

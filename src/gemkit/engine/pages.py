@@ -36,7 +36,7 @@ class PageTable:
         self.end = [0] * groups
 
     def clear(self) -> None:
-        """Forgets all pages without giving them back."""
+        """Forget all pages without giving them back."""
         for row in self.rows:
             row.fill(-1)
         self.first = [0] * len(self.rows)
@@ -44,7 +44,7 @@ class PageTable:
 
 
 class PageAllocator:
-    """Hands out pages, and grows the cache when it is needed.
+    """Hand out pages, and grow the cache when it is needed.
 
     groups, page_size: as in the runner.
     limits: the most pages per group there may ever be.
@@ -83,12 +83,12 @@ class PageAllocator:
         return pages if window is None else min(pages, (window - 1 + chunk + 2 * size - 2) // size)
 
     def extend(self, table: PageTable, length: int) -> bool:
-        """Gives a sequence pages up to ``length`` positions in all groups; False, and nothing, if they run short."""
+        """Give a sequence pages up to ``length`` positions in all groups; False, and nothing, if they run short."""
         columns = -(-length // self.page_size)
         need = [max(0, columns - end) for end in table.end]
         if not any(need):
             return True
-        if not self._room(need):
+        if not self._has_free(need):
             return False
         for g, count in enumerate(need):
             if count:
@@ -102,7 +102,7 @@ class PageAllocator:
         return True
 
     def share(self, source: PageTable, table: PageTable, length: int) -> int:
-        """Gives an empty table the full pages of another's first ``length`` positions, as far as they are in sight.
+        """Give an empty table the full pages of another's first ``length`` positions, as far as they are in sight.
 
         All these positions must be in the cache.
 
@@ -122,14 +122,14 @@ class PageAllocator:
         return end * self.page_size
 
     def retain(self, group: int, pages: Iterable[int]) -> None:
-        """Adds a holder to pages that are held; each calls `release_pages` once."""
+        """Add a holder to pages that are held; each calls `release_pages` once."""
         counts = self._counts[group]
         for page in pages:
             assert page >= 0 and counts[page], "a free page is shared"
             counts[page] += 1
 
     def release_pages(self, group: int, pages: Iterable[int]) -> None:
-        """Removes a holder from pages; those without any are free."""
+        """Remove a holder from pages; those without any are free."""
         counts, free = self._counts[group], self._free[group]
         for page in pages:
             assert page >= 0 and counts[page], "a page is given back twice"
@@ -138,7 +138,7 @@ class PageAllocator:
                 free.append(page)
 
     def trim(self, table: PageTable, position: int) -> None:
-        """Takes back the pages that no query at ``position`` or later sees."""
+        """Take back the pages that no query at ``position`` or later sees."""
         for g, group in enumerate(self.groups):
             if group.window is not None:
                 first = first_visible_page(group.window, position, self.page_size)
@@ -146,7 +146,7 @@ class PageAllocator:
                     self._release(g, table, first)
 
     def release(self, table: PageTable) -> None:
-        """Takes back all pages of a sequence and leaves its table as new."""
+        """Take back all pages of a sequence and leave its table as new."""
         for g in range(len(self.groups)):
             self._release(g, table, table.end[g])
             table.first[g] = table.end[g] = 0
@@ -163,7 +163,7 @@ class PageAllocator:
         table.first[g] = first
         assert first <= table.end[g]
 
-    def _room(self, need: Sequence[int]) -> bool:
+    def _has_free(self, need: Sequence[int]) -> bool:
         """Return whether this many pages per group are free, after growing the cache if needed."""
         if all(count <= len(free) for count, free in zip(need, self._free)):
             return True

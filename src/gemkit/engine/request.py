@@ -59,7 +59,7 @@ class TextStream:
         return text if self._matcher is None else self._matcher.push(text)
 
     def flush(self) -> str:
-        """Returns what was held back."""
+        """Return what was held back."""
         text = self._decoder.flush()
         return text if self._matcher is None else self._matcher.push(text) + self._matcher.flush()
 

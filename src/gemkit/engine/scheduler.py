@@ -43,7 +43,7 @@ class Scheduler:
         request.state = State.WAITING
 
     def schedule(self) -> Plan:
-        """Returns the requests of the next step with their numbers of new tokens; their pages are theirs already."""
+        """Return the requests of the next step with their numbers of new tokens; their pages are theirs already."""
         plan: Plan = []
         running = tuple(self.running)
         budget = self.max_tokens
@@ -74,12 +74,12 @@ class Scheduler:
         return plan
 
     def advance(self, request: Request, count: int) -> None:
-        """Notes that a request's next ``count`` tokens are in the cache and takes back the pages out of sight."""
+        """Note that a request's next ``count`` tokens are in the cache and take back the pages out of sight."""
         request.cached += count
         self.allocator.trim(request.table, request.cached)
 
     def remove(self, request: Request) -> None:
-        """Takes a request out and its pages back; nothing happens if it is gone already."""
+        """Take a request out and its pages back; nothing happens if it is gone already."""
         self._stop(request, State.REMOVED)
         if request in self.running:
             self.running.remove(request)
@@ -87,7 +87,7 @@ class Scheduler:
             self.waiting.remove(request)
 
     def preempt(self, request: Request) -> None:
-        """Sends a running request back to the head of the queue without its pages."""
+        """Send a running request back to the head of the queue without its pages."""
         self._stop(request, State.WAITING)
         request.preemptions += 1
         self.waiting.appendleft(request)
@@ -98,7 +98,7 @@ class Scheduler:
             self.preempt(self.running[-1])
 
     def restart(self) -> None:
-        """Mends any half-done change: all pages are free, all unfinished requests wait, in their order."""
+        """Repair a half-done change: all pages are free, all unfinished requests wait, in their order."""
         requests = dict.fromkeys([*self.running, *self.waiting])
         self.allocator.reset()
         for request in requests:
@@ -109,13 +109,13 @@ class Scheduler:
         self.waiting = deque(request for request in requests if not request.finished)
 
     def _stop(self, request: Request, state: State) -> None:
-        """Takes back a request's pages."""
+        """Take back a request's pages."""
         self.allocator.release(request.table)
         request.cached = 0
         request.state = state
 
     def _extend(self, request: Request, count: int) -> bool:
-        """Gets the pages for a running request's next tokens; False if it was preempted."""
+        """Get the pages for a running request's next tokens; False if it was preempted."""
         while request.state is State.RUNNING:
             if self.allocator.extend(request.table, request.cached + count):
                 return True
@@ -139,7 +139,7 @@ class Scheduler:
 
 
 def make_batch(plan: Plan, page_size: int, draw: bool = True) -> Batch:
-    """Lays a plan out as arrays; ``draw`` allows tokens to be drawn where a request has no more to run."""
+    """Lay a plan out as arrays; ``draw`` allows tokens to be drawn where a request has no more to run."""
     requests = [request for request, _ in plan]
     ends = [request.cached + count for request, count in plan]
     columns = -(-max(ends) // page_size)
