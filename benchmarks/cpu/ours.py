@@ -6,9 +6,9 @@ import time
 
 import gemkit
 from gemkit import _native
-from gemkit.cli.common import peak_memory
 from gemkit.engine.engine import Engine
 from gemkit.engine.sampling import Sampling
+from gemkit.host import peak_memory
 
 SAMPLED = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
 WAYS = {"greedy": {"temperature": 0.0}, "sampled": SAMPLED}

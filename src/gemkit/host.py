@@ -93,6 +93,26 @@ def check_memory(what: str, need: int) -> None:
         )
 
 
+def peak_memory() -> int:
+    """Return the largest resident set of this process so far, in bytes."""
+    if sys.platform == "win32":
+        import ctypes
+
+        # PROCESS_MEMORY_COUNTERS: cb and PageFaultCount (32 bits each), then PeakWorkingSetSize and seven more sizes.
+        counters = (ctypes.c_size_t * (9 if ctypes.sizeof(ctypes.c_size_t) == 8 else 10))()
+        kernel = ctypes.WinDLL("kernel32")
+        kernel.GetCurrentProcess.restype = ctypes.c_void_p
+        process = ctypes.c_void_p(kernel.GetCurrentProcess())
+        kernel.K32GetProcessMemoryInfo(process, ctypes.byref(counters), ctypes.sizeof(counters))
+        return counters[1 if ctypes.sizeof(ctypes.c_size_t) == 8 else 2]
+    if found := re.search(r"^VmHWM:\s+(\d+) kB", read(Path("/proc/self/status")), re.MULTILINE):
+        return int(found[1]) << 10
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def read(path: Path) -> str:
     """Return the text of a file of the system; empty if it cannot be read."""
     try:

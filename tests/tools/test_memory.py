@@ -49,7 +49,8 @@ def test_sliding_layers_cost_their_window():
 # A sequence that fills the context, of tokens from all over the vocabulary
 FILL = """
 import sys
-from gemkit.cli.common import import_numpy, peak_memory
+from gemkit.cli.common import import_numpy
+from gemkit.host import peak_memory
 import_numpy()
 import gemkit
 size = int(sys.argv[1])

@@ -14,12 +14,12 @@ from gemkit.cli.common import (
     json_option,
     load_options,
     megabytes,
-    peak_memory,
     print_json,
     table,
 )
 from gemkit.cli.hints import hint_faster
 from gemkit.errors import GemkitError, UsageError
+from gemkit.host import peak_memory
 
 if TYPE_CHECKING:
     from gemkit.api.model import Model

@@ -1,6 +1,5 @@
 """Shared parts of the verbs: common options, tables, JSON and the process's peak memory."""
 
-import ctypes
 import functools
 import json
 import math
@@ -290,23 +289,3 @@ def _cell(value: object) -> str:
 def megabytes(size: float) -> str:
     """Return a size in bytes as decimal megabytes."""
     return f"{size / 1e6:,.1f} MB"
-
-
-def peak_memory() -> int:
-    """Return the largest resident set of this process so far, in bytes."""
-    if sys.platform == "win32":
-        # PROCESS_MEMORY_COUNTERS: cb and PageFaultCount (32 bits each), then PeakWorkingSetSize and seven more sizes.
-        counters = (ctypes.c_size_t * (9 if ctypes.sizeof(ctypes.c_size_t) == 8 else 10))()
-        kernel = ctypes.WinDLL("kernel32")
-        kernel.GetCurrentProcess.restype = ctypes.c_void_p
-        process = ctypes.c_void_p(kernel.GetCurrentProcess())
-        kernel.K32GetProcessMemoryInfo(process, ctypes.byref(counters), ctypes.sizeof(counters))
-        return counters[1 if ctypes.sizeof(ctypes.c_size_t) == 8 else 2]
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

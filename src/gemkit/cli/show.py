@@ -13,11 +13,11 @@ from gemkit.cli.common import (
     json_option,
     load_options,
     megabytes,
-    peak_memory,
     print_json,
     table,
 )
 from gemkit.cli.hints import describe_variant, variant
+from gemkit.host import peak_memory
 
 if TYPE_CHECKING:
     from gemkit.api.model import Model
