@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from gemkit.arch.tensors import manifest
 from gemkit.errors import GemkitError
 from gemkit.weights import tuned
 from gemkit.weights.checkpoint import Checkpoint, Tensor
+from gemkit.weights.hf.arrays import header
 from gemkit.weights.hf.read import read_chat_template, read_hf
 from gemkit.weights.hf.safetensors import INDEX, SINGLE
 from gemkit.weights.quant import GGMLType, quantise
@@ -90,7 +90,8 @@ def _write_weights(
     for number, shard in enumerate(shards, 1):
         file_name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         with open(folder / file_name, "xb") as file:
-            file.write(_header({name: (plan[name], checkpoint.tensors[name].shape, sizes[name]) for name in shard}))
+            entries = {name: (_DTYPES[plan[name]], checkpoint.tensors[name].shape, sizes[name]) for name in shard}
+            file.write(header(entries, {"format": "pt"}))
             for name in shard:
                 data = _bytes(checkpoint.tensors[name], plan[name])
                 assert data.nbytes == sizes[name]
@@ -134,18 +135,6 @@ def _bytes(tensor: Tensor, kind: GGMLType) -> np.ndarray:
 
 def _size(shape: Iterable[int], kind: GGMLType) -> int:
     return int(np.prod(tuple(shape))) * (4 if kind == GGMLType.F32 else 2)
-
-
-def _header(entries: Mapping[str, tuple[GGMLType, tuple[int, ...], int]]) -> bytes:
-    """Return a safetensors header, padded to 8 bytes."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, (kind, shape, size) in entries.items():
-        header[name] = {"dtype": _DTYPES[kind], "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 # --- everything else -------------------------------------------------------------------------------------------------
