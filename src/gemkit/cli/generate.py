@@ -20,7 +20,6 @@ from gemkit.cli.common import (
     json_option,
     load_options,
     megabytes,
-    peak_memory,
     print_json,
     special_option,
     split_text,
@@ -33,6 +32,7 @@ from gemkit.cli.prompt import Prompt, input_kind
 from gemkit.cli.sampling import sampling_options
 from gemkit.cli.template import set_template, template_option
 from gemkit.errors import UsageError
+from gemkit.host import peak_memory
 
 if TYPE_CHECKING:
     from gemkit.api.model import Model
