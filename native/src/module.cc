@@ -103,7 +103,8 @@ gemkit::ModelPlan read_plan(const nb::dict& d) {
   }
   for (nb::handle h : adapters) {
     gemkit::AdapterPart& a = p.adapters.emplace_back();
-    read(entry(h), "adapter", a.adapter, "target", a.target, "a", a.a, "b", a.b, "scale", a.scale);
+    read(entry(h), "adapter", a.adapter, "target", a.target, "a", a.a, "b", a.b, "scale", a.scale, "magnitude",
+         a.magnitude);
   }
   for (nb::handle h : tensors) {
     nb::tuple t = as<nb::tuple>(h, "a tensor");

@@ -71,7 +71,7 @@ std::string validate(const ModelPlan& p, bool packed) {
   for (const AdapterPart& a : p.adapters) {
     const int64_t last = static_cast<int64_t>(p.tensors.size()) - 1;
     if (!in_range(a.adapter, 0, 65535) || !in_range(a.target, 0, last) || !in_range(a.a, 0, last) ||
-        !in_range(a.b, 0, last) || !std::isfinite(a.scale))
+        !in_range(a.b, 0, last) || !in_range(a.magnitude, -1, last) || !std::isfinite(a.scale))
       return "bad adapter";
   }
   const std::vector<bool> of_adapter = adapter_tensors(p);
@@ -110,6 +110,8 @@ std::string validate(const ModelPlan& p, bool packed) {
     const TensorView &w = p.tensors[a.target], &ta = p.tensors[a.a], &tb = p.tensors[a.b];
     if (ta.cols != w.cols || tb.rows != w.rows || tb.cols != ta.rows || !in_range(ta.rows, 1, 4096))
       return "an adapter does not fit its matrix";
+    if (a.magnitude >= 0 && of_adapter[a.magnitude]) return "an adapter's magnitude is a matrix of an adapter";
+    if (fails(a.magnitude, 1, w.rows, "the magnitude of an adapter", -1, true)) return e;
     if (find_format(ta.type)->quantised() || find_format(tb.type)->quantised()) return "adapter matrices must be float";
   }
   return {};

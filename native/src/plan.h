@@ -30,12 +30,14 @@ struct LayerPlan {
   int32_t q_proj = -1, k_proj = -1, v_proj = -1, o_proj = -1, gate_proj = -1, up_proj = -1, down_proj = -1;
 };
 
-// A low-rank addition to one matrix: y += scale · B·(A·x), A [rank, cols] and B [rows, rank], float.
+// A low-rank addition to one matrix W: y += scale · B·(A·x), A [rank, cols] and B [rows, rank], float. With a magnitude
+// [1, rows] (DoRA) each row of the sum W + scale · B·A is scaled to that length.
 struct AdapterPart {
   int32_t adapter = 0;  // which adapter it belongs to, 0-based
   int32_t target = -1;  // index of the tensor that it adds to
   int32_t a = -1, b = -1;
   float scale = 1.0f;
+  int32_t magnitude = -1;  // -1: none
 };
 
 struct ModelPlan {
@@ -64,7 +66,7 @@ struct Options {
   int64_t screen_bytes = 0;
 };
 
-// Tensors that belong to adapters, by index.
+// A and B of adapters, by index.
 std::vector<bool> adapter_tensors(const ModelPlan& plan);
 
 // Empty when the plan is sound, otherwise what is wrong with it. `packed`: the matrices come in a packed image, so only

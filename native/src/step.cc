@@ -89,7 +89,8 @@ void product(const Step& s, int32_t tensor, const Rows& from, const Rows& to, Ra
   s.kernels.matmul({&s.weights.matrix(tensor), &from.int8, from.data, from.ld, to.data, to.ld}, 0, s.input.tokens,
                    panels.begin, panels.end);
   if (!s.input.adapters) return;
-  for (const AdapterPart& part : s.plan.adapters) {
+  for (size_t p = 0; p < s.plan.adapters.size(); p++) {
+    const AdapterPart& part = s.plan.adapters[p];
     if (part.target != tensor) continue;
     const Packed &a = s.weights.matrix(part.a), &b = s.weights.matrix(part.b);
     float *low = s.scratch.low_rank[rank].as<float>(), *high = low + padded(a.rows);
@@ -97,8 +98,10 @@ void product(const Step& s, int32_t tensor, const Rows& from, const Rows& to, Ra
       if (s.input.adapters[s.token_sequence[t]] != part.adapter) continue;
       s.kernels.matmul({&a, nullptr, from.row(t), from.ld, low, padded(a.rows)}, 0, 1, 0, a.panels());
       s.kernels.matmul({&b, nullptr, low, padded(a.rows), high, padded(b.rows)}, 0, 1, panels.begin, panels.end);
-      for (int64_t i = panels.begin * kPanelRows; i < panels.end * kPanelRows; i++)
-        to.row(t)[i] += part.scale * high[i];
+      const int64_t first = panels.begin * kPanelRows, end = panels.end * kPanelRows;
+      for (int64_t i = first; i < end; i++) to.row(t)[i] += part.scale * high[i];
+      if (const std::vector<float>& gains = s.weights.gains[p]; !gains.empty())
+        for (int64_t i = first; i < end; i++) to.row(t)[i] *= gains[static_cast<size_t>(i)];
     }
   }
 }

@@ -6,6 +6,46 @@
 #include <cstring>
 
 namespace gemkit {
+namespace {
+
+constexpr int64_t kPiece = 64;  // panels or rows; dynamic scheduling: which thread takes one changes nothing
+
+// Magnitude over the length of each row of W + scale · B·A. Returns an error or nothing.
+std::string find_gains(const ModelPlan& plan, Team& team, Weights& w) {
+  w.gains.resize(plan.adapters.size());
+  for (size_t i = 0; i < plan.adapters.size(); i++) {
+    const AdapterPart& part = plan.adapters[i];
+    if (part.magnitude < 0) continue;
+    const Packed &target = w.matrix(part.target), &a = w.matrix(part.a), &b = w.matrix(part.b);
+    const int64_t rows = target.rows, cols = target.cols, rank = a.rows;
+    std::vector<float>& gains = w.gains[i];
+    gains.assign(static_cast<size_t>(padded(rows)), 0.0f);
+    std::vector<float> low(static_cast<size_t>(rank * cols));
+    for (int64_t k = 0; k < rank; k++) unpack_row(a, k, &low[static_cast<size_t>(k * cols)]);
+    WorkQueue queue(0);
+    auto measure = [&](int, int) {
+      std::vector<float> sum(static_cast<size_t>(cols)), high(static_cast<size_t>(rank));
+      for (int64_t first; (first = queue.fetch_add(kPiece)) < rows;)
+        for (int64_t r = first; r < std::min(first + kPiece, rows); r++) {
+          unpack_row(target, r, sum.data());
+          unpack_row(b, r, high.data());
+          for (int64_t k = 0; k < rank; k++) {
+            const float by = part.scale * high[static_cast<size_t>(k)], *add = &low[static_cast<size_t>(k * cols)];
+            for (int64_t c = 0; c < cols; c++) sum[static_cast<size_t>(c)] += by * add[c];
+          }
+          double squares = 0;
+          for (const float v : sum) squares += static_cast<double>(v) * v;
+          gains[static_cast<size_t>(r)] = static_cast<float>(w.vector(part.magnitude)[r] / std::sqrt(squares));
+        }
+    };
+    team.run(measure);
+    if (!std::all_of(gains.begin(), gains.end(), [](float g) { return std::isfinite(g); }))
+      return "an adapter scales a row of zeros, or by a number that is not finite";
+  }
+  return {};
+}
+
+}  // namespace
 
 std::string load_weights(const ModelPlan& plan, const Options& options, Team& team, Weights& w) {
   const size_t count = plan.tensors.size();
@@ -45,8 +85,6 @@ std::string load_weights(const ModelPlan& plan, const Options& options, Team& te
       populate(w.matrices[i].data, w.matrices[i].bytes());
   if (options.screen) populate(options.screen, static_cast<size_t>(options.screen_bytes));
 
-  // Dynamic scheduling: which thread packs a panel changes nothing
-  constexpr int64_t kPiece = 64;
   std::vector<WorkQueue> queues(count);
   auto pack = [&](int, int) {
     for (size_t i = 0; i < count; i++) {
@@ -64,7 +102,7 @@ std::string load_weights(const ModelPlan& plan, const Options& options, Team& te
       const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(plan.head_dim);
       w.inverse_frequencies.push_back(static_cast<float>(std::pow(r.base, exponent)) / static_cast<float>(r.factor));
     }
-  return {};
+  return find_gains(plan, team, w);
 }
 
 }  // namespace gemkit

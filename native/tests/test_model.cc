@@ -78,7 +78,7 @@ std::unique_ptr<Model> load(const ModelPlan& plan, int threads, bool float_activ
 
 // Sequence s uses pages s·6 … of both groups.
 struct Call {
-  std::vector<int32_t> ids, starts{0}, positions, tables[2];
+  std::vector<int32_t> ids, starts{0}, positions, adapters, tables[2];
   StepInput input;
   void add(int sequence, const std::vector<int32_t>& tokens, int from, int count) {
     ids.insert(ids.end(), tokens.begin() + from, tokens.begin() + from + count);
@@ -90,6 +90,7 @@ struct Call {
     input = {};
     input.sequences = static_cast<int64_t>(positions.size()), input.tokens = static_cast<int64_t>(ids.size());
     input.ids = ids.data(), input.starts = starts.data(), input.positions = positions.data();
+    if (!adapters.empty()) input.adapters = adapters.data();
     for (auto& t : tables) input.tables.push_back({t.data(), 6});
     return input;
   }
@@ -110,9 +111,25 @@ struct Splits {
 const Splits kWholeSplits = {{1, 35, 70, 1, 64, 110}, {140, 1, 70, 69, 1}, {1, 2, 3, 5}};
 const Splits kShortSplits = {{1, 35, 1, 70, 33}, {99, 1, 40}, {3}};
 
-void test_same_bits(GgmlType type, bool float_activations, const Splits& splits) {
+// A part of an adapter for a tensor of the plan; its magnitude is about as long as the rows, times 1.5.
+void adapt(Toy& toy, int32_t adapter, int32_t target, int64_t rank, bool dora, Random& random) {
+  const int64_t rows = toy.plan.tensors[target].rows, cols = toy.plan.tensors[target].cols;
+  const int32_t a = toy.add(rank, cols, random), b = toy.add(rows, rank, random);
+  toy.plan.adapters.push_back({adapter, target, a, b, 0.5f});
+  if (!dora) return;
+  toy.plan.adapters.back().magnitude = toy.add(1, rows, random);
+  for (float& m : toy.floats.back()) m *= 3;
+}
+
+void test_same_bits(GgmlType type, bool float_activations, bool adapted, const Splits& splits) {
   Toy toy(type);
   Random random(3);
+  if (adapted)
+    for (int32_t adapter = 0; adapter < 2; adapter++)
+      for (const LayerPlan& layer : toy.plan.layers) {
+        adapt(toy, adapter, layer.q_proj, 4, !adapter, random), adapt(toy, adapter, layer.o_proj, 3, true, random);
+        adapt(toy, adapter, layer.up_proj, 17, true, random), adapt(toy, adapter, layer.down_proj, 1, false, random);
+      }
   const int V = 203;
   auto draw = [&](const std::vector<int>& sizes) {
     std::vector<int32_t> ids(static_cast<size_t>(std::accumulate(sizes.begin(), sizes.end(), 0)));
@@ -125,6 +142,7 @@ void test_same_bits(GgmlType type, bool float_activations, const Splits& splits)
     auto model = load(toy.plan, 1, float_activations, *k);
     Call whole;
     whole.add(0, a, 0, static_cast<int>(a.size()));
+    if (adapted) whole.adapters = {0};
     const std::vector<float> want = logits(*model, whole);
     for (float v : want) CHECK(std::isfinite(v), "finite logits");
     if (across.empty()) across = want;
@@ -138,6 +156,7 @@ void test_same_bits(GgmlType type, bool float_activations, const Splits& splits)
         const int n = splits.a[step], m = step < splits.b.size() ? splits.b[step] : 0;
         if (m) call.add(1, b, at_b, m);
         call.add(0, a, at_a, n);
+        if (adapted) call.adapters = m ? std::vector<int32_t>{1, 0} : std::vector<int32_t>{0};
         const std::vector<float> out = logits(*other, call);
         got.insert(got.end(), out.begin() + static_cast<std::ptrdiff_t>(m) * V, out.end());
         at_a += n, at_b += m;
@@ -255,21 +274,27 @@ void test_draws() {
     }
 }
 
-// y += scale·B(Ax) equals a weight with scale·B·A added.
-void test_adapter() {
+// y += scale·B(Ax) equals a weight with scale·B·A added; with a magnitude, its rows are scaled to that length.
+void test_adapter(bool dora) {
   Toy plain(kF32), adapted(kF32), merged(kF32);
   Random random(8);
   const LayerPlan& layer = plain.plan.layers[1];
   for (int32_t target : {layer.q_proj, layer.down_proj}) {
     const int64_t rows = plain.plan.tensors[target].rows, cols = plain.plan.tensors[target].cols;
     const int64_t rank = target == layer.q_proj ? 4 : 1;
-    const int32_t a = adapted.add(rank, cols, random), b = adapted.add(rows, rank, random);
-    adapted.plan.adapters.push_back({0, target, a, b, 0.5f});
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t c = 0; c < cols; c++)
+    adapt(adapted, 0, target, rank, dora, random);
+    const AdapterPart& part = adapted.plan.adapters.back();
+    for (int64_t r = 0; r < rows; r++) {
+      float* row = &merged.floats[target][r * cols];
+      double squares = 0;
+      for (int64_t c = 0; c < cols; c++) {
         for (int64_t i = 0; i < rank; i++)
-          merged.floats[target][r * cols + c] +=
-              0.5f * adapted.floats[b][r * rank + i] * adapted.floats[a][i * cols + c];
+          row[c] += 0.5f * adapted.floats[part.b][r * rank + i] * adapted.floats[part.a][i * cols + c];
+        squares += static_cast<double>(row[c]) * row[c];
+      }
+      for (int64_t c = 0; dora && c < cols; c++)
+        row[c] = static_cast<float>(row[c] * adapted.floats[part.magnitude][r] / std::sqrt(squares));
+    }
   }
   std::vector<int32_t> ids(40);
   for (int32_t& id : ids) id = random.below(203);
@@ -277,12 +302,8 @@ void test_adapter() {
     auto model = load(toy.plan, 2, true, *paths()[0]);
     Call call;
     call.add(0, ids, 0, 40), call.add(1, ids, 0, 40);
-    call.make();
-    const int32_t which[] = {use ? 0 : -1, -1};
-    call.input.adapters = which;
-    std::vector<float> out(80 * 203);
-    CHECK(model->logits(call.input, out.data()).empty(), "logits");
-    return out;
+    call.adapters = {use ? 0 : -1, -1};
+    return logits(*model, call);
   };
   const std::vector<float> base = run(plain, false), with = run(adapted, true), full = run(merged, false);
   double close = 0, moved = 0;
@@ -435,6 +456,27 @@ void test_refusals() {
   refused([](ModelPlan& p) { p.tensors[p.final_norm].type = kF16; });
   refused([](ModelPlan& p) { p.adapters.push_back({0, 0, 1, 2, 1}); });
 
+  Toy adapted(kQ8_0);
+  Random random(5);
+  adapt(adapted, 0, adapted.plan.layers[1].up_proj, 1, true, random);
+  const AdapterPart part = adapted.plan.adapters.back();
+  CHECK(Model::create(adapted.plan, {1, false, 16}, *paths()[0], error), "%s", error.c_str());
+  auto refused_adapter = [&](auto change) {
+    ModelPlan p = adapted.plan;
+    change(p, p.adapters.back());
+    CHECK(!Model::create(p, {1, false, 16}, *paths()[0], error) && !error.empty(), "a bad adapter was accepted");
+  };
+  using Plan = ModelPlan;
+  for (int32_t magnitude : {-2, 100000, part.target, part.a, part.b, good.plan.final_norm})
+    refused_adapter([&](Plan&, AdapterPart& a) { a.magnitude = magnitude; });
+  refused_adapter([&](Plan& p, AdapterPart&) { p.tensors[part.magnitude].cols--; });
+  refused_adapter([&](Plan& p, AdapterPart&) { p.tensors[part.magnitude].bytes--; });
+  refused_adapter([&](Plan& p, AdapterPart&) { p.tensors[part.magnitude].type = kF16; });
+  refused_adapter([&](Plan&, AdapterPart& a) { a.target = part.a; });
+  refused_adapter([&](Plan&, AdapterPart& a) { a.scale = NAN; });
+  for (float& m : adapted.floats[part.magnitude]) m = INFINITY;
+  refused_adapter([](Plan&, AdapterPart&) {});
+
   auto model = load(good.plan, 1, false, *paths()[0]);
   std::vector<int32_t> ids(60, 5);
   std::vector<float> out(300 * 203);
@@ -470,10 +512,11 @@ void test_refusals() {
 int main(int argc, char** argv) {
   const bool whole = !short_run(argc, argv);
   const Splits& splits = whole ? kWholeSplits : kShortSplits;
-  test_same_bits(kQ8_0, false, splits), test_same_bits(kF32, false, splits), test_same_bits(kQ8_0, true, splits);
+  for (bool adapted : {false, true}) test_same_bits(kQ8_0, false, adapted, splits);
+  test_same_bits(kF32, false, false, splits), test_same_bits(kQ8_0, true, false, splits);
   test_sampling(whole ? 20000 : 5000);
   test_draws();
-  test_adapter();
+  test_adapter(false), test_adapter(true);
   test_image();
   if (whole) test_screen(64, 0, false), test_screen(640, 0, false), test_screen(640, 20, false);
   test_screen(64, 20, false, whole ? 3 : 1), test_screen(64, 5, true, whole ? 3 : 1);

@@ -36,7 +36,11 @@ def world(tmp_path_factory) -> Path:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = peft.LoraConfig(
-                task_type="CAUSAL_LM", r=3 + number, lora_alpha=9, target_modules=["q_proj", "down_proj"]
+                task_type="CAUSAL_LM",
+                r=3 + number,
+                lora_alpha=9,
+                target_modules=["q_proj", "down_proj"],
+                use_dora=name == "second",
             )
             adapted = peft.get_peft_model(model, config)
             for key, parameter in adapted.named_parameters():

@@ -6,7 +6,7 @@ import pytest
 
 import gemkit.cli
 from gemkit.api import load as loading
-from gemkit.weights.lora import CONFIG
+from gemkit.weights.peft.config import CONFIG
 
 
 @pytest.fixture(autouse=True)

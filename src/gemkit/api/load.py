@@ -181,7 +181,7 @@ def _adapters(paths: Adapters | None) -> dict[str, LoraAdapter]:
     if paths is None:
         return {}
     from gemkit.api.model import BASE, ONLY
-    from gemkit.weights.lora import read_peft
+    from gemkit.weights.peft.read import read_peft
 
     adapters = {}
     for name, path in paths.items() if isinstance(paths, Mapping) else [(ONLY, paths)]:

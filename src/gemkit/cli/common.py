@@ -142,7 +142,7 @@ LOAD_OPTIONS = (
         "adapter",
         metavar="PATH",
         type=click.Path(),
-        help="A folder with a LoRA adapter (PEFT) to use.",
+        help="A folder with a LoRA or DoRA adapter (PEFT) to use.",
     ),
     click.option("--offline", is_flag=True, help="Use downloaded files only; make no request to a hub."),
     click.option(

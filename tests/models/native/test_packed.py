@@ -24,6 +24,7 @@ from gemkit.models.native import NativeRunner, PackedStore, packed
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.gguf.read import read_gguf
 from gemkit.weights.gguf.write import write_gguf
+from gemkit.weights.lora import LoraPart
 from gemkit.weights.quant import GGMLType
 
 IDS = [2, 40, 50, 60, 70, 80]
@@ -349,10 +350,11 @@ def test_adapters_leave_the_image_as_it_is(cache, model):
     with read_gguf(model) as checkpoint:
         config = checkpoint.config
         parts = {
-            "model.layers.0.self_attn.q_proj.weight": (
+            "model.layers.0.self_attn.q_proj.weight": LoraPart(
                 np.ones((1, config.hidden_size), np.float32),
-                np.ones((config.num_attention_heads * config.head_dim, 1), np.float32),
+                np.ones((rows := config.num_attention_heads * config.head_dim, 1), np.float32),
                 0.5,
+                np.ones(rows, np.float32),
             )
         }
         adapter = type("Adapter", (), {"parts": parts})()

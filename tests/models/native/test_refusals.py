@@ -212,7 +212,7 @@ BAD_PLAN_VALUES = {
     "ropes": [[], *([{"base": b, "factor": f}] for b, f in ((0.0, 1.0), (1e4, 0.0), (1e4, float("nan"))))],
     "layers": [[]],
     "tensors": [[]],
-    "adapters": [[{"adapter": -1, "target": 0, "a": 0, "b": 0, "scale": 1.0}]],
+    "adapters": [[{"adapter": -1, "target": 0, "a": 0, "b": 0, "scale": 1.0, "magnitude": -1}]],
 }  # fmt: skip
 
 

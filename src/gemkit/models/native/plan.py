@@ -51,10 +51,19 @@ class Weight(Protocol):
     def to_float32(self) -> np.ndarray: ...
 
 
-class LowRank(Protocol):
-    """Adapter interface of the plan: by weight name, A [rank, in], B [out, rank] (float32) and the scale."""
+class LowRankPart(Protocol):
+    """Part interface of the plan: A [rank, in], B [out, rank], scale and DoRA's magnitude [out] (float32) or None."""
 
-    parts: Mapping[str, tuple[np.ndarray, np.ndarray, float]]
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+    magnitude: np.ndarray | None
+
+
+class LowRank(Protocol):
+    """Adapter interface of the plan: its parts by weight name."""
+
+    parts: Mapping[str, LowRankPart]
 
 
 def build_plan(
@@ -87,6 +96,11 @@ def build_plan(
         values = np.ascontiguousarray(values, np.float32)
         tensors.append((GGML_F32, *values.shape, values.reshape(-1).view(np.uint8)))
         return len(tensors) - 1
+
+    def part(number: int, name: str, of: LowRankPart) -> dict[str, Any]:
+        magnitude = -1 if of.magnitude is None else low_rank(of.magnitude[None])
+        pair = {"a": low_rank(of.a), "b": low_rank(of.b), "scale": float(of.scale)}
+        return {"adapter": number, "target": index[name], "magnitude": magnitude} | pair
 
     def norm(name: str) -> int:
         # The core multiplies by 1 + w; adding in float64 keeps the stored multiplier of a GGUF file exact
@@ -130,9 +144,5 @@ def build_plan(
         "layers": layers,
     }
     # Last, so that the packed layout of the model's own matrices does not depend on its adapters
-    parts = [
-        {"adapter": number, "target": index[name], "a": low_rank(a), "b": low_rank(b), "scale": float(scale)}
-        for number, adapter in enumerate(adapters)
-        for name, (a, b, scale) in adapter.parts.items()
-    ]
+    parts = [part(number, name, of) for number, adapter in enumerate(adapters) for name, of in adapter.parts.items()]
     return plan | {"adapters": parts, "tensors": tensors}

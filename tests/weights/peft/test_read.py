@@ -1,4 +1,4 @@
-"""Adapters in PEFT's layout against peft itself, and clear refusals of all that is not plain LoRA. Budget: 12 s."""
+"""Adapters in PEFT's layout against peft itself, and clear refusals of all but LoRA and DoRA. Budget: 15 s."""
 
 import dataclasses
 import json
@@ -14,13 +14,14 @@ import torch
 from parity import transformers_models as hf
 from parity.cases import CASES
 from parity.tolerances import NATIVE_FLOAT32, TRAIT_MARGIN, relative_error
+from weights import hf_files
+from weights.hf_files import edit
 
 from gemkit.errors import GemkitError
 from gemkit.weights.checkpoint import Checkpoint
-from gemkit.weights.lora import CONFIG, WEIGHTS, check_fits, read_peft
-
-from . import hf_files
-from .hf_files import edit
+from gemkit.weights.lora import LoraConfig, check_fits
+from gemkit.weights.peft.config import CONFIG, WEIGHTS
+from gemkit.weights.peft.read import read_peft
 
 CASE = CASES["gemma3"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -51,6 +52,17 @@ CONFIGS = {
         "target_modules": ["k_proj", "down_proj"],
         "rank_pattern": {"down_proj": 3},
         "alpha_pattern": {r"layers\.2\.mlp\.down_proj": 6},
+    },
+    "dora": {"r": 4, "lora_alpha": 3, "use_dora": True, "target_modules": ALL},
+    "dora, patterns and rslora": {
+        "r": 4,
+        "lora_alpha": 2,
+        "use_dora": True,
+        "use_rslora": True,
+        "lora_dropout": 0.25,
+        "target_modules": ["o_proj", "up_proj"],
+        "rank_pattern": {"up_proj": 3},
+        "alpha_pattern": {r"layers\.2\.mlp\.up_proj": 6},
     },
 }
 
@@ -104,33 +116,41 @@ def folder(saved, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_merged_weights_equal_pefts(tmp_path, name):
-    """Bit for bit in float64."""
+    """Bit for bit in float64, except for the rounding of DoRA's row lengths."""
     merged = {
         key: value.numpy() for key, value in make(tmp_path, **CONFIGS[name]).merge_and_unload().state_dict().items()
     }
     adapter = read_peft(tmp_path)
     check_fits(adapter, CASE.config)
-    base, changed = CASE.params(), set()
+    base, changed, dora = CASE.params(), set(), name.startswith("dora")
     for key, value in base.items():
         value = value.astype(np.float64)
         if key in adapter.parts:
-            a, b, scale = adapter.parts[key]
-            assert a.dtype == b.dtype == np.float32
-            value = value + b.astype(np.float64) @ a.astype(np.float64) * scale
-        assert np.array_equal(value, merged[key]), key
+            part = adapter.parts[key]
+            assert part.a.dtype == part.b.dtype == np.float32 and (part.magnitude is not None) == dora
+            value = value + part.b.astype(np.float64) @ part.a.astype(np.float64) * part.scale
+            if dora:
+                assert part.magnitude.dtype == np.float32 and part.magnitude.any()
+                value *= part.magnitude[:, None] / np.linalg.norm(value, axis=1, keepdims=True)
+        assert np.allclose(value, merged[key], 1e-14 * dora, 0), key
         changed |= {key} if not np.array_equal(merged[key], base[key].astype(np.float64)) else set()
     assert changed == set(adapter.parts) and adapter.name == tmp_path.name
-    assert adapter.rank == max(len(a) for a, _, _ in adapter.parts.values())
+    assert adapter.rank == max(len(part.a) for part in adapter.parts.values())
     if name == "patterns":
-        assert {len(a) for a, _, _ in adapter.parts.values()} == {2, 3, 4, 5, 9}
-        assert len({scale for _, _, scale in adapter.parts.values()}) >= 5
+        assert {part.rank for part in adapter.parts.values()} == {2, 3, 4, 5, 9}
+        assert len({part.scale for part in adapter.parts.values()}) >= 5
+    if name == "dora, patterns and rslora":
+        assert adapter.config == LoraConfig(4, 2, 0.25, ("o_proj", "up_proj"), rslora=True, dora=True)
 
 
-@pytest.mark.parametrize("name", ["plain", "patterns and rslora"])
+@pytest.mark.parametrize("name", ["plain", "patterns and rslora", "dora", "dora, patterns and rslora"])
 def test_logits_equal_pefts(tmp_path, name):
     """The core adds the adapter without merging."""
     model = make(tmp_path, **CONFIGS[name], init_lora_weights="gaussian")
-    tensors = {key: value / 30 for key, value in state(tmp_path).items()}  # ordinary sizes
+    tensors = {
+        key: 1 + value / 10 if "magnitude" in key else value / 30  # ordinary sizes
+        for key, value in state(tmp_path).items()
+    }
     write(tmp_path, tensors)
     model.load_adapter(tmp_path, "default", autocast_adapter_dtype=False)
     model.set_adapter("default")
@@ -169,11 +189,11 @@ def test_multimodal_prefixes(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(folder, dtype):
     write(folder, {key: value.to(dtype) for key, value in state(folder).items()})
-    for key, (a, b, _) in read_peft(folder).parts.items():
+    for key, part in read_peft(folder).parts.items():
         name = f"base_model.model.{key.removesuffix('.weight')}"
-        assert a.dtype == b.dtype == np.float32
-        assert np.array_equal(a, state(folder)[f"{name}.lora_A.weight"].float().numpy())
-        assert np.array_equal(b, state(folder)[f"{name}.lora_B.weight"].float().numpy())
+        assert part.a.dtype == part.b.dtype == np.float32
+        assert np.array_equal(part.a, state(folder)[f"{name}.lora_A.weight"].float().numpy())
+        assert np.array_equal(part.b, state(folder)[f"{name}.lora_B.weight"].float().numpy())
 
 
 def test_where_the_adapter_is(saved, folder):
@@ -196,7 +216,6 @@ def test_where_the_adapter_is(saved, folder):
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 PEFTS_OWN = {
-    "use_dora": ({"use_dora": True}, "DoRA"),
     "bias": ({"bias": "lora_only"}, "biases"),
     "lora_bias": ({"lora_bias": True}, "biases ('lora_bias')"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -210,7 +229,7 @@ PEFTS_OWN = {
 
 
 @pytest.mark.parametrize("name", PEFTS_OWN)
-def test_more_than_plain_lora_is_refused(tmp_path, name):
+def test_more_than_lora_is_refused(tmp_path, name):
     """Written by peft; then with the configuration made innocent, the tensors alone must tell where they can."""
     options, message = PEFTS_OWN[name]
     base = hf.build(CASE.config, CASE.params(), torch.float32)
@@ -218,7 +237,7 @@ def test_more_than_plain_lora_is_refused(tmp_path, name):
     assert message in refusal(tmp_path)
     edit(tmp_path / CONFIG, **dict.fromkeys(options, ...))
     if name not in ("pissa", "olora", "replicated", "bias"):
-        assert "plain LoRA" in refusal(tmp_path) or "merge_and_unload" in refusal(tmp_path)
+        assert "merge_and_unload" in refusal(tmp_path)
     elif name == "replicated":
         with pytest.raises(GemkitError, match="does not have"):
             check_fits(read_peft(tmp_path), CASE.config)
@@ -234,6 +253,8 @@ BAD = {
     "fan_in_fan_out": True,
     "bias": "all",
     "use_rslora": "yes",
+    "use_dora": 1,
+    "lora_dropout": 1.0,
     "use_qalora": True,
     "alora_invocation_tokens": [5],
     "arrow_config": {"top_k": 3},
@@ -260,7 +281,7 @@ def test_bad_numbers(folder, value):
     refusal(folder)
     edit(folder / CONFIG, r=4, lora_alpha=value)
     if value in (1.5, -3, 10**9) and value is not True:
-        assert {scale for _, _, scale in read_peft(folder).parts.values()} == {value / 4}
+        assert {part.scale for part in read_peft(folder).parts.values()} == {value / 4}
     else:
         refusal(folder)
 
@@ -339,7 +360,7 @@ def test_bad_tensors(folder):
     assert "two names" in with_tensors(
         **{key.replace("model.model.", "model.model.language_model."): whole[key] for key in (a, b)}
     )
-    assert "plain LoRA" in with_tensors(**{a.removeprefix("base_model.model."): whole[a], a: None})
+    assert "no tensor of LoRA" in with_tensors(**{a.removeprefix("base_model.model."): whole[a], a: None})
     assert "no module" in with_tensors(**{a.replace("layers", "l" * 999): whole[a]})
     write(folder, {})
     assert "no layer" in refusal(folder)
@@ -348,6 +369,28 @@ def test_bad_tensors(folder):
     for broken in ("", "[]", "{", '{"r": 1, "r": 2}'):
         (folder / CONFIG).write_text(broken)
         assert CONFIG in refusal(folder)
+
+
+def test_bad_magnitudes(tmp_path):
+    make(tmp_path, r=2, target_modules=["q_proj"], use_dora=True)
+    whole = state(tmp_path)
+    key = next(key for key in whole if key.endswith("q_proj.lora_magnitude_vector"))
+
+    def with_magnitude(value: torch.Tensor | None, name: str = key) -> str:
+        write(tmp_path, {k: v.clone() for k, v in whole.items() if k != key} | ({} if value is None else {name: value}))
+        return refusal(tmp_path)
+
+    assert "lacks lora_magnitude_vector" in with_magnitude(None)
+    assert "[rows]" in with_magnitude(whole[key][None].clone()) and "magnitudes" in with_magnitude(
+        whole[key][1:].clone()
+    )
+    assert "finite" in with_magnitude(whole[key] * float("inf"))
+    assert "no tensor of" in with_magnitude(whole[key].clone(), key + ".a.b")
+    for name in ("", ".default", ".weight", ".default.weight"):
+        write(tmp_path, {k + name * (k == key): v.clone() for k, v in whole.items()})
+        assert np.array_equal(next(iter(read_peft(tmp_path).parts.values())).magnitude, whole[key].numpy())
+    edit(tmp_path / CONFIG, use_dora=False)
+    assert "lacks use_dora" in refusal(tmp_path)
 
 
 def test_another_models_adapter(saved, folder):
