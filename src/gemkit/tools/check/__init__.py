@@ -34,16 +34,9 @@ from gemkit.weights.open import is_renamed_gguf, one_gguf, open_checkpoint
 
 __all__ = ["RULES", "Finding", "Rule", "check", "judge", "read", "scope"]
 
-RULES: tuple[Rule, ...] = (
-    *files.RULES,
-    *loading.RULES,
-    *config.RULES,
-    *agreement.RULES,
-    *tensors.RULES,
-    *tokens.RULES,
-    *tokenizers.RULES,
-    *template.RULES,
-)
+_MODULES = (files, loading, config, agreement, tensors, tokens, tokenizers, template)
+# Every rule of these modules, in the order of its definition
+RULES = tuple(rule for module in _MODULES for rule in vars(module).values() if isinstance(rule, Rule))
 
 
 def check(path: str | os.PathLike[str], deep: bool = False) -> list[Finding]:

@@ -210,6 +210,3 @@ def dtype_claim(s: Subject) -> Iterator[Hit]:
     # float16 has a rule of its own
     if stored and said.removeprefix("torch.") in set(_DTYPES.values()) - {stored, "float16"}:
         yield "config.json: dtype", f"it is {said}, the matrices are {stored}"
-
-
-RULES = (rope_contradiction, config_contradiction, stop_contradiction, pad_id, dtype_claim)

@@ -53,6 +53,19 @@ def _do_not_fit(s: Subject) -> bool:
 
 
 @rule(
+    "other-family",
+    ERROR,
+    "The model is none of Gemma 1, 2 and 3.",
+    why="what is checked here is true of these only",
+    remedy="if it is one, set model_type (general.architecture in GGUF) to what its base model has",
+)
+def other_family(s: Subject) -> Iterator[Hit]:
+    key = "general.architecture" if s.kind == GGUF else "model_type"
+    if s.family is None:
+        yield f"{s.config_file}: {key}", f"it is {s.raw[key]!r}" if key in s.raw else "it is missing"
+
+
+@rule(
     "config-invalid",
     ERROR,
     "The configuration is incomplete or contradicts itself.",
@@ -73,19 +86,6 @@ def config_invalid(s: Subject) -> Iterator[Hit]:
         yield s.config_file, s.config_fault
     elif s.kind == HF and (absent := left_out(s.raw)) and _do_not_fit(s):
         yield s.config_file, f"it has no {listed(absent)}; programs take defaults, which do not fit the tensors"
-
-
-@rule(
-    "other-family",
-    ERROR,
-    "The model is none of Gemma 1, 2 and 3.",
-    why="what is checked here is true of these only",
-    remedy="if it is one, set model_type (general.architecture in GGUF) to what its base model has",
-)
-def other_family(s: Subject) -> Iterator[Hit]:
-    key = "general.architecture" if s.kind == GGUF else "model_type"
-    if s.family is None:
-        yield f"{s.config_file}: {key}", f"it is {s.raw[key]!r}" if key in s.raw else "it is missing"
 
 
 @rule(
@@ -299,20 +299,3 @@ def gguf_key_length(s: Subject) -> Iterator[Hit]:
             f"{s.config_file}: {architecture}.attention.key_length",
             (f"it is missing; {hidden} / {heads} is {hidden // heads}, the tensors have {query.shape[0] / heads:g}"),
         )
-
-
-RULES = (
-    other_family,
-    config_invalid,
-    family,
-    rms_eps,
-    rope_base,
-    rope_factor,
-    layer_pattern,
-    window,
-    soft_caps,
-    query_scale,
-    context,
-    half,
-    gguf_key_length,
-)

@@ -266,21 +266,3 @@ def adapter_beside(s: Subject) -> Iterator[Hit]:
     adapters = [name for name in s.files if is_adapter(name) and "/" not in name]
     if adapters and s.tensors:
         yield listed(adapters), "next to the weights of a model"
-
-
-RULES = (
-    unreadable,
-    lfs_pointer,
-    truncated,
-    shard_missing,
-    unlisted,
-    unfinished,
-    leftovers,
-    weights_missing,
-    keras_files,
-    pickle,
-    pickle_code,
-    terms,
-    terms_unsaid,
-    adapter_beside,
-)

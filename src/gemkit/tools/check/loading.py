@@ -94,6 +94,3 @@ def layer_count(s: Subject) -> Iterator[Hit]:
     wanted = s.config.num_hidden_layers
     if numbers and len(numbers) != wanted and numbers == set(range(len(numbers))):
         yield s.config_file, f"it says {wanted}, the tensors are of {len(numbers)}"
-
-
-RULES = (unloadable, engine_limits, layer_count)

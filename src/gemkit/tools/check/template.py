@@ -107,6 +107,21 @@ def template_broken(s: Subject) -> Iterator[Hit]:
 
 
 @rule(
+    "template-missing",
+    ERROR,
+    "An instruction-tuned model has no chat template.",
+    why="programs refuse to chat, or put the turns in a form that the model does not know",
+    remedy="copy chat_template from the instruction-tuned model that it was made from",
+)
+def template_missing(s: Subject) -> Iterator[Hit]:
+    if s.answers and not s.template and s.kind not in (KERAS, GOOGLE):
+        where = (
+            f"{s.config_file}: tokenizer.chat_template" if s.kind == GGUF else "tokenizer_config.json: chat_template"
+        )
+        yield where, "it is missing"
+
+
+@rule(
     "template-drops",
     ERROR,
     "The chat template leaves out a part of the conversation.",
@@ -269,21 +284,6 @@ def template_twice(s: Subject) -> Iterator[Hit]:
 
 
 @rule(
-    "template-missing",
-    ERROR,
-    "An instruction-tuned model has no chat template.",
-    why="programs refuse to chat, or put the turns in a form that the model does not know",
-    remedy="copy chat_template from the instruction-tuned model that it was made from",
-)
-def template_missing(s: Subject) -> Iterator[Hit]:
-    if s.answers and not s.template and s.kind not in (KERAS, GOOGLE):
-        where = (
-            f"{s.config_file}: tokenizer.chat_template" if s.kind == GGUF else "tokenizer_config.json: chat_template"
-        )
-        yield where, "it is missing"
-
-
-@rule(
     "template-pretrained",
     WARNING,
     "A pretrained model has a chat template.",
@@ -293,19 +293,3 @@ def template_missing(s: Subject) -> Iterator[Hit]:
 def template_pretrained(s: Subject) -> Iterator[Hit]:
     if s.template and s.tuned is False:
         yield s.where_template, f"the name says pretrained: {s.name}"
-
-
-RULES = (
-    template_broken,
-    template_missing,
-    template_drops,
-    template_bos,
-    bos_doubled,
-    template_markers,
-    template_stop,
-    template_prompt,
-    template_other,
-    template_system,
-    template_twice,
-    template_pretrained,
-)

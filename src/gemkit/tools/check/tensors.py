@@ -283,22 +283,3 @@ def type_unread(s: Subject) -> Iterator[Hit]:
             types[view.type] = types.get(view.type, 0) + 1
     for kind, count in types.items():
         yield s.path.name, f"{count} tensors are {kind}"
-
-
-RULES = (
-    tensor_missing,
-    tensor_extra,
-    tensor_shape,
-    lora_names,
-    wrapped_names,
-    not_finite,
-    all_zero,
-    layer_twice,
-    head_copy,
-    head_different,
-    embedding_bits,
-    half_range,
-    norm_offset,
-    norm_offset_likely,
-    type_unread,
-)

@@ -115,6 +115,3 @@ def _names(s: Subject) -> Iterator[Hit]:
 def _content(value: object) -> str | None:
     value = value.get("content") if isinstance(value, Mapping) else value
     return value if isinstance(value, str) else None
-
-
-RULES = (tokenizer_differs,)

@@ -241,20 +241,3 @@ def tokens_past_rows(s: Subject) -> Iterator[Hit]:
 def rows_past_tokens(s: Subject) -> Iterator[Hit]:
     if s.tokens is not None and s.config is not None and s.config.vocab_size - s.tokens.size > _SPARE_ROWS:
         yield s.tokens.where, f"{s.tokens.size:,} pieces, {s.config.vocab_size:,} rows"
-
-
-RULES = (
-    stop_turn,
-    stop_turn_gguf,
-    stop_text,
-    stop_wrong,
-    bos_off,
-    bos_unsaid,
-    bos_id,
-    tokenizer_missing,
-    special_ids,
-    control_type,
-    tokenizer_config,
-    tokens_past_rows,
-    rows_past_tokens,
-)
