@@ -86,18 +86,9 @@ class GenerateOptions:
         """Return the settings of one request, with a random seed where none is given."""
         from gemkit.engine.sampling import Sampling
 
-        return Sampling(
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.min_p,
-            self.repetition_penalty,
-            self.presence_penalty,
-            self.frequency_penalty,
-            () if self.logit_bias is None else self.logit_bias,
-            int.from_bytes(os.urandom(8), "little") if self.seed is None else self.seed,
-            self.logprobs,
-        )
+        settings = {field.name: getattr(self, field.name) for field in fields(Sampling)}
+        unset = {"logit_bias": (), "seed": int.from_bytes(os.urandom(8), "little")}
+        return Sampling(**{name: unset.get(name) if value is None else value for name, value in settings.items()})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from gemkit.cli import config
+from gemkit.cli import config, sampling
 from gemkit.cli.common import failure
 from gemkit.errors import UsageError
 
@@ -17,21 +17,9 @@ from gemkit.errors import UsageError
 GROUPS = {
     "Prompt": ("prompt", "files", "system_prompt", "suffix", "raw", "template", "special"),
     "Conversation": ("resume", "context_shift", "no_history"),
-    "Sampling": (
-        "max_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-        "seed",
-        "stop",
-    ),
+    "Sampling": (*sampling.NAMES, "logit_bias", "stop"),
     "Output": ("logprobs", "receipt", "verbose", "plain", "quiet", "as_json"),
-    "Model": ("threads", "ctx_size", "dtype", "backend", "device", "adapter", "offline", "activations"),
+    "Model": config.LOAD,
 }
 _REST = "Other"
 # A shorter list of options is easier to read without headings.

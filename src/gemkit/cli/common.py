@@ -160,8 +160,7 @@ def load_options(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def collected(**params: object) -> object:
-        names = ("threads", "ctx_size", "dtype", "backend", "device", "adapter", "offline", "activations")
-        return command(load=given(**{name: params.pop(name) for name in names}), **params)
+        return command(load=given(**{name: params.pop(name) for name in config.LOAD}), **params)
 
     for option in reversed(LOAD_OPTIONS):
         collected = option(collected)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -16,38 +17,18 @@ import click
 from click.core import ParameterSource
 from click.types import IntParamType
 
+from gemkit.api.options import LoadOptions
+from gemkit.cli import sampling
 from gemkit.errors import UsageError
 
-_LOAD = ("threads", "ctx_size", "dtype", "backend", "device", "adapter", "offline", "activations")
+LOAD = tuple(field.name for field in fields(LoadOptions))
 _WRITE = (
-    "system_prompt",
-    "raw",
-    "max_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "stop",
-    "verbose",
-    "plain",
-    "quiet",
-    "context_shift",
-    "no_history",
+    *("system_prompt", "raw", *sampling.NAMES, "stop", "verbose"),
+    *("plain", "quiet", "context_shift", "no_history"),
 )
 # By verb, the parameters that may have such defaults; not those that write files or change a measurement.
-SETTABLE = {
-    "generate": _LOAD + _WRITE,
-    "chat": _LOAD + _WRITE,
-    "score": _LOAD,
-    "show": _LOAD,
-    "bench": _LOAD,
-    "tokenize": ("offline",),
-    "embed": _LOAD,
-}
+SETTABLE = dict.fromkeys(("generate", "chat"), LOAD + _WRITE)
+SETTABLE |= dict.fromkeys(("score", "show", "bench", "embed"), LOAD) | {"tokenize": ("offline",)}
 MODEL = "model"
 # No parameter's name, so that click does not take it for an argument's default before the environment's.
 _DEFAULT_MODEL = "the default model"

@@ -29,7 +29,7 @@ from gemkit.cli.common import (
 from gemkit.cli.hints import hint_faster
 from gemkit.cli.paths import check_writable
 from gemkit.cli.prompt import Prompt, input_kind
-from gemkit.cli.sampling import sampling_options
+from gemkit.cli.sampling import NAMES, sampling_options
 from gemkit.cli.template import set_template, template_option
 from gemkit.errors import UsageError
 from gemkit.host import peak_memory
@@ -62,16 +62,7 @@ class _Bias(click.ParamType):
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
 @template_option
 @special_option("The prompt is rendered: read control tokens such as <start_of_turn> in it. Implies --raw.")
-@sampling_options(
-    "max_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
+@sampling_options(*(name for name in NAMES if name != "seed"))
 @click.option("--logit-bias", type=_Bias(), multiple=True, help="Added to a token's logit; may be repeated.")
 @sampling_options("seed")
 @click.option("--stop", multiple=True, type=Text(), help="Stop before this text; may be repeated.")

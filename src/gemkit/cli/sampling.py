@@ -6,33 +6,20 @@ import click
 
 from gemkit.api.options import GenerateOptions
 
-# By field: flags, type, metavar, help.
+# By field: type and help.
 _OPTIONS = {
-    "max_tokens": (("-n", "--max-tokens"), int, "N", "Maximum number of tokens in an answer."),
-    "temperature": (("--temp", "--temperature"), float, "X", "Temperature; 0 takes the most probable token."),
-    "top_k": (("--top-k",), int, "N", "Sample from the N most probable tokens; 0 disables it."),
-    "top_p": (("--top-p",), float, "X", "Sample from the most probable tokens with this total probability."),
-    "min_p": (("--min-p",), float, "X", "Exclude tokens below this fraction of the highest probability."),
-    "repetition_penalty": (
-        ("--repetition-penalty",),
-        float,
-        "X",
-        "Above 1, penalise tokens that the text already has.",
-    ),
-    "presence_penalty": (
-        ("--presence-penalty",),
-        float,
-        "X",
-        "Subtracted from the logit of every token generated before.",
-    ),
-    "frequency_penalty": (
-        ("--frequency-penalty",),
-        float,
-        "X",
-        "Subtracted once for each time the token was generated.",
-    ),
-    "seed": (("-s", "--seed"), int, "N", "The same seed gives the same text."),
+    "max_tokens": (int, "Maximum number of tokens in an answer."),
+    "temperature": (float, "Temperature; 0 takes the most probable token."),
+    "top_k": (int, "Sample from the N most probable tokens; 0 disables it."),
+    "top_p": (float, "Sample from the most probable tokens with this total probability."),
+    "min_p": (float, "Exclude tokens below this fraction of the highest probability."),
+    "repetition_penalty": (float, "Above 1, penalise tokens that the text already has."),
+    "presence_penalty": (float, "Subtracted from the logit of every token generated before."),
+    "frequency_penalty": (float, "Subtracted once for each time the token was generated."),
+    "seed": (int, "The same seed gives the same text."),
 }
+NAMES = tuple(_OPTIONS)
+_SHORT = {"max_tokens": ("-n",), "temperature": ("--temp",), "seed": ("-s",)}
 _DEFAULTS_SHOWN = ("max_tokens", "temperature", "top_k", "top_p")
 
 
@@ -41,12 +28,11 @@ def sampling_options(*names: str) -> Callable:
 
     def add(command: Callable) -> Callable:
         for name in reversed(names):
-            flags, kind, metavar, help = _OPTIONS[name]
+            kind, help = _OPTIONS[name]
+            flags = (*_SHORT.get(name, ()), f"--{name.replace('_', '-')}")
             default = getattr(GenerateOptions, name) if name in _DEFAULTS_SHOWN else None
-            option = click.option(
-                *flags, name, type=kind, metavar=metavar, default=default, show_default=True, help=help
-            )
-            command = option(command)
+            shown = {"metavar": "N" if kind is int else "X", "show_default": True, "help": help}
+            command = click.option(*flags, name, type=kind, default=default, **shown)(command)
         return command
 
     return add

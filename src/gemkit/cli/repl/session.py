@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemkit.api.options import GenerateOptions
+from gemkit.cli import sampling
 from gemkit.cli.common import decode_text
 from gemkit.cli.repl import transcript
 from gemkit.cli.repl.transcript import Message
@@ -20,21 +21,9 @@ if TYPE_CHECKING:
     from gemkit.api.model import Model
     from gemkit.api.output import Completion, Piece, Usage
 
-# The settings of a conversation, with the values of those that were not given.
-DEFAULTS: dict[str, object] = {
-    name: getattr(GenerateOptions, name)
-    for name in (
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "max_tokens",
-        "seed",
-    )
-}
+# The settings of a conversation, with the values of those that were not given; `/set` lists them in this order.
+_ORDER = (*sampling.NAMES[1:-1], "max_tokens", "seed")
+DEFAULTS: dict[str, object] = {name: getattr(GenerateOptions, name) for name in _ORDER}
 
 
 def check_settings(settings: dict[str, object]) -> dict[str, object]:
