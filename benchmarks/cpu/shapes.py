@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import types
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,35 +29,25 @@ from gemkit.weights.gguf.write import write_gguf
 from gemkit.weights.quant import BLOCKS, GGMLType, nbytes, quantise
 
 _POOL = 1 << 20  # numbers that are drawn and rounded
-_DEALT = 1 << 22  # bytes drawn at a time
+_AT_ONCE = 1 << 22  # bytes drawn at a time
 
 
-class _Dealt(Tensor):
-    """A matrix of blocks drawn from a pool when its bytes are read."""
-
-    __slots__ = ("_name", "_pools", "_seed")
-
-    def __init__(self, name: str, kind: GGMLType, shape: tuple[int, ...], pools: dict, seed: int) -> None:
-        self.type, self.shape, self.add_one = kind, shape, False
-        self._name, self._pools, self._seed = name, pools, seed
-        self._data = None
-
-    @property
-    def data(self) -> np.ndarray:
-        columns = self.shape[-1]
-        pool = self._pools.get((self.type, columns))
-        if pool is None:
-            draw = np.random.default_rng([self._seed, columns, int(self.type)])
-            values = draw.standard_normal((_POOL // columns + 1, columns), np.float32) * np.float32(columns**-0.5)
-            pool = quantise(self.type, values).reshape(-1, BLOCKS[self.type].bytes)
-            self._pools[self.type, columns] = pool
-        draw = np.random.default_rng([self._seed, zlib.crc32(self._name.encode())])
-        out = np.empty((nbytes(self.type, self.shape) // pool.shape[1], pool.shape[1]), np.uint8)
-        step = max(1, _DEALT // pool.shape[1])
-        for at in range(0, len(out), step):
-            part = out[at : at + step]
-            np.take(pool, draw.integers(len(pool), size=len(part)), axis=0, out=part)
-        return out.reshape(-1)
+def _drawn(name: str, kind: GGMLType, shape: tuple[int, ...], pools: dict, seed: int) -> np.ndarray:
+    """Return the bytes of a matrix of blocks drawn from a pool, uint8, flat."""
+    columns = shape[-1]
+    pool = pools.get((kind, columns))
+    if pool is None:
+        draw = np.random.default_rng([seed, columns, int(kind)])
+        values = draw.standard_normal((_POOL // columns + 1, columns), np.float32) * np.float32(columns**-0.5)
+        pool = quantise(kind, values).reshape(-1, BLOCKS[kind].bytes)
+        pools[kind, columns] = pool
+    draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    out = np.empty((nbytes(kind, shape) // pool.shape[1], pool.shape[1]), np.uint8)
+    step = max(1, _AT_ONCE // pool.shape[1])
+    for at in range(0, len(out), step):
+        part = out[at : at + step]
+        np.take(pool, draw.integers(len(pool), size=len(part)), axis=0, out=part)
+    return out.reshape(-1)
 
 
 def vocabulary(size: int) -> Vocabulary:
@@ -93,7 +84,7 @@ def write(
             values = (draw.standard_normal(spec.shape) * 0.1).astype("<f4")
             tensors[key] = Tensor(GGMLType.F32, spec.shape, values.reshape(-1).view(np.uint8))
         else:
-            tensors[key] = _Dealt(key, chosen[key], spec.shape, pools, seed)
+            tensors[key] = Tensor(chosen[key], spec.shape, partial(_drawn, key, chosen[key], spec.shape, pools, seed))
     checkpoint = Checkpoint(config, tensors, vocabulary=vocabulary(words), name=f"{name} shape, random weights")
     return write_gguf(path, checkpoint, kind.upper())
 

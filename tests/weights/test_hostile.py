@@ -127,8 +127,8 @@ def test_malicious(tmp_path, case: str):
 
 
 def test_a_fifo_a_folder_and_nothing(tmp_path):
-    for path in (tmp_path, tmp_path / "nothing.gguf"):
-        with pytest.raises(GemkitError, match="cannot be read"):
+    for path, fault in ((tmp_path, "not a regular file"), (tmp_path / "nothing.gguf", "cannot be read")):
+        with pytest.raises(GemkitError, match=fault):
             GGUFFile.open(path)
 
 

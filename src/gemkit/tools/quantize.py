@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -163,10 +164,11 @@ def quantize(
         _check_space(target, stored, types)
         changed = [tensor for name, tensor in stored.tensors.items() if tensor.type != types[name]]
         work = _Work(threads or default_threads(), progress, changed)
-        tensors = {
-            name: tensor if tensor.type == types[name] else _Quantised(name, types[name], tensor, work)
-            for name, tensor in stored.tensors.items()
-        }
+        tensors = dict(stored.tensors)
+        for name, old in stored.tensors.items():
+            if old.type != types[name]:
+                read = partial(_quantised, name, types[name], old, work)
+                tensors[name] = Tensor(types[name], old.shape, read, old.add_one)
         try:
             write_gguf(target, stored.with_tensors(tensors), type.upper(), check=check)
         finally:
@@ -269,43 +271,33 @@ class _Work:
         self.pool.shutdown(cancel_futures=True)
 
 
-class _Quantised(Tensor):
-    """A tensor that is quantised from `original` when its bytes are asked for."""
+def _quantised(name: str, kind: GGMLType, original: Tensor, work: _Work) -> np.ndarray:
+    """Return a tensor's bytes in another type, uint8, flat."""
+    columns = original.shape[-1]
+    old = original.data.reshape(-1, nbytes(original.type, (columns,)))
+    out = np.empty((len(old), nbytes(kind, (columns,))), np.uint8)
+    step = max(1, _CHUNK // columns)
 
-    __slots__ = ("_name", "_original", "_work")
+    def convert(at: int) -> tuple[int, float, float]:
+        """Convert a range of rows; return the elements, squared error and squared sum."""
+        rows = old[at : at + step]
+        shape = len(rows), columns
+        values = dequantise(original.type, rows, shape)
+        if kind == GGMLType.F16 and np.abs(values).max() >= 65520:
+            raise GemkitError("a number is too large for f16: choose bf16 or f32")
+        new = search(kind, values).reshape(len(rows), -1)
+        out[at : at + step] = new
+        difference = (dequantise(kind, new, shape) - values).reshape(-1)
+        values = values.reshape(-1)
+        return values.size, float(difference @ difference), float(values @ values)
 
-    def __init__(self, name: str, kind: GGMLType, original: Tensor, work: _Work) -> None:
-        self.type, self.shape, self.add_one = kind, original.shape, original.add_one
-        self._name, self._original, self._work = name, original, work
-        self._data = None
-
-    @property
-    def data(self) -> np.ndarray:
-        columns = self.shape[-1]
-        old = self._original.data.reshape(-1, nbytes(self._original.type, (columns,)))
-        out = np.empty((len(old), nbytes(self.type, (columns,))), np.uint8)
-        step = max(1, _CHUNK // columns)
-
-        def convert(at: int) -> tuple[int, float, float]:
-            """Convert a range of rows; return the elements, squared error and squared sum."""
-            rows = old[at : at + step]
-            shape = len(rows), columns
-            values = dequantise(self._original.type, rows, shape)
-            if self.type == GGMLType.F16 and np.abs(values).max() >= 65520:
-                raise GemkitError("a number is too large for f16: choose bf16 or f32")
-            new = search(self.type, values).reshape(len(rows), -1)
-            out[at : at + step] = new
-            difference = (dequantise(self.type, new, shape) - values).reshape(-1)
-            values = values.reshape(-1)
-            return values.size, float(difference @ difference), float(values @ values)
-
-        error = total = 0.0
-        try:
-            for numbers, lost, had in self._work.pool.map(convert, range(0, len(old), step)):
-                error, total = error + lost, total + had
-                self._work.advance(numbers)
-        except GemkitError as fault:
-            raise GemkitError(f"{self._name}: {fault}") from None
-        if error > 0:
-            self._work.errors[self._name] = math.sqrt(error / total)
-        return out.reshape(-1)
+    error = total = 0.0
+    try:
+        for numbers, lost, had in work.pool.map(convert, range(0, len(old), step)):
+            error, total = error + lost, total + had
+            work.advance(numbers)
+    except GemkitError as fault:
+        raise GemkitError(f"{name}: {fault}") from None
+    if error > 0:
+        work.errors[name] = math.sqrt(error / total)
+    return out.reshape(-1)

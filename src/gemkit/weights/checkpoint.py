@@ -22,15 +22,22 @@ class Tensor:
     """One parameter as stored.
 
     type: its block format. shape: [out, in] or [n]. add_one: the stored values are 1 + w, the parameter is w.
-    data: its bytes, uint8, flat, possibly a view of a mapped file. Raises GemkitError if bytes and shape disagree.
+    data: its bytes, uint8, flat, possibly a view of a mapped file; or a function that makes them, called at each use.
+    Raises GemkitError if bytes and shape disagree.
     """
 
     __slots__ = ("_data", "add_one", "shape", "type")
 
-    def __init__(self, type: GGMLType, shape: tuple[int, ...], data: np.ndarray, add_one: bool = False) -> None:
+    def __init__(
+        self,
+        type: GGMLType,
+        shape: tuple[int, ...],
+        data: np.ndarray | Callable[[], np.ndarray],
+        add_one: bool = False,
+    ) -> None:
         self.type, self.shape, self.add_one = GGMLType(type), tuple(shape), add_one
-        self._data: np.ndarray | None = data
-        if data.nbytes != self.nbytes:
+        self._data: np.ndarray | Callable[[], np.ndarray] | None = data
+        if isinstance(data, np.ndarray) and data.nbytes != self.nbytes:
             raise GemkitError(
                 f"{data.nbytes} bytes are not a {self.type.name} tensor of shape {self.shape}: load it again"
             )
@@ -39,7 +46,7 @@ class Tensor:
     def data(self) -> np.ndarray:
         if self._data is None:
             raise GemkitError("the checkpoint is closed: load it again")
-        return self._data
+        return self._data() if callable(self._data) else self._data
 
     @property
     def nbytes(self) -> int:

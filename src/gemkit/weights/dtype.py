@@ -14,6 +14,7 @@ before: they change the size and speed, never for the better in quality.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
@@ -31,7 +32,6 @@ TYPES = {
 DTYPES = ("auto", *TYPES)
 
 _CHUNK_ELEMENTS = 1 << 18
-_NONE = np.zeros(0, np.uint8)
 
 
 class Converted(Tensor):
@@ -40,36 +40,33 @@ class Converted(Tensor):
     Besides the result, memory holds about ten pieces of 1 MB. add_one: as in the original, and the values too.
     """
 
-    __slots__ = ("_name", "original")
+    __slots__ = ("original",)
 
     def __init__(self, name: str, type: GGMLType, original: Tensor) -> None:
-        self.type, self.shape, self.add_one = type, original.shape, original.add_one
-        self._name, self.original = name, original
-        self._data = _NONE  # until the checkpoint is closed
         try:
-            nbytes(type, self.shape)
+            nbytes(type, original.shape)
         except GemkitError as error:
             raise GemkitError(f"{name}: {error}") from None
+        super().__init__(type, original.shape, partial(_converted, name, type, original), original.add_one)
+        self.original = original
 
-    @property
-    def data(self) -> np.ndarray:
-        """The converted bytes, uint8, flat, new at each call. Raises GemkitError for a number that does not fit."""
-        if self._data is None:
-            raise GemkitError("the checkpoint is closed: load it again")
-        columns = self.shape[-1]
-        source = self.original.data.reshape(-1, nbytes(self.original.type, (columns,)))
-        out = np.empty((len(source), nbytes(self.type, (columns,))), np.uint8)
-        step = max(1, _CHUNK_ELEMENTS // columns)
-        for at in range(0, len(source), step):
-            rows = source[at : at + step]
-            try:
-                values = dequantise(self.original.type, rows, (len(rows), columns))
-                if self.type == GGMLType.F16 and np.abs(values).max() >= 65520:
-                    raise GemkitError("a number is too large for float16: choose bfloat16 or float32")
-                out[at : at + step] = quantise(self.type, values).reshape(len(rows), -1)
-            except GemkitError as error:
-                raise GemkitError(f"{self._name}: {error}") from None
-        return out.reshape(-1)
+
+def _converted(name: str, type: GGMLType, original: Tensor) -> np.ndarray:
+    """Return the converted bytes, uint8, flat. Raises GemkitError for a number that does not fit."""
+    columns = original.shape[-1]
+    source = original.data.reshape(-1, nbytes(original.type, (columns,)))
+    out = np.empty((len(source), nbytes(type, (columns,))), np.uint8)
+    step = max(1, _CHUNK_ELEMENTS // columns)
+    for at in range(0, len(source), step):
+        rows = source[at : at + step]
+        try:
+            values = dequantise(original.type, rows, (len(rows), columns))
+            if type == GGMLType.F16 and np.abs(values).max() >= 65520:
+                raise GemkitError("a number is too large for float16: choose bfloat16 or float32")
+            out[at : at + step] = quantise(type, values).reshape(len(rows), -1)
+        except GemkitError as error:
+            raise GemkitError(f"{name}: {error}") from None
+    return out.reshape(-1)
 
 
 def convert(checkpoint: Checkpoint, dtype: str) -> Checkpoint:

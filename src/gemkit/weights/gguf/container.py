@@ -7,23 +7,19 @@ Format: ``docs/gguf.md`` of the ggml library, versions 2 and 3, little-endian.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import math
-import mmap
 import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO
 
 import numpy as np
 
-from gemkit.errors import GemkitError
 from gemkit.weights.git_lfs import refuse_pointer
+from gemkit.weights.mapped import MappedFile
 from gemkit.weights.quant import BLOCKS, OTHER_TYPES, GGMLType
 
 MAGIC = b"GGUF"
@@ -88,7 +84,7 @@ class GGUFArray:
         return [blob[a + 8 - base : b - base] for a, b in pairwise(edges)]
 
 
-class GGUFFile:
+class GGUFFile(MappedFile):
     """An open GGUF file; a context manager. Raises GemkitError if it is broken or not one that gemkit reads.
 
     metadata: the key-values; an array is a `GGUFArray`, anything else a str, int, float or bool.
@@ -96,33 +92,14 @@ class GGUFFile:
     part: accept one of the files of a split model, too; see `gguf_parts`.
     """
 
+    kind = "GGUF"
+
     def __init__(self, path: str | os.PathLike[str], part: bool = False) -> None:
-        self.path = Path(path)
         self._part = part
         self.metadata: dict[str, object] = {}
         self.tensors: dict[str, GGUFTensor] = {}
         self._spans: dict[str, tuple[int, int]] = {}
-        self._map: mmap.mmap | None = None
-        try:
-            with open(self.path, "rb") as file:
-                self._size = os.fstat(file.fileno()).st_size
-                head = file.read(_HEAD)
-                if head[:4] != MAGIC:
-                    refuse_pointer(self.path, head)
-                    self._fail(*_stranger(head))
-                if self._size < 24:
-                    self._fail("it is too short to be a GGUF file")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            remedy = "close other programs" if error.errno == errno.ENOMEM else "check the path"
-            raise GemkitError(f"{self.path} cannot be read ({error.strerror or error}): {remedy}") from None
-        self._size = len(self._map)
-        self._at = 0
-        try:
-            self._parse()
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], part: bool = False) -> GGUFFile:
@@ -132,16 +109,7 @@ class GGUFFile:
     def close(self) -> None:
         """Close the file. Views of its tensors that are still referenced keep the mapping alive."""
         self.tensors = {}
-        mapped, self._map = self._map, None
-        if mapped is not None:
-            with contextlib.suppress(BufferError):  # an array still looks into it; it goes with that array
-                mapped.close()
-
-    def __enter__(self) -> GGUFFile:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        super().close()
 
     def raw(self, key: str) -> bytes:
         """Return a key-value's bytes as stored: key, type and value. KeyError if there is none."""
@@ -157,13 +125,13 @@ class GGUFFile:
 
     # --- the parser ------------------------------------------------------------------------------------------------
 
-    def _fail(self, fault: str, remedy: str = "the file is damaged: get it again") -> NoReturn:
-        raise GemkitError(f"{self.path}: {fault}; {remedy}")
-
-    def _buffer(self) -> mmap.mmap:
-        if self._map is None:
-            raise GemkitError(f"{self.path} is closed: open it again")
-        return self._map
+    def _look(self, file: BinaryIO) -> None:
+        head = file.read(_HEAD)
+        if head[:4] != MAGIC:
+            refuse_pointer(self.path, head)
+            self._fail(*_stranger(head))
+        if os.fstat(file.fileno()).st_size < 24:
+            self._fail("it is too short to be a GGUF file")
 
     def _take(self, count: int, what: str) -> int:
         """Move `count` bytes on and return where they start."""

@@ -36,7 +36,6 @@ _MANIFEST = "manifest.ocdbt"
 _METADATA = "_METADATA"
 _MARKS = (_METADATA, _MANIFEST)  # of the folder that holds the arrays
 _OLD_MARK = "checkpoint"  # the only one of the first releases without a database
-_NONE = np.zeros(0, np.uint8)
 _MAX_LAYERS = 1000
 _LATE_SECONDS = 0.1
 
@@ -110,11 +109,8 @@ def read_orbax(path: str | os.PathLike[str]) -> Checkpoint:
     table, rows = _table(config, store)
     shapes = {name: store.shapes[name] for name in store.text}
     _check(config, table, rows, shapes, store)
-    tensors = {
-        name: OrbaxTensor(store, row, part, name, config)
-        for row in table.values()
-        for part, name in enumerate(row.parts)
-    }
+    rows_parts = [(name, row, part) for row in table.values() for part, name in enumerate(row.parts)]
+    tensors = {name: _tensor(store, row, part, config) for name, row, part in rows_parts}
     ignored = [f"{count} arrays of {part}: images are not read" for part, count in store.images.items()]
     if rows != config.vocab_size:
         ignored.append(f"{rows - config.vocab_size} rows behind the vocabulary")
@@ -206,27 +202,16 @@ class _Store:
         self._reader.close()
 
 
-class OrbaxTensor(Tensor):
-    """A canonical tensor that is read from the folder at each use of `data`."""
+def _tensor(store: _Store, row: Row, part: int, config: ModelConfig) -> Tensor:
+    """Return a canonical tensor, which is read from the folder at each use of its data."""
+    sizes = flax_names.sizes(config)
+    shape = tuple(int(np.prod([sizes[x] for x in group])) for group in row.canonical.split())
 
-    __slots__ = ("_name", "_part", "_row", "_store")
-
-    def __init__(self, store: _Store, row: Row, part: int, name: str, config: ModelConfig) -> None:
-        self.type = TYPES[store.types[row.flax]]
-        sizes = flax_names.sizes(config)
-        self.shape = tuple(int(np.prod([sizes[x] for x in group])) for group in row.canonical.split())
-        self.add_one = False
-        self._store, self._row, self._part, self._name = store, row, part, name
-        self._data = _NONE  # until the checkpoint is closed
-
-    @property
-    def data(self) -> np.ndarray:
-        """The bytes, uint8, flat, read again at each call. Raises GemkitError if the folder is broken."""
-        if self._data is None:
-            raise GemkitError("the checkpoint is closed: load it again")
-        array = self._store.array(self._row.flax, keep=len(self._row.parts) > 1)
-        taken = self._row.take(array, self._part)[: self.shape[0]]
+    def read() -> np.ndarray:
+        taken = row.take(store.array(row.flax, keep=len(row.parts) > 1), part)[: shape[0]]
         return np.ascontiguousarray(taken).reshape(-1).view(np.uint8)
+
+    return Tensor(TYPES[store.types[row.flax]], shape, read)
 
 
 def _leaves(tree: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:

@@ -36,7 +36,6 @@ _STATE = "model_state_dict"
 _TABLES = ("freqs_cis", "local_freqs_cis", "global_freqs_cis")
 _IMAGES = ("siglip_vision_model.", "mm_soft_embedding_norm.", "mm_input_projection.")
 _WEIGHT, _SCALER = ".weight", ".weight_scaler"
-_NONE = np.zeros(0, np.uint8)
 
 
 class Row(NamedTuple):
@@ -279,42 +278,14 @@ def _tensor(files: _Files, module: str, first: int, end: int) -> Tensor:
     if weight.dtype == "I8":
         scaler = files.data(module + _SCALER)[rows]
         kind = TYPES[files.tensors[module + _SCALER].dtype]
-        return _Product(bytes_[rows].reshape(bytes_[rows].shape[:2]).view(np.int8), scaler, kind)
+        return _product(bytes_[rows].reshape(bytes_[rows].shape[:2]).view(np.int8), scaler, kind)
     part = bytes_[rows]
     if weight.contiguous:
         return Tensor(TYPES[weight.dtype], part.shape[:-1], part.reshape(-1))
-    return _Strided(TYPES[weight.dtype], part)
+    return Tensor(TYPES[weight.dtype], part.shape[:-1], lambda: np.ascontiguousarray(part).reshape(-1))
 
 
-class _Strided(Tensor):
-    """A tensor that is not contiguous; its elements are copied in order at each use."""
-
-    __slots__ = ("_view",)
-
-    def __init__(self, type: GGMLType, view: np.ndarray) -> None:
-        self.type, self.shape, self.add_one = type, view.shape[:-1], False
-        self._view, self._data = view, _NONE
-
-    @property
-    def data(self) -> np.ndarray:
-        if self._data is None:
-            raise GemkitError("the checkpoint is closed: load it again")
-        return np.ascontiguousarray(self._view).reshape(-1)
-
-
-class _Product(Tensor):
-    """An int8 matrix times a number a row, float32, made at each use."""
-
-    __slots__ = ("_scales", "_whole")
-
-    def __init__(self, whole: np.ndarray, scales: np.ndarray, kind: GGMLType) -> None:
-        self.type, self.shape, self.add_one = GGMLType.F32, whole.shape, False
-        flat = np.ascontiguousarray(scales).reshape(-1)
-        self._whole, self._scales = whole, dequantise(kind, flat, (len(whole),))
-        self._data = _NONE
-
-    @property
-    def data(self) -> np.ndarray:
-        if self._data is None:
-            raise GemkitError("the checkpoint is closed: load it again")
-        return (self._whole * self._scales[:, None]).reshape(-1).view(np.uint8)
+def _product(whole: np.ndarray, scales: np.ndarray, kind: GGMLType) -> Tensor:
+    """Return an int8 matrix times a number a row, float32, made at each use."""
+    factors = dequantise(kind, np.ascontiguousarray(scales).reshape(-1), (len(whole),))[:, None]
+    return Tensor(GGMLType.F32, whole.shape, lambda: (whole * factors).reshape(-1).view(np.uint8))

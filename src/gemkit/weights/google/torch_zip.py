@@ -10,23 +10,19 @@ GemkitError. Storages are views of the mapped file. Format: ``torch/serializatio
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
-import os
 import pickletools
-import stat
 import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
 from gemkit.errors import GemkitError
 from gemkit.weights.hf.safetensors import shown
+from gemkit.weights.mapped import MappedFile
 
 # The element types: name as in safetensors, bytes
 STORAGES = {
@@ -91,43 +87,18 @@ class _Storage:
     elements: int
 
 
-class TorchFile:
+class TorchFile(MappedFile):
     """An open file of ``torch.save``; a context manager. Only the pickle is read.
 
     value: the saved object, of dictionaries, lists, tuples, strings, integers, floats and `TorchTensor`.
     Raises GemkitError if the file is broken or contains other objects.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._map: mmap.mmap | None = None
-        try:
-            if not stat.S_ISREG(self.path.stat().st_mode):
-                raise GemkitError(f"{self.path} is not a regular file: give the path of a .ckpt file")
-            with open(self.path, "rb") as file:
-                start = file.read(len(_OLD_MAGIC))
-                if start == _OLD_MAGIC:
-                    self._fail("torch before 1.6 wrote it", "save it again with a newer torch")
-                if start[:2] != b"PK":
-                    self._fail("it is no file of torch.save", "give the path of a .ckpt file")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                self._entries = self._open_zip(file)
-        except OSError as error:
-            self.close()
-            raise GemkitError(f"{self.path} cannot be read ({error.strerror or error}): check the path") from None
-        except BaseException:
-            self.close()
-            raise
-        try:
-            self.value = self._unpickle()
-        except BaseException:
-            self.close()
-            raise
+    kind = ".ckpt"
 
     def data(self, tensor: TorchTensor, name: str) -> np.ndarray:
         """Return a tensor's bytes, uint8 [*shape, itemsize]: a view of the mapped file. name: for messages."""
-        if self._map is None:
-            raise GemkitError(f"{self.path} is closed: open it again")
+        buffer = self._buffer()
         begin, size = self._entry(f"data/{tensor.storage}", name)
         if size != tensor.elements * tensor.itemsize:
             self._fail(f"the storage of {name} has {size} bytes, not {tensor.elements} numbers of {tensor.dtype}")
@@ -136,28 +107,20 @@ class TorchFile:
             self._fail(f"{name} reaches to element {last} of a storage that has {tensor.elements}")
         strides = (*(step * tensor.itemsize for step in tensor.strides), 1)
         return np.ndarray(
-            (*tensor.shape, tensor.itemsize), np.uint8, self._map, begin + tensor.offset * tensor.itemsize, strides
+            (*tensor.shape, tensor.itemsize), np.uint8, buffer, begin + tensor.offset * tensor.itemsize, strides
         )
-
-    def close(self) -> None:
-        """Close the file. Views that are still referenced keep the mapping alive."""
-        mapped, self._map = self._map, None
-        if mapped is not None:
-            with contextlib.suppress(BufferError):  # it goes with the last view
-                mapped.close()
-
-    def __enter__(self) -> TorchFile:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def _fail(self, fault: str, remedy: str = "the file is damaged: get it again") -> NoReturn:
-        raise GemkitError(f"{self.path}: {fault}; {remedy}")
 
     # --- the zip -----------------------------------------------------------------------------------------------------
 
-    def _open_zip(self, file: Any) -> dict[str, zipfile.ZipInfo]:
+    def _look(self, file: BinaryIO) -> None:
+        start = file.read(len(_OLD_MAGIC))
+        if start == _OLD_MAGIC:
+            self._fail("torch before 1.6 wrote it", "save it again with a newer torch")
+        if start[:2] != b"PK":
+            self._fail("it is no file of torch.save", "give the path of a .ckpt file")
+        self._entries = self._open_zip(file)
+
+    def _open_zip(self, file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
         """Return the entries by name below the archive's one folder."""
         try:
             with zipfile.ZipFile(file) as archive:
@@ -185,18 +148,17 @@ class TorchFile:
             self._fail(f"{wanted_by} needs the entry {shown(name)}, which is missing")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             self._fail(f"the entry {shown(name)} is compressed or encrypted", "save it again with torch.save")
-        total = len(self._map)
-        if info.header_offset < 0 or info.header_offset + _LOCAL_HEADER.size > total:
+        if info.header_offset < 0 or info.header_offset + _LOCAL_HEADER.size > self._size:
             self._fail(f"the entry {shown(name)} of {wanted_by} begins outside the file")
         head = _LOCAL_HEADER.unpack_from(self._map, info.header_offset)
         begin = info.header_offset + _LOCAL_HEADER.size + head[-2] + head[-1]
-        if head[0] != b"PK\x03\x04" or begin + info.file_size > total:
+        if head[0] != b"PK\x03\x04" or begin + info.file_size > self._size:
             self._fail(f"the entry {shown(name)} of {wanted_by} has no header or reaches past the end of the file")
         return begin, info.file_size
 
     # --- the pickle --------------------------------------------------------------------------------------------------
 
-    def _unpickle(self) -> object:
+    def _parse(self) -> None:
         if "byteorder" in self._entries:
             begin, size = self._entry("byteorder", "the file")
             if self._map[begin : begin + min(size, 16)].strip() != b"little":
@@ -206,7 +168,7 @@ class TorchFile:
             self._fail(f"its pickle has {size} bytes, far more than a model's needs")
         machine = _Machine(self._fail)
         try:
-            return machine.run(self._map[begin : begin + size])
+            self.value = machine.run(self._map[begin : begin + size])
         except GemkitError:
             raise
         except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:

@@ -7,18 +7,14 @@ file. Format: "Format" in the README of github.com/huggingface/safetensors; size
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import math
-import mmap
 import os
 import re
-import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO
 
 import numpy as np
 
@@ -27,6 +23,7 @@ from gemkit.weights import folder as rules
 from gemkit.weights.folder import INDEX, SINGLE
 from gemkit.weights.git_lfs import HEAD, refuse_pointer
 from gemkit.weights.json_file import parse_object, read_object
+from gemkit.weights.mapped import MappedFile
 from gemkit.weights.quant import GGMLType
 
 # Bits of one element
@@ -72,63 +69,36 @@ class Entry:
     end: int
 
 
-class SafetensorsFile:
+class SafetensorsFile(MappedFile):
     """An open safetensors file; a context manager. Only the header is read.
 
     tensors: by name, in the order of their bytes. metadata: the header's own strings, often {"format": "pt"}.
     Raises GemkitError if the file is broken.
     """
 
+    kind = "safetensors"
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
         self.metadata: dict[str, str] = {}
         self.tensors: dict[str, Entry] = {}
-        self._map: mmap.mmap | None = None
-        try:
-            if not stat.S_ISREG(self.path.stat().st_mode):
-                raise GemkitError(f"{self.path} is not a regular file: give the path of a safetensors file")
-            with open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < 8:
-                    self._fail("it is too short to be a safetensors file")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            remedy = "close other programs" if error.errno == errno.ENOMEM else "check the path"
-            raise GemkitError(f"{self.path} cannot be read ({error.strerror or error}): {remedy}") from None
-        try:
-            self._parse(len(self._map))
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(path)
 
     def data(self, name: str) -> np.ndarray:
         """Return a tensor's bytes, uint8, flat: a view of the mapped file. KeyError if there is none of that name."""
         entry = self.tensors[name]
-        if self._map is None:
-            raise GemkitError(f"{self.path} is closed: open it again")
-        return np.frombuffer(self._map, np.uint8, entry.end - entry.begin, entry.begin)
-
-    def close(self) -> None:
-        """Close the file. Views that are still referenced keep the mapping alive."""
-        mapped, self._map = self._map, None
-        if mapped is not None:
-            with contextlib.suppress(BufferError):  # it goes with the last view
-                mapped.close()
-
-    def __enter__(self) -> SafetensorsFile:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        return np.frombuffer(self._buffer(), np.uint8, entry.end - entry.begin, entry.begin)
 
     def __repr__(self) -> str:
         return f"<safetensors file {str(self.path)!r}, {len(self.tensors)} tensors>"
 
     # --- the parser ------------------------------------------------------------------------------------------------
 
-    def _fail(self, fault: str, remedy: str = "the file is damaged: get it again") -> NoReturn:
-        raise GemkitError(f"{self.path}: {fault}; {remedy}")
+    def _look(self, file: BinaryIO) -> None:
+        if os.fstat(file.fileno()).st_size < 8:
+            self._fail("it is too short to be a safetensors file")
 
-    def _parse(self, size: int) -> None:
+    def _parse(self) -> None:
+        size = self._size
         refuse_pointer(self.path, self._map[: len(HEAD)])
         (length,) = struct.unpack_from("<Q", self._map)
         start = 8 + length

@@ -50,22 +50,6 @@ _QUANTISED = (
 _REMEDY = "get the model in BF16, F16 or F32, or as GGUF"
 
 
-class _Converted(Tensor):
-    """A tensor of a type that gemkit does not compute with, float32; made at each use."""
-
-    __slots__ = ("_convert", "_raw")
-
-    def __init__(self, raw: np.ndarray, shape: tuple[int, ...], convert: Callable[[np.ndarray], np.ndarray]) -> None:
-        self.type, self.shape, self.add_one = GGMLType.F32, shape, False
-        self._raw, self._convert, self._data = raw, convert, raw
-
-    @property
-    def data(self) -> np.ndarray:
-        if self._data is None:
-            raise GemkitError("the checkpoint is closed: load it again")
-        return self._convert(self._raw).view(np.uint8)
-
-
 def _from_float64(raw: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         return np.frombuffer(raw.tobytes(), "<f8").astype("<f4")
@@ -273,7 +257,8 @@ def _tensor(files: ShardedFiles, name: str) -> Tensor:
     if entry.dtype in TYPES:
         return Tensor(TYPES[entry.dtype], entry.shape, files.data(name))
     if entry.dtype in _CONVERTED:
-        return _Converted(files.data(name), entry.shape, _CONVERTED[entry.dtype][1])
+        raw, convert = files.data(name), _CONVERTED[entry.dtype][1]
+        return Tensor(GGMLType.F32, entry.shape, lambda: convert(raw).view(np.uint8))
     known = ", ".join([*TYPES, *_CONVERTED])
     raise GemkitError(f"{files.path(name)}: {shown(name)} is {entry.dtype}; gemkit reads {known}: {_REMEDY}")
 
