@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "gemkit"
 # Reading order: a package imports only packages above it in this list.
-ORDER = "errors host cache forks extras arch text weights hub engine models api tools cli".split()
+ORDER = "errors host cache forks extras arch text weights hub engine models api tools train cli".split()
 # Where a framework may be imported: in the folder of its name below models/, and never on the laptop path.
 FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "keras", "tensorflow", "transformers", "orbax"}
 LAPTOP = {"click", "httpx2", "huggingface_hub", "jinja2", "numpy", "prompt_toolkit", "sentencepiece"}

@@ -1,0 +1,1 @@
+"""Training runs: batches to a checkpoint. All but the loops knows no framework."""
