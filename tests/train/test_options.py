@@ -1,4 +1,4 @@
-"""Options of a run: one line for each bad value, JSON and back, and whether a run can go on with others. Budget: 2 s."""
+"""Options of a run: one line for each bad value, JSON, and which ones a run can go on with. Budget: 2 s."""
 
 import json
 from dataclasses import fields

@@ -1,5 +1,6 @@
 """Learning rates by step, against values by hand. Budget: 1 s."""
 
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ def test_the_rate_rises_in_a_line_to_the_last_step_of_the_warm_up(schedule):
 def test_rates_are_positive_floats_that_do_not_rise_after_the_warm_up(schedule):
     rates = [schedule(step) for step in range(4, 21)]
     assert all(type(rate) is float and rate > 0 for rate in rates)
-    assert all(b <= a for a, b in zip(rates, rates[1:]))
+    assert all(b <= a for a, b in itertools.pairwise(rates))
 
 
 def test_a_line_falls_by_equal_parts_and_ends_behind_the_last_step():

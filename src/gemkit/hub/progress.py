@@ -110,11 +110,12 @@ def describe(progress: Progress) -> str:
     return (
         f"{progress.files}/{progress.total_files} files, {progress.bytes / 1e6:,.1f} of "
         f"{progress.total_bytes / 1e6:,.1f} MB ({share}%), {progress.rate / 1e6:,.1f} MB/s, "
-        + ("waiting" if left is None else f"{_clock(left)} left")
+        + ("waiting" if left is None else f"{clock(left)} left")
     )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a time as minutes and seconds, with hours where there are any: 4:05, 1:04:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""The loss of fine-tuning in NumPy, PyTorch and JAX: accumulation is one large batch; rows without loss. Budget: 20 s."""
+"""The loss of fine-tuning in NumPy, PyTorch and JAX: accumulation is one large batch. Budget: 20 s."""
 
 from types import SimpleNamespace
 
