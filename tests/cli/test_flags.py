@@ -85,6 +85,7 @@ FLAGS = {
     "check": ["MODEL", "--deep", "--strict", "--json"],
     "doctor": ["[MODEL]", "--measure", "--json"],
     "convert": ["MODEL", "target", "--to", "--dtype", "--verify", "--text-file", "--offline", "--json"],
+    "merge": ["MODEL", "adapters", "target", "--dtype", "--requantize", "--text-file", "--offline", "--json"],
     "quantize": [
         "MODEL",
         "target",
@@ -108,7 +109,7 @@ def flags(command: click.Command) -> list[str]:
 
 def test_the_verbs_are_frozen():
     assert list(FLAGS) == list(VERBS)
-    assert ALIASES == {"run": "generate"}
+    assert ALIASES == {"run": "generate", "fuse": "merge"}
     assert flags(cli) == ["--version", "--debug"]
 
 
@@ -131,7 +132,9 @@ def test_every_command_answers_to_h():
 
 
 def test_the_help_lists_the_alias_and_groups_many_options():
-    assert "  generate, run  Write text." in CliRunner().invoke(cli, ["--help"]).output
+    output = CliRunner().invoke(cli, ["--help"]).output
+    assert "  generate, run  Write text." in output
+    assert "  merge, fuse    Merge adapters into a model's weights." in output
     sections = re.findall(r"^(\w+):$", CliRunner().invoke(cli, ["generate", "-h"]).output, re.MULTILINE)
     assert sections == ["Prompt", "Sampling", "Output", "Model", "Other"]
     assert re.findall(r"^(\w+):$", CliRunner().invoke(cli, ["ls", "-h"]).output, re.MULTILINE) == ["Options"]

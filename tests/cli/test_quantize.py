@@ -9,7 +9,7 @@ from engine.vocabulary import vocabulary
 from weights.files import tiny_config, tiny_params
 
 from gemkit.cli import main
-from gemkit.cli.quantize import _Line, _remedy
+from gemkit.cli.quantize import Line, _remedy
 from gemkit.errors import GemkitError
 from gemkit.tools.sample import TEXT
 from gemkit.weights.checkpoint import Checkpoint
@@ -159,7 +159,7 @@ def test_the_line_of_progress(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("gemkit.cli.quantize.time.monotonic", lambda: now[0])
     monkeypatch.setattr("gemkit.cli.quantize.shutil.get_terminal_size", lambda: type("Size", (), {"columns": 80})())
-    with _Line("quantizing", "M numbers", 1e6, True) as line:
+    with Line("quantizing", "M numbers", 1e6, True) as line:
         line.show(1_000_000, 300_000_000)
         assert capsys.readouterr().err == ""
         now[0] = 102.0
@@ -167,7 +167,7 @@ def test_the_line_of_progress(capsys, monkeypatch):
         assert capsys.readouterr().err == "\rquantizing: 13 %, 20 M numbers/s, 0:13 left"
         line.show(41_000_000, 300_000_000)
     assert re.fullmatch(r"\r {40,50}\r", capsys.readouterr().err)
-    with _Line("quantizing", "M numbers", 1e6, False) as line:
+    with Line("quantizing", "M numbers", 1e6, False) as line:
         now[0] = 200.0
         line.show(1, 2)
     assert capsys.readouterr().err == ""

@@ -59,7 +59,7 @@ def command(
     convert.check_request(to, dtype)
     source = find(model, offline, original=True)
 
-    bar = _Bar(not as_json and sys.stderr.isatty())
+    bar = Bar(not as_json and sys.stderr.isatty())
     text = read_text(str(text_file)) if text_file else convert.SAMPLE
     proof = _Proof(source, target, text, dtype == "auto", bar) if check else None
     try:
@@ -97,7 +97,7 @@ class _Proof:
 
     found: "Comparison"
 
-    def __init__(self, source: Path, target: Path, text: str, exact: bool, bar: "_Bar") -> None:
+    def __init__(self, source: Path, target: Path, text: str, exact: bool, bar: "Bar") -> None:
         self._source, self._target, self._text, self._exact, self._bar = source, target, text, exact, bar
 
     def __call__(self, result: Path) -> None:
@@ -129,7 +129,7 @@ def _report(found: "Comparison") -> str:
     return table(rows, ("compared with the original", ""))
 
 
-class _Bar:
+class Bar:
     """A line of progress on a terminal."""
 
     def __init__(self, shown: bool) -> None:

@@ -90,9 +90,9 @@ def command(
     shown = not as_json and sys.stderr.isatty()
     if not no_measure:
         quantize.check_measurable(source)
-    measure = None if no_measure else _Measure(source, target, sample.TEXT if text is None else text, shown)
+    measure = None if no_measure else Measure(source, target, sample.TEXT if text is None else text, shown)
     try:
-        with _Line("quantizing", "M numbers", 1e6, shown) as line:
+        with Line("quantizing", "M numbers", 1e6, shown) as line:
             done = quantize.quantize(source, target, kind, embedding, progress=line.show, check=measure)
     except KeyboardInterrupt:
         interrupted(f"nothing is left of {target}")
@@ -102,7 +102,7 @@ def command(
         raise GemkitError(f"{target} is complete, but its damage was not measured: {measure.shortage}")
     damage = measure and measure.damage
     if as_json:
-        print_json(_record(kind, done, damage))
+        print_json(record(kind, done, damage))
         return
     click.echo(_summary(done))
     if damage is not None:
@@ -114,7 +114,7 @@ def command(
             click.echo("\n" + note)
 
 
-class _Measure:
+class Measure:
     """Measures the damage before the file gets its name. A fault of the file is raised; others are kept for later.
 
     damage: what was found, or None. shortage: why memory was too short. interrupted: by the user.
@@ -130,7 +130,7 @@ class _Measure:
         from gemkit.tools.quantize import is_memory_shortage, measure
 
         try:
-            with _Line("measuring", "tokens", 1, self._shown) as line:
+            with Line("measuring", "tokens", 1, self._shown) as line:
                 self.damage = measure(self._source, result, self._text, line.show)
         except KeyboardInterrupt:
             self.interrupted = True
@@ -141,11 +141,12 @@ class _Measure:
             self.shortage = cause
 
 
-def _record(kind: str, done: "Quantized", damage: "Damage | None") -> dict[str, object]:
-    record: dict[str, object] = dataclasses.asdict(done) | {"path": str(done.path), "type": kind}
+def record(kind: str, done: "Quantized", damage: "Damage | None") -> dict[str, object]:
+    """Return the object of --json."""
+    fields: dict[str, object] = dataclasses.asdict(done) | {"path": str(done.path), "type": kind}
     if damage is not None:
         found = damage.compared
-        record["damage"] = {
+        fields["damage"] = {
             "tokens": found.tokens,
             "activations": damage.activations,
             "weight_bytes": damage.bytes,
@@ -154,7 +155,7 @@ def _record(kind: str, done: "Quantized", damage: "Damage | None") -> dict[str, 
             "kl": found.kl,
             "agreement": found.agreement,
         }
-    return record
+    return fields
 
 
 def _summary(done: "Quantized") -> str:
@@ -169,11 +170,19 @@ def _report(damage: "Damage") -> str:
     rows = [
         ("weights", *weights, _percent(damage.bytes[1] / damage.bytes[0] - 1)),
         ("bytes a parameter", *bytes_each, ""),
+        *quality(damage),
+    ]
+    return table(rows, (f"on {found.tokens:,} tokens", "before", "after", "change"))
+
+
+def quality(damage: "Damage") -> list[tuple[str, str, str, str]]:
+    """Return the rows of a report about the predictions: title, before, after, change."""
+    found = damage.compared
+    return [
         ("perplexity", *(f"{value:,.3f}" for value in found.perplexity), _percent(damage.rise)),
         ("divergence, nats a token", "", f"{found.kl:.2g}", ""),
         ("top-1 agreement", "", f"{100 * found.agreement:.1f} %", ""),
     ]
-    return table(rows, (f"on {found.tokens:,} tokens", "before", "after", "change"))
 
 
 def _percent(share: float) -> str:
@@ -208,7 +217,7 @@ def _remedy(kind: str, embedding: str | None) -> str:
     return f"Take a wider type: --type {wider[-1]}" + (f", or {wider[-2]}." if len(wider) > 1 else ".")
 
 
-class _Line:
+class Line:
     """A line of progress on a terminal, from the second second on; gone at the end."""
 
     def __init__(self, title: str, unit: str, scale: float, shown: bool) -> None:
@@ -231,7 +240,7 @@ class _Line:
         click.echo("\r" + text.ljust(self._width), nl=False, err=True)
         self._width = len(text)
 
-    def __enter__(self) -> "_Line":
+    def __enter__(self) -> "Line":
         return self
 
     def __exit__(self, *exception: object) -> None:
