@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def run_jax(mode: str, case: Case, params: dict[str, np.ndarray]) -> np.ndarray:
         return cached(load_runner(case.config, weights(case, params), device="cpu", dtype="float32"), case)
     decoder = load_decoder(case.config, weights(case, params), getattr(jnp, mode), jax.devices("cpu")[0])
     if mode == "float64":
-        decoder = jax.tree.map(lambda value: value.astype(jnp.float64), decoder)
+        decoder = replace(jax.tree.map(lambda value: value.astype(jnp.float64), decoder), dtype=jnp.float64)
     ids = case.tokens()[None].astype(np.int32)
     return np.asarray(jax.jit(Decoder.__call__)(decoder, ids)[0])
 

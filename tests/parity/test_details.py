@@ -124,16 +124,16 @@ def test_rotary_angles_are_float32_whatever_the_activations_are(on):
     exact = np.concatenate(
         [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], -1
     )
-    at = on.put(positions, "int32")
-    assert np.abs(on.get(on.decoder.rope(on.put(x, "bfloat16"), at, layer)) - bfloat16(exact)).max() <= 2**-6
-    assert relative_error(on.get(on.decoder.rope(on.put(x), at, layer)), exact) <= FRAMEWORK_FLOAT32
+    angles = on.decoder.rotation(on.put(positions, "int32"), H, layer)
+    assert np.abs(on.get(on.decoder.rope(on.put(x, "bfloat16"), angles)) - bfloat16(exact)).max() <= 2**-6
+    assert relative_error(on.get(on.decoder.rope(on.put(x), angles)), exact) <= FRAMEWORK_FLOAT32
 
 
 def test_rotation_pairs_the_halves_of_a_head(on):
     """Element i with element i + H/2, not with its neighbour."""
     layer, x = LayerSpec(sliding_window=None, rope_theta=10_000.0, rope_factor=1.0), np.zeros((1, 1, 1, 8), np.float32)
     x[..., 1] = 1
-    out = on.get(on.decoder.rope(on.put(x), on.put(np.array([[5]], np.int32), "int32"), layer))
+    out = on.get(on.decoder.rope(on.put(x), on.decoder.rotation(on.put(np.array([[5]], np.int32), "int32"), 8, layer)))
     assert np.flatnonzero(np.abs(out) > 1e-3).tolist() == [1, 5]
 
 
@@ -141,8 +141,8 @@ def test_the_rotary_divisor_is_for_positions_not_for_the_base(on):
     """Position 80 with factor 8 is position 10 without."""
     x = draw(1, 1, 2, 32)
     layers = [LayerSpec(sliding_window=None, rope_theta=1e6, rope_factor=factor) for factor in (8.0, 1.0)]
-    outs = [on.get(on.decoder.rope(on.put(x), on.put(np.array([[p]], np.int32), "int32"), layer))
-            for p, layer in zip((80, 10), layers)]  # fmt: skip
+    at = [on.put(np.array([[p]], np.int32), "int32") for p in (80, 10)]
+    outs = [on.get(on.decoder.rope(on.put(x), on.decoder.rotation(p, 32, layer))) for p, layer in zip(at, layers)]
     assert relative_error(*outs) <= FRAMEWORK_FLOAT32
 
 
@@ -212,7 +212,7 @@ def test_a_query_that_sees_nothing_gives_no_nan(on):
 
 @pytest.mark.parametrize("window, distance, sees", [(4, 3, True), (4, 4, False), (None, 4, True)])
 def test_a_window_of_w_sees_itself_and_the_w_minus_1_before(on, window, distance, sees):
-    at = on.put(np.array([[10]], np.int32), "int32"), on.put(np.array([[10 - distance, 11]], np.int32), "int32")
+    at = [on.attention.Where(on.put(np.array([row], np.int32), "int32")) for row in ([10], [10 - distance, 11])]
     assert np.asarray(on.attention.visible(*at, window)).tolist() == [[[sees, False]]]
 
 

@@ -24,7 +24,7 @@ from gemkit.arch import reference
 from gemkit.arch.presets import preset
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models.jax import Decoder, abstract_decoder, load_decoder
-from gemkit.models.jax.attention import attend, attend_one, attend_plain, visible
+from gemkit.models.jax.attention import Where, attend, attend_one, attend_plain, visible
 from gemkit.models.jax.load import pick_dtype
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.quant import GGMLType
@@ -48,7 +48,8 @@ def decoder_of(name: str, dtype=jnp.float32) -> Decoder:
 
 def logits(name: str, dtype=jnp.float32, positions=None, run=jitted) -> np.ndarray:
     case = CASES[name]
-    out = run(decoder_of(name, dtype), case.tokens()[None].astype(np.int32), positions)
+    where = None if positions is None else Where(positions)
+    out = run(decoder_of(name, dtype), case.tokens()[None].astype(np.int32), where)
     assert out.dtype == jnp.float32
     return np.asarray(out[0])
 
@@ -113,11 +114,12 @@ def test_the_door_to_attention_gives_the_plain_form(softcap, window):
         jnp.asarray(generator.standard_normal((B, n, heads, H)) * 2, jnp.float32)
         for n, heads in ((T, N), (S, K), (S, K))
     )
-    query_at = jnp.broadcast_to(jnp.arange(20, 20 + T), (B, T))
-    key_at = jnp.broadcast_to(jnp.arange(S), (B, S))
-    ours = jax.jit(functools.partial(attend, scale=0.3, softcap=softcap, window=window))(q, k, v, query_at, key_at)
+    query_at = Where(jnp.broadcast_to(jnp.arange(20, 20 + T), (B, T)))
+    key_at = Where(jnp.broadcast_to(jnp.arange(S), (B, S)))
+    seen = visible(query_at, key_at, window)
+    ours = jax.jit(functools.partial(attend, scale=0.3, softcap=softcap))(q, k, v, seen)
     plain = jax.jit(functools.partial(attend_plain, scale=0.3, softcap=softcap))
-    assert relative_error(ours, plain(q, k, v, visible(query_at, key_at, window))) <= FRAMEWORK_FLOAT32
+    assert relative_error(ours, plain(q, k, v, seen)) <= FRAMEWORK_FLOAT32
     without = jax.jit(functools.partial(attend_plain, scale=0.3))(q, k, v, visible(query_at, key_at, None))
     assert relative_error(ours, without) > TRAIT_MARGIN * FRAMEWORK_FLOAT32
 
@@ -129,12 +131,12 @@ def test_one_query_a_sequence_has_a_form_of_its_own():
         jnp.asarray(generator.standard_normal((B, n, heads, H)) * 2, jnp.float32)
         for n, heads in ((1, N), (S, K), (S, K))
     )
-    at, key_at = jnp.array([[3], [20], [32]]), jnp.broadcast_to(jnp.arange(S), (B, S))
+    at, key_at = Where(jnp.array([[3], [20], [32]])), Where(jnp.broadcast_to(jnp.arange(S), (B, S)))
     for softcap, window in ((None, None), (5.0, 6)):
         seen = visible(at, key_at, window)
         expected = attend_plain(q, k, v, seen, scale=0.3, softcap=softcap)
         assert relative_error(attend_one(q, k, v, seen, scale=0.3, softcap=softcap), expected) <= FRAMEWORK_FLOAT32
-        door = attend(q, k, v, at, key_at, scale=0.3, softcap=softcap, window=window)
+        door = attend(q, k, v, seen, scale=0.3, softcap=softcap)
         assert relative_error(door, expected) <= FRAMEWORK_FLOAT32
 
 

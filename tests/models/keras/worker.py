@@ -28,7 +28,7 @@ from gemkit.arch.tensors import manifest
 from gemkit.engine.sampling import Sampling, sample
 from gemkit.errors import GemkitError
 from gemkit.models.keras import Decoder, generate, load_decoder
-from gemkit.models.keras.attention import attend_fused, attend_plain, visible
+from gemkit.models.keras.attention import Where, attend_fused, attend_plain, visible
 from gemkit.weights.checkpoint import Checkpoint
 
 FOLDER = Path(sys.argv[1])
@@ -56,7 +56,7 @@ def attention() -> float:
     draw = np.random.default_rng(0).standard_normal
     (B, T, S, N, K, H), to = (2, 5, 33, 4, 2, 16), keras.ops.convert_to_tensor
     q, k, v = (to(draw(shape).astype(np.float32)) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
-    seen = visible(to(np.arange(20, 20 + T)[None]), to(np.arange(S)[None]), 6)
+    seen = visible(Where(to(np.arange(20, 20 + T)[None])), Where(to(np.arange(S)[None])), 6)
     forms = [f(q, k, v, keras.ops.broadcast_to(seen, (B, T, S)), scale=0.3) for f in (attend_fused, attend_plain)]
     return relative_error(*map(keras.ops.convert_to_numpy, forms))
 

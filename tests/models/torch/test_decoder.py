@@ -10,7 +10,7 @@ from parity.tolerances import FRAMEWORK_FLOAT32, relative_error
 from gemkit.arch.presets import preset
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models.torch import Decoder, load_decoder
-from gemkit.models.torch.attention import attend_flex, attend_plain, attend_sdpa, visible
+from gemkit.models.torch.attention import Where, attend_flex, attend_plain, attend_sdpa, visible
 from gemkit.models.torch.load import pick_dtype
 from gemkit.weights.checkpoint import Checkpoint
 
@@ -74,12 +74,10 @@ def test_every_form_of_attention_is_the_plain_one(softcap, window):
     torch.manual_seed(0)
     B, T, S, N, K, H = 2, 5, 33, 4, 2, 16
     q, k, v = (torch.randn(B, n, heads, H) * 2 for n, heads in ((T, N), (S, K), (S, K)))
-    query_at = torch.arange(20, 20 + T).expand(B, T)
-    key_at = torch.arange(S).expand(B, S)
+    query_at, key_at = (Where(torch.arange(*span).expand(B, -1)) for span in ((20, 20 + T), (S,)))
     seen = visible(query_at, key_at, window)
     plain = attend_plain(q, k, v, seen, scale=0.3, softcap=softcap).numpy()
-    options = {"scale": 0.3, "softcap": softcap, "window": window}
-    flex = attend_flex(q, k, v, query_at, key_at, **options, compiled=False).numpy()
+    flex = attend_flex(q, k, v, seen, scale=0.3, softcap=softcap, compiled=False).numpy()
     assert relative_error(flex, plain) <= FRAMEWORK_FLOAT32
     if softcap is None:
         assert relative_error(attend_sdpa(q, k, v, seen, scale=0.3).numpy(), plain) <= FRAMEWORK_FLOAT32

@@ -37,13 +37,13 @@ def measured() -> dict[int, tuple[float, float]]:
     few = copy.deepcopy(exact)
     found = {}
     with torch.inference_mode():
-        wanted = exact.hidden(ids[None, :-1])[0]
+        wanted = exact.hidden(ids[None, :-1])[0][0]
         for bits in (8, 4):
             for name, spec in manifest(exact.config).items():
                 if spec.quantise and (bits == 8 or bits_of(spec, bits) != 8):
                     put(few, name, quantise(exact.get_parameter(name), bits_of(spec, bits)))
             rise = divergence = at = 0.0
-            hidden = few.hidden(ids[None, :-1])[0]
+            hidden = few.hidden(ids[None, :-1])[0][0]
             for p, q in zip(log_probabilities(exact, wanted), log_probabilities(few, hidden), strict=True):
                 targets = ids[1:][int(at) : int(at) + len(p), None]
                 rise += (p - q).gather(1, targets).sum().item()

@@ -14,10 +14,9 @@ G = N/K query heads per key-value head, H head width, V vocabulary. ``q_BTNH`` h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,61 +24,43 @@ import numpy as np
 from jax import Array
 
 from gemkit.arch.config import LayerSpec, ModelConfig
-from gemkit.models.jax.attention import attend
-from gemkit.models.jax.linear import Quantised, linear, rows
+from gemkit.models.frameworks.layers import call
+from gemkit.models.jax.attention import LayerCache, Where, attend, visible
+from gemkit.models.jax.linear import LowRank, Quantised, linear, rows
 
-Params = Mapping[str, Array | Quantised]
-
-
-class LayerCache(NamedTuple):
-    """One layer's keys and values so far, and where the new ones go; see `gemkit.models.jax.runner`.
-
-    k, v: [slots, K, H]; donated to a jitted step, they are written in place.  write_BT: slot of each new token.
-    read_BS: slots to attend to.  positions_BS: their positions; past all queries where there is nothing to see.
-    """
-
-    k: Array
-    v: Array
-    write_BT: Array
-    read_BS: Array
-    positions_BS: Array
-
-    def update(self, k_BTKH: Array, v_BTKH: Array) -> LayerCache:
-        """The cache with the new keys and values stored."""
-        k = self.k.at[self.write_BT].set(k_BTKH.astype(self.k.dtype))
-        v = self.v.at[self.write_BT].set(v_BTKH.astype(self.v.dtype))
-        return self._replace(k=k, v=v)
-
-    def read(self) -> tuple[Array, Array, Array]:
-        """All keys and values that are read, [B, S, K, H], and their positions."""
-        return self.k[self.read_BS], self.v[self.read_BS], self.positions_BS
+Params = Mapping[str, Array | Quantised | LowRank]
+Rotation = tuple[Array, Array]  # cosines and sines [B, T, 1, H/2]
 
 
 def widen(x: Array) -> Array:
-    """float32 at least."""
+    """Return x in float32 at least."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def norm(x: Array, w: Array, eps: float) -> Array:
-    """Root-mean-square norm over the last axis. The stored weight is w, the gain 1 + w; the type of x comes back."""
+    """Normalise by the root mean square over the last axis. The gain is 1 + w; the type of x comes back."""
     x32 = widen(x)
     mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     return (x32 * jax.lax.rsqrt(mean + eps) * (1.0 + widen(w))).astype(x.dtype)
 
 
 def inverse_frequencies(head_dim: int, layer: LayerSpec) -> np.ndarray:
-    """Rotary frequencies float32 [H/2] in radians per position."""
+    """Return the rotary frequencies float32 [H/2] in radians per position."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     return np.float32(layer.rope_theta**-exponent) / np.float32(layer.rope_factor)
 
 
-def rope(x_BTNH: Array, positions_BT: Array, layer: LayerSpec) -> Array:
-    """Rotates by positions; element i pairs with element i + H/2."""
-    frequencies = inverse_frequencies(x_BTNH.shape[-1], layer)
-    first, second = jnp.split(widen(x_BTNH), 2, axis=-1)
+def rotation(positions_BT: Array, head_dim: int, layer: LayerSpec, dtype: jnp.dtype = jnp.float32) -> Rotation:
+    """Return cosines and sines [B, T, 1, H/2] of the positions' angles, in float32 whatever dtype is."""
     # A float32 product in float64 too: see the reference
-    angle_BT1H = (positions_BT.astype(jnp.float32)[..., None] * frequencies)[:, :, None].astype(first.dtype)
-    cos, sin = jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
+    angle_BT1H = (positions_BT.astype(jnp.float32)[..., None] * inverse_frequencies(head_dim, layer))[:, :, None]
+    angle_BT1H = angle_BT1H.astype(jnp.promote_types(dtype, jnp.float32))
+    return jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
+
+
+def rope(x_BTNH: Array, rotation: Rotation) -> Array:
+    """Rotate by positions; element i pairs with element i + H/2."""
+    (cos, sin), (first, second) = rotation, jnp.split(widen(x_BTNH), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BTNH.dtype)
 
 
@@ -88,7 +69,7 @@ def softcap(x: Array, cap: float | None) -> Array:
 
 
 def attention(
-    x_BTD: Array, p: Params, positions_BT: Array, layer: LayerSpec, c: ModelConfig, cache: LayerCache | None
+    p: Params, c: ModelConfig, x_BTD: Array, rotation: Rotation, mask_BTS: Array, cache: LayerCache | None
 ) -> tuple[Array, LayerCache | None]:
     """Grouped-query attention; p holds the layer's parameters."""
     B, T, _ = x_BTD.shape
@@ -99,17 +80,16 @@ def attention(
     if c.qk_norm:
         q_BTNH = norm(q_BTNH, p["self_attn.q_norm.weight"], c.rms_norm_eps)
         k_BSKH = norm(k_BSKH, p["self_attn.k_norm.weight"], c.rms_norm_eps)
-    q_BTNH, k_BSKH = rope(q_BTNH, positions_BT, layer), rope(k_BSKH, positions_BT, layer)
-    positions_BS = positions_BT
+    q_BTNH, k_BSKH = rope(q_BTNH, rotation), rope(k_BSKH, rotation)
     if cache is not None:
         cache = cache.update(k_BSKH, v_BSKH)
-        k_BSKH, v_BSKH, positions_BS = cache.read()
-    scale, cap, window = 1 / math.sqrt(c.query_pre_attn_scalar), c.attn_logit_softcapping, layer.sliding_window
-    mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, positions_BT, positions_BS, scale=scale, softcap=cap, window=window)
+        k_BSKH, v_BSKH = cache.read()
+    scale, cap = 1 / math.sqrt(c.query_pre_attn_scalar), c.attn_logit_softcapping
+    mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=cap)
     return linear(mixed_BTNH.reshape(B, T, N * H), p["self_attn.o_proj.weight"]), cache
 
 
-def mlp(x_BTD: Array, p: Params) -> Array:
+def mlp(p: Params, x_BTD: Array) -> Array:
     """Gated feed-forward with the tanh form of GELU."""
     gate_BTF = linear(x_BTD, p["mlp.gate_proj.weight"])
     gate_BTF = jax.nn.gelu(widen(gate_BTF), approximate=True).astype(x_BTD.dtype)
@@ -117,16 +97,16 @@ def mlp(x_BTD: Array, p: Params) -> Array:
 
 
 def block(
-    x_BTD: Array, p: Params, positions_BT: Array, layer: LayerSpec, c: ModelConfig, cache: LayerCache | None
+    p: Params, c: ModelConfig, x_BTD: Array, rotation: Rotation, mask_BTS: Array, cache: LayerCache | None
 ) -> tuple[Array, LayerCache | None]:
     """One layer."""
     eps = c.rms_norm_eps
-    a_BTD, cache = attention(norm(x_BTD, p["input_layernorm.weight"], eps), p, positions_BT, layer, c, cache)
+    a_BTD, cache = attention(p, c, norm(x_BTD, p["input_layernorm.weight"], eps), rotation, mask_BTS, cache)
     if not c.post_norms:
         x_BTD = x_BTD + a_BTD
-        return x_BTD + mlp(norm(x_BTD, p["post_attention_layernorm.weight"], eps), p), cache
+        return x_BTD + mlp(p, norm(x_BTD, p["post_attention_layernorm.weight"], eps)), cache
     x_BTD = x_BTD + norm(a_BTD, p["post_attention_layernorm.weight"], eps)
-    m_BTD = mlp(norm(x_BTD, p["pre_feedforward_layernorm.weight"], eps), p)
+    m_BTD = mlp(p, norm(x_BTD, p["pre_feedforward_layernorm.weight"], eps))
     return x_BTD + norm(m_BTD, p["post_feedforward_layernorm.weight"], eps), cache
 
 
@@ -135,44 +115,62 @@ def block(
 class Decoder:
     """A Gemma model.
 
-    params: arrays by the names of `gemkit.arch.tensors.manifest`. dtype: of activations where the weights are
-    quantised.
+    params: arrays by the names of `gemkit.arch.tensors.manifest`. dtype: of activations; None: the embedding's.
 
     Example: ``Decoder(config, params)(jnp.array([[2, 651, 6037]]))`` gives logits float32 [1, 3, V].
     """
 
     config: ModelConfig
     params: Params
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype | None = None
+
+    def embed(self, tokens_BT: Array) -> Array:
+        """Return the input of the first layer [B, T, D]."""
+        x_BTD = rows(self.params["model.embed_tokens.weight"], tokens_BT, self.dtype)
+        # √D in the activations' own type: 55.5, not 55.43, for D = 3072 in bfloat16
+        return x_BTD * jnp.asarray(math.sqrt(x_BTD.shape[-1]), x_BTD.dtype)
 
     def hidden(
-        self, tokens_BT: Array, positions_BT: Array | None = None, caches: Sequence[LayerCache] | None = None
+        self,
+        tokens_BT: Array,
+        where: Where | None = None,
+        caches: Sequence[LayerCache] | None = None,
+        *,
+        inputs: Array | None = None,
+        run: Callable = call,
     ) -> tuple[Array, list[LayerCache | None]]:
-        """Returns hidden states [B, T, D] after the final norm, and the caches with the new tokens in them.
+        """Return hidden states [B, T, D] after the final norm, and the caches with the new tokens.
 
-        positions: 0, 1, 2, … if None. caches: one per layer.
+        where: positions 0, 1, 2, … if None. caches: one per layer. inputs: takes the place of `embed`.
+        run: calls a layer, as ``run(layer, x, …)``; for activation checkpointing and the like.
         """
         c, params = self.config, self.params
-        if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-        x_BTD = rows(params["model.embed_tokens.weight"], tokens_BT, self.dtype)
-        # √D in the activations' own type: 55.5, not 55.43, for D = 3072 in bfloat16
-        x_BTD = x_BTD * jnp.asarray(math.sqrt(x_BTD.shape[-1]), x_BTD.dtype)
+        if where is None:
+            where = Where(jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape))
+        x_BTD = self.embed(tokens_BT) if inputs is None else inputs
+        given = caches or [None] * len(c.layers)
+        # Built once a step for all layers of a kind
+        kinds = dict(zip(c.layers, given))
+        rotations = {layer: rotation(where.positions_BT, c.head_dim, layer, x_BTD.dtype) for layer in kinds}
+        masks = {
+            layer: visible(where, Where(cache.positions_BS) if cache else where, layer.sliding_window)
+            for layer, cache in kinds.items()
+        }
         written = []
-        for i, layer in enumerate(c.layers):
+        for i, (layer, cache) in enumerate(zip(c.layers, given, strict=True)):
             prefix = f"model.layers.{i}."
             p = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
-            x_BTD, cache = block(x_BTD, p, positions_BT, layer, c, caches[i] if caches else None)
+            x_BTD, cache = run(partial(block, p, c), x_BTD, rotations[layer], masks[layer], cache)
             written.append(cache)
         return norm(x_BTD, params["model.norm.weight"], c.rms_norm_eps), written
 
     def logits(self, x_BTD: Array) -> Array:
-        """Returns logits float32 [..., V] of hidden states."""
+        """Return logits float32 [..., V] of hidden states."""
         c = self.config
         head_VD = self.params["model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"]
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         return softcap(linear(x_BTD, head_VD, wide), c.final_logit_softcapping)
 
-    def __call__(self, tokens_BT: Array, positions_BT: Array | None = None) -> Array:
-        """Returns logits float32 [B, T, V]; position t scores the token after ``tokens[:, t]``."""
-        return self.logits(self.hidden(tokens_BT, positions_BT)[0])
+    def __call__(self, tokens_BT: Array, where: Where | None = None) -> Array:
+        """Return logits float32 [B, T, V]; position t scores the token after ``tokens[:, t]``."""
+        return self.logits(self.hidden(tokens_BT, where)[0])

@@ -1,15 +1,19 @@
-"""The one door to weights in JAX: `linear` and `rows`, of a plain matrix and of one with 8 or 4 bits a value.
+"""The one door to weights in JAX: `linear` and `rows`, of a matrix that is plain, quantised or low-rank adapted.
 
-`gemkit.models.frameworks.quantise` describes the format. `linear_plain` is what all forms must equal.
+`gemkit.models.frameworks.quantise` describes the format of 8 and 4 bits. A plain matrix may be wider than the
+activations (float32 that is trained, in a bfloat16 model): it is rounded to their type where it is used.
 
-Letters: O outputs, I inputs.
+Letters: O outputs, I inputs, R rank.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -31,38 +35,80 @@ class Quantised(NamedTuple):
         return self.values.nbytes + self.scales.nbytes
 
 
-def linear(x: Array, w: Array | Quantised, out: jnp.dtype | None = None) -> Array:
-    """x [..., I] times w [O, I] transposed, by the fastest form that gives the same; out: its type, x's if None."""
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["base", "a", "b", "magnitude", "key"],
+    meta_fields=["scale", "dropout"],
+)
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix [O, I] with an adapter: base + scale · B·A; with magnitude (DoRA), its rows scaled to that norm.
+
+    dropout: probability of zeroing an input of the adapter, where there is a key.
+    Source: arXiv:2106.09685, arXiv:2402.09353 (section 4.3: the norm is a constant of the gradient).
+    """
+
+    base: Array | Quantised
+    a: Array
+    b: Array
+    scale: float
+    magnitude: Array | None = None
+    dropout: float = 0.0
+    key: Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes + self.a.nbytes + self.b.nbytes
+
+    def norms(self) -> Array:
+        """Return the norm of each row of base + scale · B·A, float32 [O]."""
+        base = dequantise(self.base, jnp.float32) if isinstance(self.base, Quantised) else self.base
+        return jnp.linalg.norm(base.astype(jnp.float32) + self.scale * (self.b @ self.a).astype(jnp.float32), axis=1)
+
+
+def linear(x: Array, w: Array | Quantised | LowRank, out: jnp.dtype | None = None) -> Array:
+    """Return x [..., I] times w [O, I] transposed, by the fastest form that is equal. out: its type, None: x's."""
+    if isinstance(w, LowRank):
+        kept = x
+        if w.key is not None and w.dropout > 0:
+            kept = jnp.where(jax.random.bernoulli(w.key, 1 - w.dropout, x.shape), x / (1 - w.dropout), 0)
+        y = linear(x, w.base, out) + linear(linear(kept, w.a), w.b, out) * w.scale
+        return y if w.magnitude is None else y * (w.magnitude / jax.lax.stop_gradient(w.norms())).astype(y.dtype)
     if not isinstance(w, Quantised):
+        w = w.astype(x.dtype)
         return x @ w.T if out is None else jnp.matmul(x, w.T, preferred_element_type=out)
     form = linear_one if math.prod(x.shape[:-1]) == 1 else linear_plain
     return form(x, w, out or x.dtype)
 
 
 def linear_plain(x: Array, w: Quantised, out: jnp.dtype) -> Array:
-    """Widens the matrix and multiplies: any number of rows, more memory traffic."""
+    """Widen the matrix and multiply: any number of rows, more memory traffic."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.matmul(x, dequantise(w, x.dtype).T, preferred_element_type=wide).astype(out)
 
 
 def linear_one(x: Array, w: Quantised, out: jnp.dtype) -> Array:
-    """One row, in one pass over the packed bytes."""
+    """Multiply one row, in one pass over the packed bytes."""
     return packed.multiply_row(jnp, x, *w).astype(out).reshape(*x.shape[:-1], -1)
 
 
-def rows(w: Array | Quantised, ids: Array, dtype: jnp.dtype) -> Array:
-    """Rows [*ids, I] of a matrix; dtype: of a quantised one's."""
+def rows(w: Array | Quantised, ids: Array, dtype: jnp.dtype | None = None) -> Array:
+    """Return rows [*ids, I] of a matrix in dtype; None: in that of a plain one."""
     if not isinstance(w, Quantised):
-        return w[ids]
+        return w[ids].astype(dtype or w.dtype)
     flat = ids.reshape(-1)
     return packed.dequantise(jnp, w.values[flat], w.scales[flat], dtype).reshape(*ids.shape, -1)
 
 
 def quantise(w_OI: Array, bits: int) -> Quantised:
-    """The matrix in 8 or 4 bits. Raises ValueError if I is no multiple of 32."""
+    """Return the matrix in 8 or 4 bits. Raises ValueError if I is no multiple of 32."""
     return Quantised(*packed.quantise(jnp, w_OI, bits))
 
 
 def dequantise(w: Quantised, dtype: jnp.dtype) -> Array:
-    """The matrix [O, I]."""
+    """Return the matrix [O, I]."""
     return packed.dequantise(jnp, w.values, w.scales, dtype)

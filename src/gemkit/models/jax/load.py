@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -26,7 +26,7 @@ BITS = {"int8": 8, "int4": 4}  # of the matrices; activations are those of "auto
 
 
 def pick_dtype(name: str, config: ModelConfig, device: jax.Device) -> np.dtype:
-    """Returns the type to compute in: "auto" is bfloat16 on accelerators that have it, else float32.
+    """Return the type to compute in: "auto" is bfloat16 on accelerators that have it, else float32.
 
     Raises UsageError for float16 in Gemma 2 and 3, whose activations leave its range, and for bfloat16 on a GPU that
     has none.
@@ -59,7 +59,7 @@ def load_runner(
     threads: int | None = None,
     max_tokens_per_step: int = 512,
 ) -> JaxRunner:
-    """Loads a runner on the CPU, a GPU or a TPU.
+    """Load a runner on the CPU, a GPU or a TPU.
 
     weights: as in a `Checkpoint`. device: "cpu", "cuda", "tpu", "cuda:1", …; None takes JAX's first. dtype: see
     `pick_dtype`; "int8" and "int4" are of the matrices alone. threads: ignored, JAX takes every core.
@@ -74,7 +74,7 @@ def load_runner(
 
 
 def pick_device(name: str | None) -> jax.Device:
-    """Returns JAX's first device, or the one of that name. Raises UsageError if there is none."""
+    """Return JAX's first device, or the one of that name. Raises UsageError if there is none."""
     if name is None:
         return jax.devices()[0]
     platform, _, index = name.partition(":")
@@ -90,10 +90,12 @@ def load_decoder(
     dtype: np.dtype = jnp.float32,
     device: jax.Device | jax.sharding.Sharding | None = None,
     bits: int | None = None,
+    trainable: Callable[[TensorSpec], bool] | None = None,
 ) -> Decoder:
-    """Loads a decoder; norms stay float32. weights: as in a `Checkpoint`. device: JAX's first if None.
+    """Load a decoder; norms stay float32. weights: as in a `Checkpoint`. dtype: of matrices and activations.
 
-    bits: 8 or 4, of the matrices; those of the vocabulary have 8 at least. None: all are of dtype.
+    device: JAX's first if None. bits: 8 or 4, of the matrices; those of the vocabulary have 8 at least. None: all are
+    of dtype. trainable: selects parameters that are to take gradients; these are float32.
     Raises GemkitError that names a tensor that is missing, has another shape, or cannot have so few bits.
     """
     params = {}
@@ -103,19 +105,21 @@ def load_decoder(
             raise GemkitError(f"the tensor {name} is missing: get the whole model")
         if tuple(tensor.shape) != spec.shape:
             raise GemkitError(f"the tensor {name} has shape {list(tensor.shape)}, not {list(spec.shape)}")
-        if bits is not None and spec.quantise:
+        trained = trainable is not None and trainable(spec)
+        if bits is not None and spec.quantise and not trained:
             try:
                 value = _quantised(to_numpy(tensor), bits_of(spec, bits), device)
             except ValueError as error:
                 raise GemkitError(f"{name}: {error}; choose another dtype") from None
         else:
-            value = jax.device_put(to_numpy(tensor).astype(_kind(spec, dtype), copy=False), device)
+            kind = np.dtype(np.float32) if trained else _kind(spec, dtype)
+            value = jax.device_put(to_numpy(tensor).astype(kind, copy=False), device)
         params[name] = jax.block_until_ready(value)
     return Decoder(config, params, np.dtype(dtype))
 
 
 def bits_of(spec: TensorSpec, bits: int) -> int:
-    """Returns 8 for the vocabulary's matrices, each row of which is a token of its own, else bits."""
+    """Return 8 for the vocabulary's matrices, each row of which is a token of its own, else bits."""
     return 8 if spec.letters[0] == "V" else bits
 
 
@@ -130,7 +134,7 @@ _quantise = jax.jit(quantise, static_argnums=1)
 
 
 def abstract_decoder(config: ModelConfig, dtype: np.dtype = jnp.float32, bits: int | None = None) -> Decoder:
-    """Returns a decoder of shapes without memory, for ``jax.eval_shape``, lowering, and exact counts."""
+    """Return a decoder of shapes without memory, for ``jax.eval_shape``, lowering, and exact counts."""
     params = {}
     for name, spec in manifest(config).items():
         params[name] = jax.ShapeDtypeStruct(spec.shape, _kind(spec, dtype))
@@ -140,7 +144,7 @@ def abstract_decoder(config: ModelConfig, dtype: np.dtype = jnp.float32, bits: i
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """Returns a tensor's values in memory of their own: bfloat16 bit by bit, everything else by way of float32."""
+    """Return a tensor's values in memory of their own: bfloat16 bit by bit, everything else by way of float32."""
     if tensor.type == GGMLType.BF16 and not tensor.add_one:
         return np.array(tensor.data).view(ml_dtypes.bfloat16).reshape(tensor.shape)
     return np.ascontiguousarray(tensor.to_float32())

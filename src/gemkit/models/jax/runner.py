@@ -18,13 +18,14 @@ from gemkit.host import usable_cpus
 from gemkit.models.frameworks.batch import PaddedBatch, Sizes, unpack
 from gemkit.models.frameworks.choice import TOP
 from gemkit.models.frameworks.runner import FrameworkRunner
-from gemkit.models.jax.decoder import Decoder, LayerCache, Params
+from gemkit.models.jax.attention import LayerCache, Where
+from gemkit.models.jax.decoder import Decoder, Params
 
 Caches = list[tuple[Array, Array]]  # k and v [slots, K, H] of each layer
 
 
 class JaxRunner(FrameworkRunner):
-    """Runs a decoder with JAX, where its parameters are, on every core of a CPU.
+    """Run a decoder with JAX, where its parameters are, on every core of a CPU.
 
     compilations: how many shapes were compiled so far. The first step of a shape takes seconds.
     """
@@ -42,7 +43,7 @@ class JaxRunner(FrameworkRunner):
         self._run_logprobs = self._jit(partial(_logprobs, model))
 
     def _jit(self, function: Callable, **options: Any) -> Callable:
-        """Jits a function. Python runs it only to compile it for a new shape, which is counted."""
+        """Jit a function. Python runs it only to compile it for a new shape, which is counted."""
 
         def traced(*arguments):
             self.compilations += 1
@@ -74,7 +75,7 @@ class JaxRunner(FrameworkRunner):
         return logits_BV, packed
 
     def _restore_caches(self) -> None:
-        """Allocates caches that a failed step has donated; their sequences start over."""
+        """Allocate caches that a failed step has donated; their sequences start over."""
         for layer, (k, v) in enumerate(self.caches):
             if k.is_deleted() or v.is_deleted():
                 self.caches[layer] = self._allocate(len(k) // self.page_size)
@@ -103,11 +104,11 @@ class JaxRunner(FrameworkRunner):
 def _hidden(
     model: Decoder, groups: Sequence[PageGroup], sizes: Sizes, params: Params, flat: Array, kv: Caches
 ) -> tuple[Array, Caches]:
-    """Returns hidden states [B, T, D] of a `PaddedBatch`, and the caches with the new tokens in them."""
+    """Return hidden states [B, T, D] of a `PaddedBatch`, and the caches with the new tokens in them."""
     tokens_BT, positions_BT, slots = unpack(flat, sizes)
     of_layer = {layer: slot for group, slot in zip(groups, slots, strict=True) for layer in group.layers}
     caches = [LayerCache(*kv[layer], *of_layer[layer]) for layer in range(len(kv))]
-    hidden_BTD, caches = replace(model, params=params).hidden(tokens_BT, positions_BT, caches)
+    hidden_BTD, caches = replace(model, params=params).hidden(tokens_BT, Where(positions_BT), caches)
     return hidden_BTD, [(cache.k, cache.v) for cache in caches]
 
 
@@ -120,18 +121,18 @@ def _decode(
     flat: Array,
     kv: Caches,
 ) -> tuple[Array, Array, Caches]:
-    """Returns `_top` of `_hidden` of a step of one token a sequence, in one call."""
+    """Return `_top` of `_hidden` of a step of one token a sequence, in one call."""
     hidden_B1D, kv = _hidden(model, groups, sizes, params, flat, kv)
     return *_top(model, argmax, params, hidden_B1D[:, 0]), kv
 
 
 def _take(hidden_BTD: Array, rows_R: Array) -> Array:
-    """Returns rows [R, D]; apart from the head, so that this is compiled once for R and not for all B and T."""
+    """Return rows [R, D]; apart from the head, so that this is compiled once for R and not for all B and T."""
     return hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[rows_R]
 
 
 def _top(model: Decoder, argmax: bool, params: Params, hidden_RD: Array) -> tuple[Array, Array]:
-    """Returns logits [R, V] and packed rows; see `gemkit.models.frameworks.choice`."""
+    """Return logits [R, V] and packed rows; see `gemkit.models.frameworks.choice`."""
     logits_RV = replace(model, params=params).logits(hidden_RD)
     if argmax:
         ids_RK = logits_RV.argmax(-1, keepdims=True)
@@ -144,7 +145,7 @@ def _top(model: Decoder, argmax: bool, params: Params, hidden_RD: Array) -> tupl
 
 
 def _logprobs(model: Decoder, params: Params, hidden_RD: Array, ids_R: Array) -> tuple[Array, Array]:
-    """Returns the logits of ids less the largest [R], and Σ exp(logit - largest) [R], NaN if one is not finite."""
+    """Return the logits of ids less the largest [R], and Σ exp(logit - largest) [R], NaN if one is not finite."""
     logits_RV = replace(model, params=params).logits(hidden_RD)
     logits_RV -= logits_RV.max(-1, keepdims=True)
     sums_R = _checked(logits_RV, jnp.exp(logits_RV).sum(-1))
@@ -152,7 +153,7 @@ def _logprobs(model: Decoder, params: Params, hidden_RD: Array, ids_R: Array) ->
 
 
 def _checked(logits_RV: Array, sums_R: Array) -> Array:
-    """Returns the sums, NaN where a logit is minus infinity, which leaves no trace in a sum."""
+    """Return the sums, NaN where a logit is minus infinity, which leaves no trace in a sum."""
     return jnp.where(jnp.isfinite(logits_RV.min(-1)), sums_R, jnp.nan)
 
 

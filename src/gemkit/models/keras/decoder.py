@@ -14,7 +14,7 @@ G = N/K query heads per key-value head, H head width, V vocabulary. ``q_BTNH`` h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import keras
@@ -25,29 +25,37 @@ from keras import ops
 from gemkit.arch.config import LayerSpec, ModelConfig
 from gemkit.arch.hf_config import from_hf, to_hf
 from gemkit.arch.tensors import manifest
-from gemkit.models.keras.attention import LayerCache, attend
+from gemkit.models.frameworks.layers import call
+from gemkit.models.keras.attention import LayerCache, Where, attend, visible
 from gemkit.models.keras.generate import Generator
+from gemkit.models.keras.linear import LowRank, linear, rows
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines [B, T, 1, H/2]
 
 
 def norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis. The stored weight is w, the gain 1 + w; the type of x comes back."""
+    """Normalise by the root mean square over the last axis. The gain is 1 + w; the type of x comes back."""
     x32 = ops.cast(x, "float32")
     gain = 1.0 + ops.cast(w, "float32")
     return ops.cast(x32 * ops.rsqrt(ops.mean(ops.square(x32), axis=-1, keepdims=True) + eps) * gain, x.dtype)
 
 
 def inverse_frequencies(head_dim: int, layer: LayerSpec) -> np.ndarray:
-    """Rotary frequencies float32 [H/2] in radians per position."""
+    """Return the rotary frequencies float32 [H/2] in radians per position."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     return np.float32(layer.rope_theta**-exponent) / np.float32(layer.rope_factor)
 
 
-def rope(x_BTNH: Tensor, positions_BT: Tensor, layer: LayerSpec) -> Tensor:
-    """Rotates by positions; element i pairs with element i + H/2."""
-    frequencies = ops.convert_to_tensor(inverse_frequencies(x_BTNH.shape[-1], layer), dtype="float32")
+def rotation(positions_BT: Tensor, head_dim: int, layer: LayerSpec) -> Rotation:
+    """Return cosines and sines [B, T, 1, H/2] of the positions' angles, in float32."""
+    frequencies = ops.convert_to_tensor(inverse_frequencies(head_dim, layer), dtype="float32")
     angle_BT1H = (ops.cast(positions_BT, "float32")[..., None] * frequencies)[:, :, None]
-    first, second = ops.split(ops.cast(x_BTNH, "float32"), 2, axis=-1)
-    cos, sin = ops.cos(angle_BT1H), ops.sin(angle_BT1H)
+    return ops.cos(angle_BT1H), ops.sin(angle_BT1H)
+
+
+def rope(x_BTNH: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate by positions; element i pairs with element i + H/2."""
+    (cos, sin), (first, second) = rotation, ops.split(ops.cast(x_BTNH, "float32"), 2, axis=-1)
     rotated = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return ops.cast(rotated, x_BTNH.dtype)
 
@@ -56,20 +64,15 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * ops.tanh(x / cap)
 
 
-def linear(x: Tensor, w: Tensor) -> Tensor:
-    """x [..., in] by w [out, in] in the type of x."""
-    return ops.matmul(x, ops.transpose(ops.cast(w, x.dtype)))
-
-
 class Weight(keras.layers.Layer):
     """A layer with one parameter, ``weight``, created at once: its shape needs no input. name: canonical."""
 
     def __init__(self, shape: tuple[int, ...], std: float, *, name: str, dtype) -> None:
-        *scopes, name = name.split(".")
+        *self.scopes, name = name.split(".")
         super().__init__(name=name, dtype=dtype)
         start = keras.initializers.RandomNormal(stddev=std) if std else "zeros"
         with ExitStack() as stack:
-            for scope in scopes:
+            for scope in self.scopes:
                 stack.enter_context(keras.name_scope(scope))
             # Each use casts for itself: an embedding only the rows that it looks up, a norm not at all
             self.weight = self.add_weight(shape, start, self._kind(), autocast=False, name="weight")
@@ -98,22 +101,40 @@ class Norm(Weight):
 
 
 class Linear(Weight):
+    low_rank: LowRank | None = None
+
     def call(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight if self.low_rank is None else self.low_rank)
+
+    def adapt(self, rank: int, scale: float, dora: bool = False, dropout: float = 0.0) -> LowRank:
+        """Freeze the matrix and add an adapter of zeros, float32; see `LowRank`."""
+        outputs, inputs = self.weight.shape
+        self.weight.trainable = False
+        shapes = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)} | ({"magnitude": (outputs,)} if dora else {})
+        with ExitStack() as stack:
+            for scope in self.scopes:
+                stack.enter_context(keras.name_scope(scope))
+            added = [
+                self.add_weight(shape, "zeros", "float32", autocast=False, name=name) for name, shape in shapes.items()
+            ]
+        a, b, magnitude = (*added, None)[:3]
+        self.dropout = keras.layers.Dropout(dropout) if dropout else None
+        self.low_rank = LowRank(self.weight, a, b, scale, magnitude, self.dropout)
+        return self.low_rank
 
 
 class Embedding(Weight):
     def call(self, tokens_BT: Tensor) -> Tensor:
-        return ops.cast(ops.take(self.weight, tokens_BT, axis=0), self.compute_dtype)
+        return rows(self.weight, tokens_BT, self.compute_dtype)
 
 
 class Attention(keras.layers.Layer):
     """Grouped-query attention. Returns its output and the cache with the new keys and values."""
 
-    def __init__(self, c: ModelConfig, layer: LayerSpec, std: float, *, name: str, dtype) -> None:
-        super().__init__(name=name.replace(".", "_"), dtype=dtype)
+    def __init__(self, c: ModelConfig, std: float, *, name: str, dtype) -> None:
+        super().__init__(name=name.replace(".", "_"), dtype=dtype, autocast=False)  # cosines and sines stay float32
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.heads, self.layer, self.qk_norm = (N, K, H), layer, c.qk_norm
+        self.heads, self.qk_norm = (N, K, H), c.qk_norm
         self.scale, self.softcap = 1 / math.sqrt(c.query_pre_attn_scalar), c.attn_logit_softcapping
         self.q_proj = Linear((N * H, D), std, name=f"{name}.q_proj", dtype=dtype)
         self.k_proj = Linear((K * H, D), std, name=f"{name}.k_proj", dtype=dtype)
@@ -125,7 +146,7 @@ class Attention(keras.layers.Layer):
         self.built = True
 
     def call(
-        self, x_BTD: Tensor, positions_BT: Tensor, cache: LayerCache | None = None
+        self, x_BTD: Tensor, rotation: Rotation, mask_BTS: Tensor, cache: LayerCache | None = None
     ) -> tuple[Tensor, LayerCache | None]:
         (B, T, _), (N, K, H) = ops.shape(x_BTD), self.heads
         q_BTNH = ops.reshape(self.q_proj(x_BTD), (B, T, N, H))
@@ -133,15 +154,11 @@ class Attention(keras.layers.Layer):
         v_BSKH = ops.reshape(self.v_proj(x_BTD), (B, T, K, H))
         if self.qk_norm:
             q_BTNH, k_BSKH = self.q_norm(q_BTNH), self.k_norm(k_BSKH)
-        q_BTNH, k_BSKH = rope(q_BTNH, positions_BT, self.layer), rope(k_BSKH, positions_BT, self.layer)
-        positions_BS = positions_BT
+        q_BTNH, k_BSKH = rope(q_BTNH, rotation), rope(k_BSKH, rotation)
         if cache is not None:
             cache = cache.update(k_BSKH, v_BSKH)
-            k_BSKH, v_BSKH, positions_BS = cache.read()
-        window = self.layer.sliding_window
-        mixed_BTNH = attend(
-            q_BTNH, k_BSKH, v_BSKH, positions_BT, positions_BS, scale=self.scale, softcap=self.softcap, window=window
-        )
+            k_BSKH, v_BSKH = cache.read()
+        mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=self.scale, softcap=self.softcap)
         return self.o_proj(ops.reshape(mixed_BTNH, (B, T, N * H))), cache
 
 
@@ -149,7 +166,7 @@ class Mlp(keras.layers.Layer):
     """Gated feed-forward with the tanh form of GELU."""
 
     def __init__(self, c: ModelConfig, std: float, *, name: str, dtype) -> None:
-        super().__init__(name=name.replace(".", "_"), dtype=dtype)
+        super().__init__(name=name.replace(".", "_"), dtype=dtype, autocast=False)  # cosines and sines stay float32
         D, F = c.hidden_size, c.intermediate_size
         self.gate_proj = Linear((F, D), std, name=f"{name}.gate_proj", dtype=dtype)
         self.up_proj = Linear((F, D), std, name=f"{name}.up_proj", dtype=dtype)
@@ -163,11 +180,11 @@ class Mlp(keras.layers.Layer):
 class Block(keras.layers.Layer):
     """One layer."""
 
-    def __init__(self, c: ModelConfig, layer: LayerSpec, std: float, *, name: str, dtype) -> None:
-        super().__init__(name=name.replace(".", "_"), dtype=dtype)
+    def __init__(self, c: ModelConfig, std: float, *, name: str, dtype) -> None:
+        super().__init__(name=name.replace(".", "_"), dtype=dtype, autocast=False)  # cosines and sines stay float32
         D, eps = c.hidden_size, c.rms_norm_eps
         self.input_layernorm = Norm(D, eps, name=f"{name}.input_layernorm", dtype=dtype)
-        self.self_attn = Attention(c, layer, std, name=f"{name}.self_attn", dtype=dtype)
+        self.self_attn = Attention(c, std, name=f"{name}.self_attn", dtype=dtype)
         self.post_attention_layernorm = Norm(D, eps, name=f"{name}.post_attention_layernorm", dtype=dtype)
         self.mlp = Mlp(c, std, name=f"{name}.mlp", dtype=dtype)
         self.post_norms = c.post_norms
@@ -177,9 +194,9 @@ class Block(keras.layers.Layer):
         self.built = True
 
     def call(
-        self, x_BTD: Tensor, positions_BT: Tensor, cache: LayerCache | None = None
+        self, x_BTD: Tensor, rotation: Rotation, mask_BTS: Tensor, cache: LayerCache | None = None
     ) -> tuple[Tensor, LayerCache | None]:
-        a_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), positions_BT, cache)
+        a_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), rotation, mask_BTS, cache)
         if not self.post_norms:
             x_BTD = x_BTD + a_BTD
             return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), cache
@@ -191,23 +208,29 @@ class Stack(keras.layers.Layer):
     """Embedding, layers and final norm."""
 
     def __init__(self, c: ModelConfig, std: float, *, dtype) -> None:
-        super().__init__(name="model", dtype=dtype)
+        super().__init__(name="model", dtype=dtype, autocast=False)
+        self.config = c
         self.embed_tokens = Embedding((c.vocab_size, c.hidden_size), std, name="model.embed_tokens", dtype=dtype)
-        self.layers = [Block(c, layer, std, name=f"model.layers.{i}", dtype=dtype) for i, layer in enumerate(c.layers)]
+        self.layers = [Block(c, std, name=f"model.layers.{i}", dtype=dtype) for i in range(len(c.layers))]
         self.norm = Norm(c.hidden_size, c.rms_norm_eps, name="model.norm", dtype=dtype)
         self.built = True
 
     def call(
-        self, tokens_BT: Tensor, positions_BT: Tensor, caches: Sequence[LayerCache] | None = None
+        self, x_BTD: Tensor, where: Where, caches: Sequence[LayerCache] | None = None, *, run: Callable = call
     ) -> tuple[Tensor, list[LayerCache | None]]:
-        x_BTD = self.embed_tokens(tokens_BT)
-        # √D in the activations' own type: 55.5, not 55.43, for D = 3072 in bfloat16
-        x_BTD = x_BTD * ops.cast(math.sqrt(x_BTD.shape[-1]), x_BTD.dtype)
-        new = []
-        for i, layer in enumerate(self.layers):
-            x_BTD, cache = layer(x_BTD, positions_BT, caches[i] if caches else None)
-            new.append(cache)
-        return self.norm(x_BTD), new
+        layers, given = self.config.layers, caches or [None] * len(self.layers)
+        # Built once a step for all layers of a kind
+        kinds = dict(zip(layers, given))
+        rotations = {layer: rotation(where.positions_BT, self.config.head_dim, layer) for layer in kinds}
+        masks = {
+            layer: visible(where, Where(cache.positions_BS) if cache else where, layer.sliding_window)
+            for layer, cache in kinds.items()
+        }
+        written = []
+        for module, layer, cache in zip(self.layers, layers, given, strict=True):
+            x_BTD, cache = run(module, x_BTD, rotations[layer], masks[layer], cache)
+            written.append(cache)
+        return self.norm(x_BTD), written
 
 
 @keras.saving.register_keras_serializable("gemkit")
@@ -228,46 +251,73 @@ class Decoder(keras.Model):
             shape = (config.vocab_size, config.hidden_size)
             self.lm_head = Linear(shape, initializer_range, name="lm_head", dtype=self.dtype_policy)
         self.built = True
+        self.adapted: dict[str, tuple[int, float, bool, float]] = {}
         self._generator = Generator(self)
 
-    def hidden(
-        self, tokens_BT: Tensor, positions_BT: Tensor | None = None, caches: Sequence[LayerCache] | None = None
-    ) -> tuple[Tensor, list[LayerCache | None]]:
-        """Hidden states [B, T, D] after the final norm, and the caches with the new tokens.
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Return the input of the first layer [B, T, D]."""
+        x_BTD = self.model.embed_tokens(tokens_BT)
+        # √D in the activations' own type: 55.5, not 55.43, for D = 3072 in bfloat16
+        return x_BTD * ops.cast(math.sqrt(x_BTD.shape[-1]), x_BTD.dtype)
 
-        positions: 0, 1, 2, … if None. caches: one per layer.
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        where: Where | None = None,
+        caches: Sequence[LayerCache] | None = None,
+        *,
+        inputs: Tensor | None = None,
+        run: Callable = call,
+    ) -> tuple[Tensor, list[LayerCache | None]]:
+        """Return hidden states [B, T, D] after the final norm, and the caches with the new tokens.
+
+        where: positions 0, 1, 2, … if None. caches: one per layer. inputs: takes the place of `embed`.
+        run: calls a layer, as ``run(layer, x, …)``; for activation checkpointing and the like.
         """
-        if positions_BT is None:
-            positions_BT = ops.arange(ops.shape(tokens_BT)[1], dtype="int32")[None]
-        return self.model(tokens_BT, positions_BT, caches)
+        if where is None:
+            where = Where(ops.arange(ops.shape(tokens_BT)[1], dtype="int32")[None])
+        return self.model(self.embed(tokens_BT) if inputs is None else inputs, where, caches, run=run)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        """Logits float32 [..., V] of hidden states."""
+        """Return logits float32 [..., V] of hidden states."""
         head_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return softcap(ops.cast(linear(x_BTD, head_VD), "float32"), self.config.final_logit_softcapping)
 
-    def call(self, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
-        """Logits float32 [B, T, V]; position t scores the token after ``tokens[:, t]``."""
-        return self.logits(self.hidden(tokens_BT, positions_BT)[0])
+    def call(self, tokens_BT: Tensor, where: Where | None = None) -> Tensor:
+        """Return logits float32 [B, T, V]; position t scores the token after ``tokens[:, t]``."""
+        return self.logits(self.hidden(tokens_BT, where)[0])
+
+    def adapt(self, name: str, rank: int, scale: float, dora: bool = False, dropout: float = 0.0) -> LowRank:
+        """Add an adapter of zeros to the matrix of that canonical name, and freeze the matrix; see `Linear.adapt`."""
+        module = self
+        for part in name.removesuffix(".weight").split("."):
+            module = module[int(part)] if part.isdigit() else getattr(module, part)
+        self.adapted[name] = rank, scale, dora, dropout
+        return module.adapt(rank, scale, dora, dropout)
 
     def tensors(self) -> dict[str, keras.Variable]:
-        """Every parameter by its canonical name, in the order of the manifest."""
+        """Return every parameter by its canonical name, in the order of the manifest."""
         found = {variable.path.replace("/", "."): variable for variable in self.weights}
         return {name: found[name] for name in manifest(self.config)}
 
     def generate(self, ids: Sequence[int] | Sequence[Sequence[int]], max_tokens: int = 128, **settings):
-        """New tokens of one prompt, or a list of them for a list of prompts: see `gemkit.models.keras.generate`."""
+        """Return the new tokens of a prompt, or of each of a list: see `gemkit.models.keras.generate`."""
         return self._generator.generate(ids, max_tokens, **settings)
 
     @property
     def compilations(self) -> int:
-        """How many graphs `generate` has compiled: one per function and shape; 0 on PyTorch, which runs eagerly."""
+        """Number of graphs that `generate` has compiled: one per function and shape; 0 on PyTorch."""
         return self._generator.runner.compilations
 
     def get_config(self) -> dict:
-        return {**super().get_config(), "config": to_hf(self.config), "initializer_range": self.initializer_range}
+        config = {"config": to_hf(self.config), "initializer_range": self.initializer_range, "adapted": self.adapted}
+        return {**super().get_config(), **config}
 
     @classmethod
     def from_config(cls, config: dict, custom_objects: dict | None = None) -> Decoder:
-        facts = dict(config)
-        return cls(from_hf(facts.pop("config")), **facts)
+        options = dict(config)
+        adapted = options.pop("adapted", {})
+        decoder = cls(from_hf(options.pop("config")), **options)
+        for name, parts in adapted.items():
+            decoder.adapt(name, *parts)
+        return decoder

@@ -44,11 +44,11 @@ class Generator:
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
     ) -> list[int] | list[list[int]]:
-        """The new tokens of a prompt, or of each of a list of prompts; a stop token is the last.
+        """Return the new tokens of a prompt, or of each of a list of prompts; a stop token is the last.
 
         ids: BOS included. temperature, top_k, top_p, seed: as in `gemkit.engine.sampling.Sampling`, whose tokens these
         are; a prompt's do not depend on the others. stop_ids: the model's if None.
-        Raises UsageError for a bad value, and for a prompt that leaves no room in the model's context.
+        Raises UsageError for a bad value, and for a prompt that fills the model's context.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, logprobs=None)
         if not isinstance(ids, Sequence | np.ndarray) or isinstance(ids, str | bytes):
@@ -115,7 +115,7 @@ class Generator:
             run(which, parts, [start] * len(which), [len(prompts[b]) <= start + T for b in which], T)
         everyone = list(range(len(prompts)))
         while any(open := [answer[-1] not in stop and len(answer) < limit for answer, limit in zip(found, limits)]):
-            # Who has finished writes the last token again, where it stands or would stand
+            # A finished sequence writes its last token again, at the same position
             tokens = [np.array(answer[-1:], np.int32) for answer in found]
             firsts = [len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts, found)]
             run(everyone, tokens, firsts, open, 1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import keras
 
 from gemkit.arch.config import ModelConfig
-from gemkit.arch.tensors import manifest
+from gemkit.arch.tensors import TensorSpec, manifest
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models.frameworks.runner import check_memory
 from gemkit.models.keras.decoder import Decoder
@@ -18,7 +18,7 @@ POLICIES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 
 
 def check_dtype(name: str, config: ModelConfig) -> str:
-    """Returns the dtype policy's name.
+    """Return the dtype policy's name.
 
     Raises UsageError for one that is unknown, and for float16 in Gemma 2 and 3, whose activations leave its range.
     """
@@ -38,7 +38,7 @@ def load_runner(
     threads: int | None = None,
     max_tokens_per_step: int = 512,
 ) -> KerasRunner:
-    """Loads a runner on the backend that ``KERAS_BACKEND`` names.
+    """Load a runner on the backend that ``KERAS_BACKEND`` names.
 
     weights: as in a `Checkpoint`. dtype: a dtype policy of Keras, "auto" for the one that it is set to. device: Keras
     cannot choose; None or the place where the backend puts arrays anyway. threads: ignored, the backend chooses.
@@ -54,8 +54,15 @@ def load_runner(
     return KerasRunner(decoder, max_tokens_per_step=max_tokens_per_step)
 
 
-def load_decoder(config: ModelConfig, weights: Mapping[str, Tensor], dtype: str = "float32") -> Decoder:
-    """Loads a decoder; norms stay float32. weights: as in a `Checkpoint`. dtype: a dtype policy.
+def load_decoder(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    dtype: str = "float32",
+    trainable: Callable[[TensorSpec], bool] | None = None,
+) -> Decoder:
+    """Load a decoder; norms stay float32. weights: as in a `Checkpoint`. dtype: a dtype policy.
+
+    trainable: selects parameters that take gradients, all if None; "mixed_bfloat16" holds them in float32.
 
     Raises GemkitError that names a tensor that is missing or has another shape.
     """
@@ -70,4 +77,5 @@ def load_decoder(config: ModelConfig, weights: Mapping[str, Tensor], dtype: str 
     assert parameters.keys() == specs.keys()
     for name, parameter in parameters.items():
         parameter.assign(weights[name].to_float32())
+        parameter.trainable = trainable is None or trainable(specs[name])
     return decoder

@@ -20,7 +20,7 @@ from gemkit.host import usable_cpus
 from gemkit.models.frameworks.batch import PaddedBatch
 from gemkit.models.frameworks.choice import TOP
 from gemkit.models.frameworks.runner import FrameworkRunner
-from gemkit.models.keras.attention import LayerCache
+from gemkit.models.keras.attention import LayerCache, Where
 
 Caches = list[tuple[Tensor, Tensor]]  # k and v [slots, K, H] of each layer
 Slots = tuple[np.ndarray, np.ndarray, np.ndarray]  # write [B, T], read [B, S], positions [B, S] of a page group
@@ -33,7 +33,7 @@ class Cached(Protocol):
     compute_dtype: str
     dtype_policy: keras.DTypePolicy
 
-    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, caches: Sequence[LayerCache]) -> tuple[Tensor, list]: ...
+    def hidden(self, tokens_BT: Tensor, where: Where, caches: Sequence[LayerCache]) -> tuple[Tensor, list]: ...
 
     def logits(self, x_BTD: Tensor) -> Tensor: ...
 
@@ -41,7 +41,7 @@ class Cached(Protocol):
 
 
 class KerasRunner(FrameworkRunner):
-    """Runs a decoder with Keras, on the backend that ``KERAS_BACKEND`` names and as many threads as that takes.
+    """Run a decoder with Keras, on the backend that ``KERAS_BACKEND`` names and as many threads as that takes.
 
     compilations: how many graphs were made: one per function and shape; 0 on PyTorch, which runs eagerly.
     """
@@ -98,14 +98,14 @@ class KerasRunner(FrameworkRunner):
     def _hidden_of(
         self, kv: Caches, tokens_BT: Tensor, positions_BT: Tensor, slots: Sequence[Slots]
     ) -> tuple[Tensor, Caches]:
-        """Returns hidden states [B, T, D], and the caches with the new tokens in them."""
+        """Return hidden states [B, T, D], and the caches with the new tokens in them."""
         of_layer = {layer: slot for group, slot in zip(self.groups, slots, strict=True) for layer in group.layers}
         caches = [LayerCache(*kv[layer], *of_layer[layer]) for layer in range(len(kv))]
-        hidden_BTD, caches = self.decoder.hidden(tokens_BT, positions_BT, caches)
+        hidden_BTD, caches = self.decoder.hidden(tokens_BT, Where(positions_BT), caches)
         return hidden_BTD, [(cache.k, cache.v) for cache in caches]
 
     def _top_of(self, hidden_RD: Tensor, count: int = TOP) -> tuple[Tensor, Tensor]:
-        """Returns logits [R, V] and packed rows; see `gemkit.models.frameworks.choice`."""
+        """Return logits [R, V] and packed rows; see `gemkit.models.frameworks.choice`."""
         logits_RV = self.decoder.logits(hidden_RD)
         top_RK, ids_RK = ops.top_k(logits_RV, min(count, self.config.vocab_size))
         sums_R = ops.sum(ops.exp(logits_RV - ops.max(logits_RV, -1, keepdims=True)), -1)
@@ -116,14 +116,14 @@ class KerasRunner(FrameworkRunner):
         return self._top_of(hidden_RD, 1)
 
     def _logprobs_of(self, hidden_RD: Tensor, ids_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the logits of ids less the largest [R], and Σ exp(logit - largest) [R], NaN if one is not finite."""
+        """Return the logits of ids less the largest [R], and Σ exp(logit - largest) [R], NaN if one is not finite."""
         logits_RV = self.decoder.logits(hidden_RD)
         logits_RV = logits_RV - ops.max(logits_RV, -1, keepdims=True)
         sums_R = _checked(logits_RV, ops.sum(ops.exp(logits_RV), -1))
         return ops.take_along_axis(logits_RV, ids_R[:, None], axis=1)[:, 0], sums_R
 
     def _compiled(self, function: Callable, donate: bool = False) -> Callable:
-        """Compiles a function as the backend does. Python runs a compiled one only for a new shape, which is counted.
+        """Compile a function as the backend does. Python runs a compiled one only for a new shape, which is counted.
 
         donate: its first argument may be overwritten.
         """
@@ -165,7 +165,7 @@ class KerasRunner(FrameworkRunner):
 
 
 def default_device() -> str:
-    """Returns where the backend allocates arrays: "cpu", "gpu", "cuda" or "tpu"."""
+    """Return where the backend allocates arrays: "cpu", "gpu", "cuda" or "tpu"."""
     match keras.backend.backend():
         case "jax":
             import jax
@@ -184,7 +184,7 @@ def _rows(hidden_BTD: Tensor, rows_R: Tensor) -> Tensor:
 
 
 def _checked(logits_RV: Tensor, sums_R: Tensor) -> Tensor:
-    """Returns the sums, NaN where a logit is minus infinity, which leaves no trace in a sum."""
+    """Return the sums, NaN where a logit is minus infinity, which leaves no trace in a sum."""
     return ops.where(ops.isfinite(ops.min(logits_RV, -1)), sums_R, float("nan"))
 
 

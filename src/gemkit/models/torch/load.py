@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ BITS = {"int8": 8, "int4": 4}  # of the matrices; activations are those of "auto
 
 
 def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """Returns the type to compute in: "auto" is bfloat16 on accelerators that have it, else float32.
+    """Return the type to compute in: "auto" is bfloat16 on accelerators that have it, else float32.
 
     Raises UsageError for float16 in Gemma 2 and 3, whose activations leave its range, and for bfloat16 on a GPU that
     only emulates it.
@@ -52,7 +52,7 @@ def load_runner(
     threads: int | None = None,
     max_tokens_per_step: int = 512,
 ) -> TorchRunner:
-    """Loads a runner on the CPU or an accelerator.
+    """Load a runner on the CPU or an accelerator.
 
     weights: as in a `Checkpoint`. device: "cpu", "cuda", "cuda:1", …; None takes CUDA where there is one. dtype: see
     `pick_dtype`; "int8" and "int4" are of the matrices alone. compile, threads: as in `TorchRunner`.
@@ -65,7 +65,7 @@ def load_runner(
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Returns CUDA where there is one, or the device of that name. Raises UsageError if there is none."""
+    """Return CUDA where there is one, or the device of that name. Raises UsageError if there is none."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -82,10 +82,12 @@ def load_decoder(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     bits: int | None = None,
+    trainable: Callable[[TensorSpec], bool] | None = None,
 ) -> Decoder:
-    """Loads a decoder; norms stay float32. weights: as in a `Checkpoint`.
+    """Load a decoder; norms stay float32. weights: as in a `Checkpoint`. dtype: of matrices and activations.
 
     bits: 8 or 4, of the matrices; those of the vocabulary have 8 at least. None: all are of dtype.
+    trainable: selects parameters that take gradients; these are float32.
     Raises GemkitError that names a tensor that is missing, has another shape, or cannot have so few bits.
     """
     specs = manifest(config)
@@ -97,19 +99,24 @@ def load_decoder(
         if tuple(tensor.shape) != spec.shape:
             raise GemkitError(f"the tensor {name} has shape {list(tensor.shape)}, not {list(spec.shape)}")
         value = to_torch(tensor)
-        if bits is not None and spec.quantise:
+        trained = trainable is not None and trainable(spec)
+        if bits is not None and spec.quantise and not trained:
             try:
                 put(decoder, name, quantise(value.to(device), bits_of(spec, bits)))
             except ValueError as error:
                 raise GemkitError(f"{name}: {error}; choose another dtype") from None
         else:
-            put(decoder, name, value.to(device=device, dtype=torch.float32 if spec.dtype_floor == "float32" else dtype))
-    decoder.model.embed_tokens.dtype = dtype
+            kind = torch.float32 if trained or spec.dtype_floor == "float32" else dtype
+            put(decoder, name, value.to(device=device, dtype=kind))
+            decoder.get_parameter(name).requires_grad_(trained)
+    embedding = decoder.model.embed_tokens
+    if not isinstance(embedding.weight, torch.Tensor) or embedding.weight.dtype != dtype:
+        embedding.dtype = dtype
     return decoder.eval()
 
 
 def empty_decoder(config: ModelConfig) -> Decoder:
-    """Returns a decoder without memory, for `put` to fill."""
+    """Return a decoder without memory, for `put` to fill."""
     with torch.device("meta"):
         decoder = Decoder(config)
     assert dict(decoder.named_parameters()).keys() == manifest(config).keys()
@@ -117,7 +124,7 @@ def empty_decoder(config: ModelConfig) -> Decoder:
 
 
 def put(decoder: Decoder, name: str, value: torch.Tensor | Quantised) -> None:
-    """Sets a parameter."""
+    """Set a parameter."""
     place, _, leaf = name.rpartition(".")
     module = decoder.get_submodule(place)
     delattr(module, leaf)  # a parameter cannot become a module
@@ -125,12 +132,12 @@ def put(decoder: Decoder, name: str, value: torch.Tensor | Quantised) -> None:
 
 
 def bits_of(spec: TensorSpec, bits: int) -> int:
-    """Returns 8 for the vocabulary's matrices, each row of which is a token of its own, else bits."""
+    """Return 8 for the vocabulary's matrices, each row of which is a token of its own, else bits."""
     return 8 if spec.letters[0] == "V" else bits
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
-    """Returns a tensor's values: bfloat16 bit by bit, everything else by way of float32."""
+    """Return a tensor's values: bfloat16 bit by bit, everything else by way of float32."""
     if tensor.type == GGMLType.BF16 and not tensor.add_one:
         return torch.from_numpy(np.array(tensor.data)).view(torch.bfloat16).reshape(tensor.shape)
     return torch.from_numpy(np.ascontiguousarray(tensor.to_float32()))

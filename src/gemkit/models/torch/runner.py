@@ -16,7 +16,7 @@ from gemkit.models.torch.steps import Steps
 
 
 class TorchRunner(FrameworkRunner):
-    """Runs a decoder with PyTorch, where its parameters are.
+    """Run a decoder with PyTorch, where its parameters are.
 
     compile: compile the model, and on CUDA record its steps (see `steps`); the first steps take long. None does so on
     CUDA. threads: on the CPU, of the whole process.

@@ -15,7 +15,8 @@ from torch import Tensor
 from gemkit.engine.interface import PageGroup
 from gemkit.models.frameworks.batch import PaddedBatch, Sizes, unpack
 from gemkit.models.frameworks.choice import TOP
-from gemkit.models.torch.decoder import Block, Decoder, LayerCache
+from gemkit.models.torch.attention import LayerCache, Where
+from gemkit.models.torch.decoder import Block, Decoder, Rotation
 
 Caches = list[tuple[Tensor, Tensor]]  # k and v [slots, K, H] of each layer
 # Layers by kind, batch size, and one token or more; torch's own limit is 8, after which it would stop
@@ -51,17 +52,17 @@ class Steps:
         self._records.clear()
 
     def hidden(self, step: PaddedBatch, kv: Caches) -> Tensor:
-        """Returns hidden states [B, T, D] after the final norm."""
+        """Return hidden states [B, T, D] after the final norm."""
         with self._limits():
             return self._hidden(torch.from_numpy(step.flat()).to(self.device), step.sizes, kv)
 
     def top(self, hidden_RD: Tensor, argmax: bool) -> tuple[Tensor, Tensor]:
-        """Returns logits [R, V] and packed rows; see `gemkit.models.frameworks.choice`. argmax: k is 1."""
+        """Return logits [R, V] and packed rows; see `gemkit.models.frameworks.choice`. argmax: k is 1."""
         with self._limits():
             return self._head[False](self.decoder, hidden_RD, argmax)
 
     def decode(self, step: PaddedBatch, kv: Caches, argmax: bool) -> tuple[Tensor, Tensor]:
-        """Returns `hidden` and `top` of a step of one token a sequence, in memory that the next call overwrites."""
+        """Return `hidden` and `top` of a step of one token a sequence, in memory that the next call overwrites."""
         key = (*step.sizes, argmax)
         flat = torch.from_numpy(step.flat())
         if key not in self._records:
@@ -104,17 +105,19 @@ class Steps:
         for group, slot in zip(self.groups, slots, strict=True):
             for layer in group.layers:
                 caches[layer] = LayerCache(*kv[layer], *slot)
-        return self.decoder.hidden(tokens_BT, positions_BT, caches, self._run_layer)
+        return self.decoder.hidden(tokens_BT, Where(positions_BT), caches, run=self._run_layer)[0]
 
-    def _run_layer(self, layer: Block, x_BTD: Tensor, positions_BT: Tensor, cache: LayerCache) -> Tensor:
-        one = positions_BT.numel() == 1
+    def _run_layer(
+        self, layer: Block, x_BTD: Tensor, rotation: Rotation, mask_BTS: Tensor, cache: LayerCache
+    ) -> tuple[Tensor, LayerCache]:
+        one = mask_BTS.shape[:2].numel() == 1
         if self.compiled:
-            changing = [(cache.k, 0), (cache.v, 0), (cache.read_BS, 1), (cache.positions_BS, 1)]
-            if positions_BT.shape[1] > 1:
-                changing += [(x_BTD, 1), (positions_BT, 1), (cache.write_BT, 1)]
+            changing = [(cache.k, 0), (cache.v, 0), (cache.read_BS, 1), (cache.positions_BS, 1), (mask_BTS, 2)]
+            if mask_BTS.shape[1] > 1:
+                changing += [(x_BTD, 1), (rotation[0], 1), (rotation[1], 1), (mask_BTS, 1), (cache.write_BT, 1)]
             for tensor, axis in changing:
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
-        return self._layer[one](layer, x_BTD, positions_BT, cache)
+        return self._layer[one](layer, x_BTD, rotation, mask_BTS, cache), cache
 
     def _limits(self):
         return torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, accumulated_recompile_limit=_MOST_GRAPHS)
@@ -132,12 +135,12 @@ class _Record:
         return self.result if result is None else result
 
 
-def _layer(layer: Block, x_BTD: Tensor, positions_BT: Tensor, cache: LayerCache) -> Tensor:
-    return layer(x_BTD, positions_BT, cache)
+def _layer(layer: Block, x_BTD: Tensor, rotation: Rotation, mask_BTS: Tensor, cache: LayerCache) -> Tensor:
+    return layer(x_BTD, rotation, mask_BTS, cache)[0]
 
 
 def _top(decoder: Decoder, hidden_RD: Tensor, argmax: bool) -> tuple[Tensor, Tensor]:
-    """Returns logits [R, V] and packed rows; see `gemkit.models.frameworks.choice`."""
+    """Return logits [R, V] and packed rows; see `gemkit.models.frameworks.choice`."""
     logits_RV = decoder.logits(hidden_RD)
     if argmax:
         top_RK, ids_RK = logits_RV.max(-1, keepdim=True)
