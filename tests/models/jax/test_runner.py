@@ -44,7 +44,7 @@ def test_cuts_and_neighbours_change_nothing(name, monkeypatch):
     runner.reserve([120] * len(runner.groups))
     freed = 0
     for first, end in pairwise([0, 1, 9, 17, 24, 32, 40, len(ids)]):
-        # Beside others of other lengths, which write their own pages
+        # Next to others of other lengths, which write their own pages
         places = [(0, 0, 3), (1, first, end), (2, 0, 5 + first % 3)]
         batch = make_batch(runner, [(place, ids[start:stop], start) for place, start, stop in places])
         wanted = np.concatenate([expected[start:stop] for _, start, stop in places])

@@ -30,7 +30,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """What a backend's worker found; it runs at the first question."""
+    """Return the results of a backend's worker, which runs at the first call."""
 
     @functools.cache
     def run(backend: str) -> dict | str:

@@ -62,7 +62,7 @@ def attention() -> float:
 
 
 def names() -> bool:
-    """Whether names, order, shapes and paths are the manifest's, and norms float32 in a bfloat16 model."""
+    """Check that names, order, shapes and paths are the manifest's, and norms float32 in a bfloat16 model."""
     for name in (*GENERATIONS, "untied_embedding"):
         config = CASES[name].config
         decoder = Decoder(config, initializer_range=0.0)

@@ -46,7 +46,7 @@ def test_the_numbers_come_back(bits):
 
 
 def test_where_the_bits_stand():
-    """Byte j of a group: number j low, number j + 16 high, each a multiple of the scale above the least."""
+    """Byte j of a group: number j low, number j + 16 high, each a multiple of the scale above the minimum."""
     w = torch.arange(32.0).remainder(16).view(1, 32)
     few = quantise(w, 4)
     assert few.values.tolist() == [[[j | j << 4 for j in range(16)]]] and few.scales.tolist() == [[[1.0, 0.0]]]

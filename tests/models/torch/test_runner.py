@@ -47,7 +47,7 @@ def test_cuts_and_neighbours_change_nothing(name, monkeypatch):
     cuts = [0, 1, 17, 18, 40, len(ids)]
     chunks = []
     for first, end in pairwise(cuts):
-        # Beside others of other lengths, which write their own pages
+        # Next to others of other lengths, which write their own pages
         parts = [(0, ids[:3], 0), (1, ids[first:end], first), (2, ids[: 5 + first % 3], 0)]
         chunks.append(runner.logits(make_batch(runner, parts))[3 : 3 + end - first])
     assert relative_error(np.concatenate(chunks), expected) <= FRAMEWORK_FLOAT32

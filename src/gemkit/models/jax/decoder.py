@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text) in JAX: read it beside ``models/torch/decoder.py`` and ``models/keras/decoder.py``.
+"""Gemma 1, 2 and 3 (text) in JAX, a translation of ``models/torch/decoder.py`` and ``models/keras/decoder.py``.
 
 Pure functions, in the order of ``arch/reference.py``, over a dictionary of arrays with the names of
 `gemkit.arch.tensors.manifest`, which are Hugging Face's. `Decoder` holds the dictionary and the configuration; it is a

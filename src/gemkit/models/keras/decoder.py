@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text) in Keras 3: read it beside ``models/torch/decoder.py`` and ``models/jax/decoder.py``.
+"""Gemma 1, 2 and 3 (text) in Keras 3, a translation of ``models/torch/decoder.py`` and ``models/jax/decoder.py``.
 
 `Decoder` is a `keras.Model`: ``compile``, ``fit``, ``save`` and dtype policies work as in any other. The mathematics
 is in plain functions, in the order of ``arch/reference.py``, on `keras.ops` alone. Norms, rotations, soft-caps and

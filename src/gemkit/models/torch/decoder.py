@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text) in PyTorch: read it beside ``models/jax/decoder.py`` and ``models/keras/decoder.py``.
+"""Gemma 1, 2 and 3 (text) in PyTorch, a translation of ``models/jax/decoder.py`` and ``models/keras/decoder.py``.
 
 `Decoder` has the parameters and the keys of Hugging Face's checkpoints, and comes in the order of
 ``arch/reference.py``. Norms, rotations, soft-caps and softmax are computed in float32, whatever the weights are.

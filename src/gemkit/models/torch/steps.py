@@ -1,4 +1,4 @@
-"""How a step is run in PyTorch: layer by layer, compiled or not, and on CUDA recorded once and replayed.
+"""The steps of a model in PyTorch: run layer by layer, compiled or not, and on CUDA recorded once and replayed.
 
 Compiled, a layer is one graph for all layers of its kind and all lengths of the cache. A step of one token a sequence
 is too short for a GPU to be told its few hundred kernels one by one: for each size it is captured as a CUDA graph,
