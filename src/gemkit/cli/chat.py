@@ -316,7 +316,7 @@ def _speed(session: "Session", turn: "Turn") -> str:
 
 def _answer_once(session: "Session", text: str) -> None:
     """Print the answer to one message as plain text."""
-    from gemkit.cli.repl.text import visible
+    from gemkit.text.visible import visible
 
     answer = session.ask(text)
     if answer.dropped:

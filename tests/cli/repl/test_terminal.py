@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from prompt_toolkit.history import InMemoryHistory
 
 from gemkit.cli.repl.terminal import MAX_HISTORY_BYTES, MAX_HISTORY_ENTRY, Stop, Terminal, open_history
-from gemkit.cli.repl.text import clean, visible
+from gemkit.text.visible import clean, visible
 
 
 def test_control_characters_are_shown():

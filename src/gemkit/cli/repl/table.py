@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from gemkit.cli.repl.text import visible
+from gemkit.text.visible import visible
 
 Fragment = tuple[str, str]  # text, style
 Inline = Callable[[str, str], list[Fragment]]

@@ -31,8 +31,8 @@ from gemkit.cache import atomic_write
 from gemkit.cli.repl import commands
 from gemkit.cli.repl.markdown import Markdown, Span
 from gemkit.cli.repl.session import DEFAULTS
-from gemkit.cli.repl.text import clean, visible
 from gemkit.cli.repl.wrap import Wrap
+from gemkit.text.visible import clean, visible
 
 if TYPE_CHECKING:
     from prompt_toolkit.input import Input
