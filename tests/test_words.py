@@ -34,10 +34,13 @@ WORDS = {
 # Openings of a docstring: it begins with a verb, or with a noun that is a term.
 OPENINGS = re.compile(r"(?:What|Which|Whether|Whose|Who|Whoever|Those|How|Some|Of|Where|Why|When)\b")
 COVERED = [
-    *(f"src/gemkit/{name}" for name in ("arch", "text", "weights", "hub", "engine", "api", "tools", "train", "cli")),
+    *(
+        f"src/gemkit/{name}"
+        for name in ("arch", "text", "weights", "hub", "engine", "api", "tools", "data", "train", "cli")
+    ),
     *(f"src/gemkit/{name}.py" for name in ("cache", "errors", "extras", "forks", "host")),
     *("src/gemkit/models", "native/src", "native/tests", "native/bench"),
-    *(f"tests/{name}" for name in ("arch", "text", "weights", "hub", "engine", "api", "tools", "train", "cli")),
+    *(f"tests/{name}" for name in ("arch", "text", "weights", "hub", "engine", "api", "tools", "data", "train", "cli")),
     *("tests/parity", "tests/docs", "tests/benchmarks", "tests/models"),
     *("benchmarks/cpu", "benchmarks/gpu", "benchmarks/quality", "benchmarks/peers"),
     *("docs", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
