@@ -45,8 +45,8 @@ def gemma_turns(tokenizer: Tokenizer, messages: Sequence[Message], add_generatio
     Raises GemkitError for an empty conversation, one that the model begins, an unknown role, content that is no text,
     and a vocabulary without turns.
     """
-    start, end = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
-    if start is None or end is None:
+    start = tokenizer.start_of_turn_id
+    if start is None:
         raise GemkitError("this vocabulary has no turn tokens: give the prompt as plain text")
     ids, rows = [tokenizer.bos_id], turns(messages)
     if add_generation_prompt and rows[-1][0] == "model":
@@ -54,10 +54,17 @@ def gemma_turns(tokenizer: Tokenizer, messages: Sequence[Message], add_generatio
     else:
         last = ""
     for role, text in rows:
-        ids += [start, *tokenizer.encode(f"{role}\n{text}", bos=False), end, *tokenizer.encode("\n", bos=False)]
+        ids += turn(tokenizer, role, text)
     if add_generation_prompt:
         ids += [start, *tokenizer.encode(f"model\n{last}", bos=False)]
     return ids
+
+
+def turn(tokenizer: Tokenizer, role: str, text: str) -> list[int]:
+    """Return the ids of one of `turns`, from <start_of_turn> to the line break after <end_of_turn>."""
+    start, end = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
+    assert start is not None and end is not None, "callers check that the vocabulary has turns"
+    return [start, *tokenizer.encode(f"{role}\n{text}", bos=False), end, *tokenizer.encode("\n", bos=False)]
 
 
 def turns(messages: Iterable[Message]) -> list[tuple[str, str]]:
