@@ -1,4 +1,4 @@
-"""Batches: each sample once an epoch, targets within samples, exact restore, near-optimal packing. Budget: 40 s."""
+"""Batches: each sample once an epoch, targets within samples, exact restore, near-optimal packing. Budget: 10 s."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Files to samples: real data sets, the split, rows left out and cut, refusals. Budget: 20 s."""
+"""Files to samples: real data sets, the split, rows left out and cut, refusals. Budget: 10 s."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Tokens and masks of rows against transformers; nothing in a row makes a control token. Budget: 40 s."""
+"""Tokens and masks of rows against transformers; nothing in a row makes a control token. Budget: 20 s."""
 
 import json
 import random

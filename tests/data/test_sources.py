@@ -1,4 +1,4 @@
-"""Rows of files and folders, good and bad; Hugging Face's library and pyarrow write the oracles. Budget: 20 s."""
+"""Rows of files and folders, good and bad; Hugging Face's library and pyarrow write the oracles. Budget: 10 s."""
 
 import csv
 import json

@@ -43,6 +43,14 @@ FILES = {
     "german.txt": "Es war einmal ein kleines Dorf am Meer. " * 200,
     "some.txt": "Once upon a time. ",
     "other.txt": "The end. ",
+    "tuning.jsonl": "".join(
+        f'{{"prompt": "{question}", "completion": "{answer}"}}\n'
+        for question, answer in [
+            ("Name a planet with rings.", "Saturn has the brightest rings."),
+            ("What is 12 times 12?", "144"),
+            ("Turn into a question: It rains.", "Does it rain?"),
+        ]
+    ),
 }
 
 
