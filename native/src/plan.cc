@@ -1,6 +1,7 @@
 // Validation of a plan.
 #include "plan.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/kernels.h"
@@ -88,11 +89,13 @@ std::string validate(const ModelPlan& p, bool packed) {
       fails(p.final_norm, 1, p.hidden, "final norm", -1))
     return e;
   const int64_t q_width = p.heads * p.head_dim, kv_width = p.kv_heads * p.head_dim;
+  std::vector<bool> used(p.group_windows.size());
   for (size_t i = 0; i < p.layers.size(); i++) {
     const LayerPlan& l = p.layers[i];
     const int64_t n = static_cast<int64_t>(i);
     if (!in_range(l.group, 0, static_cast<int64_t>(p.group_windows.size()) - 1))
       return text("bad cache group in layer ", n);
+    used[l.group] = true;
     if (!in_range(l.rope, 0, static_cast<int64_t>(p.ropes.size()) - 1)) return text("bad RoPE setting in layer ", n);
     if (fails(l.input_norm, 1, p.hidden, "input norm", n) ||
         fails(l.pre_ffn_norm, 1, p.hidden, "feed-forward norm", n) ||
@@ -105,6 +108,7 @@ std::string validate(const ModelPlan& p, bool packed) {
         fails(l.down_proj, p.hidden, p.ffn, "down_proj", n))
       return e;
   }
+  if (std::find(used.begin(), used.end(), false) != used.end()) return "a cache group has no layer";
   for (const AdapterPart& a : p.adapters) {
     if (of_adapter[a.target]) return "an adapter adds to an adapter";
     const TensorView &w = p.tensors[a.target], &ta = p.tensors[a.a], &tb = p.tensors[a.b];

@@ -208,7 +208,7 @@ BAD_PLAN_VALUES = {
     "embed": [-1, 10**6, 0x7FFFFFFF],
     "head": [-1, 10**6],
     "final_norm": [-1, 10**6],
-    "group_windows": [[], [-1], [2**40], [0] * 9],
+    "group_windows": [[], [-1], [2**40], [0] * 9, [0] * 8],
     "ropes": [[], *([{"base": b, "factor": f}] for b, f in ((0.0, 1.0), (1e4, 0.0), (1e4, float("nan"))))],
     "layers": [[]],
     "tensors": [[]],
