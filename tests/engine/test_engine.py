@@ -501,6 +501,21 @@ def test_score_equals_the_definition_while_others_generate():
     check_empty(e)
 
 
+def test_a_score_that_is_not_finite_is_an_error_of_its_call_alone():
+    for value in (np.nan, -np.inf):
+        e = engine(FakeRunner())
+        score, request = e.runner.score, e.add([3, 5, 7], max_tokens=6, ignore_eos=True)
+        e.step()
+        e.runner.score = lambda batch, targets, value=value, score=score: np.where(
+            targets == 9, np.float32(value), score(batch, targets)
+        )
+        with pytest.raises(GemkitError, match="not numbers"):
+            e.score([[2, 5, 6], [2, 8, 9, 4]])
+        assert len(e.score([[2, 5, 6]])[0]) == 2
+        e.run()
+        assert ids(request) == continue_alone(WINDOWS, [3, 5, 7], 6, Sampling())
+
+
 def test_mean_hidden_equals_the_definition():
     e, texts = engine(), [[*p, 1] for p in prompts(7, seed=2)]
     means = e.mean_hidden(texts, [i % 2 for i in range(7)])

@@ -2,12 +2,9 @@
 
 import numpy as np
 import pytest
-from engine.batches import one
-from engine.fakes import FakeRunner
 
 from gemkit.engine.interface import GREEDY, build_batch
 from gemkit.engine.sampling import Sampling
-from gemkit.errors import GemkitError
 
 TABLES = (np.array([[0, 1], [2, -1]], np.int32), np.array([[-1, 5], [4, -1]], np.int32))
 
@@ -45,16 +42,3 @@ def test_values_go_to_their_sequences(size: int):
     assert batch.prompt_lengths.tolist() == lengths and batch.sampling == settings and batch.history == histories
     assert (batch.adapters is None) if size == 1 else (batch.adapters.tolist() == [-1, 1])
     assert np.shares_memory(batch.tokens, tokens[0]) == (size == 1)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("draws", np.array([2], np.int32)), ("masks", (None,)), ("targets", np.array([1, -1], np.int32))],
-)
-def test_a_runner_of_single_draws_refuses_more(field: str, value: object):
-    runner = FakeRunner()
-    runner.reserve([20] * len(runner.groups))
-    batch = one(runner, np.array([5, 6]), 0, Sampling())
-    setattr(batch, field, value)
-    with pytest.raises(GemkitError, match="one draw per sequence and step, without masks and targets"):
-        runner.step(batch)

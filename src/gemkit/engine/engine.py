@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from gemkit.engine.request import Request, TextStream, Token, Tokenizer
 from gemkit.engine.sampling import Sampling
 from gemkit.engine.scheduler import Scheduler, make_batch
 from gemkit.errors import GemkitError, UsageError, brief, whole_number
+
+Result = TypeVar("Result")
 
 
 class Part(NamedTuple):
@@ -79,23 +81,12 @@ class Engine:
             self._lock, self._busy = threading.RLock(), True
             self._forked = not self._survives_fork
 
-    def add(
-        self,
-        prompt: Sequence[int],
-        sampling: Sampling = GREEDY,
-        *,
-        max_tokens: int | None = None,
-        stop: str | Iterable[str] | None = (),
-        ignore_eos: bool = False,
-        adapter: int = -1,
-    ) -> Request:
+    def add(self, prompt: Sequence[int], sampling: Sampling = GREEDY, **options: Any) -> Request:
         """Check a request, queue it and return it; `step` fills in its ``tokens`` and ``finish_reason``.
 
-        The arguments are those of `prepare`.
+        options: those of `prepare`.
         """
-        request = self.prepare(
-            prompt, sampling, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, adapter=adapter
-        )
+        request = self.prepare(prompt, sampling, **options)
         self.submit(request)
         return request
 
@@ -145,19 +136,7 @@ class Engine:
 
         After an exception, an interrupt included, every unfinished request is intact and starts over in the next step.
         """
-        with self._lock:
-            self._check_fork()
-            if self._busy:
-                self._recover()
-            self._busy = True
-            try:
-                advanced = self._step()
-                self._remove_cancelled()
-            except BaseException:
-                self._recover()
-                raise
-            self._busy = False
-            return advanced
+        return self._exclusively(self._step)
 
     def run(self) -> None:
         """Step until every request is finished."""
@@ -246,18 +225,23 @@ class Engine:
         visit: called with each part and its rows; the parts of a list come in order.
         """
         self._check_adapter(adapter)
+        self._exclusively(self._sweep, prompts, run, visit, adapter)
+
+    def _exclusively(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a function that uses the runner, under the lock, and restore a consistent state if it fails."""
         with self._lock:
             self._check_fork()
             if self._busy:
                 self._recover()
             self._busy = True
             try:
-                self._sweep(prompts, run, visit, adapter)
+                result = work(*arguments)
                 self._remove_cancelled()
             except BaseException:
                 self._recover()
                 raise
             self._busy = False
+            return result
 
     def _sweep(self, prompts: Sequence[np.ndarray], run: Callable, visit: Callable, adapter: int) -> None:
         scheduler = Scheduler(self.allocator, self.scheduler.max_tokens, self.scheduler.max_sequences)

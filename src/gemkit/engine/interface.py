@@ -140,8 +140,8 @@ class StepResult:
         undefined where `Sampling.logprobs` is None.
     top_ids, top_logprobs: int32 and float32 [R, n], n the largest `Sampling.logprobs` of the batch: the most probable
         tokens under the same softmax, best first, padded with -1 and -inf.
-    target_logprobs: float32 [T], of ``batch.targets`` under the same softmax, 0 where the target is -1; None without
-        targets.
+    target_logprobs: float32 [T], of ``batch.targets`` under the same softmax, 0 where the target is -1 and not finite
+        where a logit is not, see `check_finite`; None without targets.
     """
 
     tokens: np.ndarray
@@ -149,12 +149,6 @@ class StepResult:
     top_ids: np.ndarray
     top_logprobs: np.ndarray
     target_logprobs: np.ndarray | None = None
-
-
-def check_single_draws(batch: Batch) -> None:
-    """Raise GemkitError if a batch has targets, masks, or several draws of a sequence, for runners without them."""
-    if batch.targets is not None or batch.masks or batch.draws.max(initial=0) > 1:
-        raise GemkitError("this runner supports one draw per sequence and step, without masks and targets")
 
 
 @dataclass(frozen=True)
