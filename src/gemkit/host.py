@@ -116,7 +116,7 @@ def peak_memory() -> int:
 def read(path: Path) -> str:
     """Return the text of a file of the system; empty if it cannot be read."""
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except (OSError, ValueError):
         return ""
 

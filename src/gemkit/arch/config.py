@@ -15,6 +15,10 @@ MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
 
 # <eos> and <end_of_turn>; the two ids after which a turn is over (generation_config.json of the published models).
 STOP_TOKEN_IDS = {"gemma": (1, 107), "gemma2": (1, 107), "gemma3_text": (1, 106)}
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
 GOOGLE_VOCABULARY = 256_000  # every published vocabulary has as many pieces or more
 
 
@@ -129,16 +133,7 @@ def _validate(c: ModelConfig) -> None:
             raise GemkitError(f"Model configuration: {message}.")
 
     need(c.model_type in MODEL_TYPES, f"model_type is {c.model_type!r}; gemkit knows {', '.join(MODEL_TYPES)}")
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-    ):
+    for name in SIZES:
         value = getattr(c, name)
         need(_is_int(value) and 0 < value < 2**31, f"{name} is {value!r}; it must be a whole number from 1 to 2^31 - 1")
     need(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gemkit.arch.config import GOOGLE_VOCABULARY, STOP_TOKEN_IDS, LayerSpec, ModelConfig, is_positive
+from gemkit.arch.config import GOOGLE_VOCABULARY, SIZES, STOP_TOKEN_IDS, LayerSpec, ModelConfig, is_positive
 from gemkit.errors import GemkitError
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -18,6 +18,8 @@ _ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "g
 
 _COMMON = {"rms_norm_eps": 1e-6, "bos_token_id": 2, "eos_token_id": 1, "tie_word_embeddings": True, "head_dim": 256}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
+# Keys that are fields of `ModelConfig`
+_SAME = (*SIZES, "rms_norm_eps", "tie_word_embeddings", "bos_token_id")
 # Spellings of one function, to the last bits
 _TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate")
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -47,23 +49,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
-    "gemma3_text": {
-        **_COMMON,
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 131072,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-    },
+}
+_DEFAULTS["gemma3_text"] = _DEFAULTS["gemma2"] | {
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "sliding_window_pattern": 6,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
 }
 
 
@@ -100,23 +94,13 @@ def from_hf(data: Mapping[str, Any]) -> ModelConfig:
     first = model_type == "gemma"
     return ModelConfig(
         model_type=model_type,
-        vocab_size=f["vocab_size"],
-        hidden_size=f["hidden_size"],
-        intermediate_size=f["intermediate_size"],
-        num_hidden_layers=f["num_hidden_layers"],
-        num_attention_heads=f["num_attention_heads"],
-        num_key_value_heads=f["num_key_value_heads"],
-        head_dim=f["head_dim"],
-        max_position_embeddings=f["max_position_embeddings"],
-        rms_norm_eps=f["rms_norm_eps"],
+        **{name: f[name] for name in _SAME},
         query_pre_attn_scalar=f["head_dim"] if first else f["query_pre_attn_scalar"],
         # Gemma 1 has no caps, Gemma 3 none on attention, and the multimodal class none at all, whatever the file has
         attn_logit_softcapping=f["attn_logit_softcapping"] if model_type == "gemma2" else None,
         final_logit_softcapping=None if first or multimodal else f["final_logit_softcapping"],
         qk_norm=model_type == "gemma3_text",
         post_norms=not first,
-        tie_word_embeddings=f["tie_word_embeddings"],
-        bos_token_id=f["bos_token_id"],
         stop_token_ids=_stop_ids(model_type, f["eos_token_id"], f["vocab_size"]),
         layers=_read_layers(model_type, f),
     )
@@ -271,19 +255,9 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     out: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+        **{name: getattr(config, name) for name in _SAME},
         "hidden_act" if kind == "gemma" else "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": False,
-        "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.stop_token_ids),
         "pad_token_id": 0,
     }

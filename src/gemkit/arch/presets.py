@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from gemkit.arch.config import STOP_TOKEN_IDS, ModelConfig, layer_pattern
+from gemkit.arch.config import STOP_TOKEN_IDS, LayerSpec, ModelConfig, layer_pattern
 from gemkit.errors import GemkitError
 
 
@@ -27,98 +27,77 @@ class Preset:
     qat_id: str | None = None
 
 
-def _gemma1(*, D: int, F: int, N: int, K: int, L: int) -> ModelConfig:
-    """Configure Gemma 1, Gemma 1.1 and CodeGemma: full attention in every layer."""
+def _model(
+    model_type: str,
+    layers: tuple[LayerSpec, ...],
+    *,
+    D: int,
+    F: int,
+    N: int,
+    K: int,
+    H: int = 256,
+    vocabulary: int = 256_000,
+    context: int = 8192,
+    query_scalar: int = 256,
+    soft_caps: tuple[float | None, float | None] = (None, None),
+) -> ModelConfig:
+    """Configure a model of any generation. soft_caps: of attention and of the logits."""
     return ModelConfig(
-        model_type="gemma",
-        vocab_size=256_000,
+        model_type=model_type,
+        vocab_size=vocabulary,
         hidden_size=D,
         intermediate_size=F,
-        num_hidden_layers=L,
-        num_attention_heads=N,
-        num_key_value_heads=K,
-        head_dim=256,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-6,
-        query_pre_attn_scalar=256,
-        attn_logit_softcapping=None,
-        final_logit_softcapping=None,
-        qk_norm=False,
-        post_norms=False,
-        tie_word_embeddings=True,
-        bos_token_id=2,
-        stop_token_ids=STOP_TOKEN_IDS["gemma"],
-        layers=layer_pattern(L, rope_theta=10_000.0),
-    )
-
-
-def _gemma2(*, D: int, F: int, N: int, K: int, H: int, L: int, query_scalar: int) -> ModelConfig:
-    """Configure Gemma 2 and ShieldGemma: local and full layers alternate, first a local one; soft caps 50 and 30."""
-    return ModelConfig(
-        model_type="gemma2",
-        vocab_size=256_000,
-        hidden_size=D,
-        intermediate_size=F,
-        num_hidden_layers=L,
+        num_hidden_layers=len(layers),
         num_attention_heads=N,
         num_key_value_heads=K,
         head_dim=H,
-        max_position_embeddings=8192,
+        max_position_embeddings=context,
         rms_norm_eps=1e-6,
         query_pre_attn_scalar=query_scalar,
-        attn_logit_softcapping=50.0,
-        final_logit_softcapping=30.0,
-        qk_norm=False,
-        post_norms=True,
+        attn_logit_softcapping=soft_caps[0],
+        final_logit_softcapping=soft_caps[1],
+        qk_norm=model_type == "gemma3_text",
+        post_norms=model_type != "gemma",
         tie_word_embeddings=True,
         bos_token_id=2,
-        stop_token_ids=STOP_TOKEN_IDS["gemma2"],
-        layers=layer_pattern(L, period=2, sliding_window=4096, rope_theta=10_000.0),
+        stop_token_ids=STOP_TOKEN_IDS[model_type],
+        layers=layers,
     )
 
 
-def _gemma3(
-    *, D: int, F: int, N: int, K: int, L: int, H: int = 256, query_scalar: int = 256, small: bool = False
-) -> ModelConfig:
+def _gemma1(*, L: int, **sizes: int) -> ModelConfig:
+    """Configure Gemma 1, Gemma 1.1 and CodeGemma: full attention in every layer."""
+    return _model("gemma", layer_pattern(L, rope_theta=10_000.0), **sizes)
+
+
+def _gemma2(*, L: int, **sizes: int) -> ModelConfig:
+    """Configure Gemma 2 and ShieldGemma: local and full layers alternate, first a local one; soft caps 50 and 30."""
+    layers = layer_pattern(L, period=2, sliding_window=4096, rope_theta=10_000.0)
+    return _model("gemma2", layers, soft_caps=(50.0, 30.0), **sizes)
+
+
+def _gemma3(*, L: int, small: bool = False, **sizes: int) -> ModelConfig:
     """Configure Gemma 3: five local layers, one full; two rope bases.
 
     ``small`` are the text-only 270M and 1B: window 512, 32K context, no rope factor. The others are the text towers of
     the multimodal models: window 1024, 128K context, rope factor 8 on the full layers, 64 more rows of vocabulary.
     """
-    return ModelConfig(
-        model_type="gemma3_text",
-        vocab_size=262_144 if small else 262_208,
-        hidden_size=D,
-        intermediate_size=F,
-        num_hidden_layers=L,
-        num_attention_heads=N,
-        num_key_value_heads=K,
-        head_dim=H,
-        max_position_embeddings=32_768 if small else 131_072,
-        rms_norm_eps=1e-6,
-        query_pre_attn_scalar=query_scalar,
-        attn_logit_softcapping=None,
-        final_logit_softcapping=None,
-        qk_norm=True,
-        post_norms=True,
-        tie_word_embeddings=True,
-        bos_token_id=2,
-        stop_token_ids=STOP_TOKEN_IDS["gemma3_text"],
-        layers=layer_pattern(
-            L,
-            period=6,
-            sliding_window=512 if small else 1024,
-            rope_theta=1_000_000.0,
-            rope_factor=1.0 if small else 8.0,
-            local_rope_theta=10_000.0,
-        ),
+    layers = layer_pattern(
+        L,
+        period=6,
+        sliding_window=512 if small else 1024,
+        rope_theta=1_000_000.0,
+        rope_factor=1.0 if small else 8.0,
+        local_rope_theta=10_000.0,
     )
+    vocabulary, context = (262_144, 32_768) if small else (262_208, 131_072)
+    return _model("gemma3_text", layers, vocabulary=vocabulary, context=context, **sizes)
 
 
 _GEMMA1_2B = _gemma1(D=2048, F=16384, N=8, K=1, L=18)
 _GEMMA1_7B = _gemma1(D=3072, F=24576, N=16, K=16, L=28)
-_GEMMA2_2B = _gemma2(D=2304, F=9216, N=8, K=4, H=256, L=26, query_scalar=256)
-_GEMMA2_9B = _gemma2(D=3584, F=14336, N=16, K=8, H=256, L=42, query_scalar=256)
+_GEMMA2_2B = _gemma2(D=2304, F=9216, N=8, K=4, L=26)
+_GEMMA2_9B = _gemma2(D=3584, F=14336, N=16, K=8, L=42)
 _GEMMA2_27B = _gemma2(D=4608, F=36864, N=32, K=16, H=128, L=46, query_scalar=144)
 _GEMMA3_270M = _gemma3(D=640, F=2048, N=4, K=1, L=18, small=True)
 _GEMMA3_1B = _gemma3(D=1152, F=6912, N=4, K=1, L=26, small=True)

@@ -36,6 +36,12 @@ class Unreachable(GemkitError):
     """The hub did not answer, or not with what was asked for; a later try may succeed."""
 
 
+def unreachable(reason: str, variable: str) -> Unreachable:
+    """Return the error for a hub that did not answer. variable: the one that sets its address."""
+    address = f", correct {variable}," if os.environ.get(variable) else ","
+    return Unreachable(f"{reason}{address} or use a model that is here already ('gemkit ls')")
+
+
 def timeout() -> float:
     """Return the seconds without data until a timeout: GEMKIT_DOWNLOAD_TIMEOUT, or Hugging Face's variable."""
     for variable in ("GEMKIT_DOWNLOAD_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):

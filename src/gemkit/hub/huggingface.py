@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from gemkit.cache import staged
 from gemkit.errors import GemkitError, UsageError
 from gemkit.hub.errors import check_token, explain, is_page, page_error, session
-from gemkit.hub.fetch import Unreachable, fetch_all, pause, timeout, write_error
+from gemkit.hub.fetch import Unreachable, fetch_all, pause, timeout, unreachable, write_error
 from gemkit.hub.hf_cache import repo_folder, whole
 from gemkit.hub.item import Item, git_blob, sha256
 from gemkit.hub.names import HfName, is_safe, kaggle_handle, original_of, select
@@ -137,7 +137,7 @@ def _listing(name: HfName, attempts: int) -> tuple[str, dict[str, _File | None]]
             raise GemkitError(f"{endpoint()} is not a Hugging Face hub ({error}): check HF_ENDPOINT") from None
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
             raise GemkitError(f"{endpoint()} is not a Hugging Face hub ({error}): check HF_ENDPOINT") from None
-    raise _unreachable(reason)
+    raise unreachable(reason, "HF_ENDPOINT")
 
 
 def _checked(name: HfName, info: Any) -> tuple[str, dict[str, _File | None]]:
@@ -171,7 +171,7 @@ def _ask_for(name: HfName, file: str, commit: str) -> _File:
     except HfHubHTTPError as error:
         raise explained(name, error) from None
     except httpx2.TransportError as error:
-        raise _unreachable(explain(error, url)[0]) from None
+        raise unreachable(explain(error, url)[0], "HF_ENDPOINT") from None
     if found := _file(file, metadata.etag, metadata.size):
         return found
     raise GemkitError(f"{endpoint()} tells no checksum of {name.repo}/{file}: check HF_ENDPOINT")
@@ -200,11 +200,6 @@ def _token_origin() -> str:
 
     names = [name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)]
     return names[0] if names else f"the token in {constants.HF_TOKEN_PATH}"
-
-
-def _unreachable(reason: str) -> Unreachable:
-    address = ", correct HF_ENDPOINT," if os.environ.get("HF_ENDPOINT") else ","
-    return Unreachable(f"{reason}{address} or use a model that is here already ('gemkit ls')")
 
 
 def _item(name: HfName, file: _File, commit: str, folder: Path, headers: dict[str, str]) -> Item:

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from gemkit.errors import GemkitError
 from gemkit.hub.errors import check_token, explain, is_page, page_error, session
-from gemkit.hub.fetch import Unreachable, fetch_all, pause, timeout, write_error
+from gemkit.hub.fetch import Unreachable, fetch_all, pause, timeout, unreachable, write_error
 from gemkit.hub.hf_cache import is_whole
 from gemkit.hub.item import Item, md5
 from gemkit.hub.names import KaggleName, is_safe, official, select
@@ -255,8 +255,7 @@ def _ask(name: KaggleName, url: str, client: httpx2.Client, headers: dict[str, s
         if not isinstance(answer, dict):
             raise GemkitError(f"{endpoint()} is not Kaggle (it sends no JSON): check KAGGLE_API_ENDPOINT")
         return answer
-    address = ", correct KAGGLE_API_ENDPOINT," if os.environ.get("KAGGLE_API_ENDPOINT") else ","
-    raise Unreachable(f"{reason}{address} or use a model that is here already ('gemkit ls')")
+    raise unreachable(reason, "KAGGLE_API_ENDPOINT")
 
 
 def _refused(name: KaggleName, response: httpx2.Response) -> GemkitError:

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gemkit import __version__
+from gemkit import __version__, host
 from gemkit.cache import cache_dir
 from gemkit.errors import GemkitError
 from gemkit.extras import install, reinstall, requirements
@@ -102,13 +102,6 @@ def _system() -> str:
     return f"{platform.system()} {platform.release()} ({platform.machine()})"
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""
-
-
 def machine() -> str:
     """Return the processor's family under its Linux name."""
     name = platform.machine().lower()
@@ -116,7 +109,7 @@ def machine() -> str:
 
 
 def _processor() -> dict[str, Any]:
-    info = _read("/proc/cpuinfo")
+    info = host.read(Path("/proc/cpuinfo"))
     found = re.search(r"^(?:model name|Hardware|CPU part)\s*:\s*(.+)$", info, re.MULTILINE)
     flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)[:1]).split())
     name = found[1] if found else _mac_processor() or platform.processor() or "unknown"
@@ -188,7 +181,7 @@ def _memory(problems: list[Problem]) -> dict[str, Any]:
     total, available = system_memory()
     if (container := container_memory()) is not None and (total is None or container[0] < total):
         total, available = container[0], min(available or container[0], container[1])
-    pages = re.search(r"\[(\w+)\]", _read("/sys/kernel/mm/transparent_hugepage/enabled"))
+    pages = re.search(r"\[(\w+)\]", host.read(Path("/sys/kernel/mm/transparent_hugepage/enabled")))
     state = pages[1] if pages else None
     if state == "never":
         problems.append(

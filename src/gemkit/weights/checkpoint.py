@@ -187,20 +187,26 @@ def check(
 
     shapes: by canonical name. label: turns a canonical name into the file's own.
     """
-    wanted = manifest(config)
+    if faults := mismatches({key: spec.shape for key, spec in manifest(config).items()}, shapes, label):
+        where = f"{source}: " if source is not None else ""
+        raise GemkitError(
+            f"{where}the tensors do not fit the configuration: {'; '.join(faults)}; get a whole conversion"
+        )
+
+
+def mismatches(
+    wanted: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], label: Callable[[str], str] = str
+) -> list[str]:
+    """Return sentences on the tensors that are missing, unknown or misshapen; none if all fit."""
     faults = []
     if missing := [label(key) for key in wanted if key not in shapes]:
         faults.append(f"missing {listed(missing)}")
     if extra := [label(key) for key in shapes if key not in wanted]:
         faults.append(f"unknown {listed(extra)}")
     if wrong := [
-        f"{label(key)} is {list(shapes[key])} but must be {list(spec.shape)}"
-        for key, spec in wanted.items()
-        if key in shapes and tuple(shapes[key]) != spec.shape
+        f"{label(key)} is {list(shapes[key])} but must be {list(shape)}"
+        for key, shape in wanted.items()
+        if key in shapes and tuple(shapes[key]) != shape
     ]:
         faults.append(f"misshapen: {listed(wrong)}")
-    if faults:
-        where = f"{source}: " if source is not None else ""
-        raise GemkitError(
-            f"{where}the tensors do not fit the configuration: {'; '.join(faults)}; get a whole conversion"
-        )
+    return faults

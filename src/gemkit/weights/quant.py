@@ -339,9 +339,13 @@ def _to_scaled(blocks: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     step = (head[0].view("<f2").astype(np.float32) * scales)[:, :, None]
     offset = (head[1].view("<f2").astype(np.float32) * minima)[:, :, None]
     levels = np.rint((groups + offset) * _inverse(step)).clip(0, top).astype(np.uint8)
+    return np.concatenate(head + _pack_scales(scales, minima), axis=1), levels
+
+
+def _pack_scales(scales: np.ndarray, minima: np.ndarray) -> list[np.ndarray]:
+    """Pack 8 scales and 8 minima of 6 bits each, uint8 [B, 8], into three of [B, 4]: the last four lend bits."""
     high_s, high_m = scales[:, 4:], minima[:, 4:]
-    packed = [scales[:, :4] | high_s >> 4 << 6, minima[:, :4] | high_m >> 4 << 6, (high_s & 15) | high_m << 4]
-    return np.concatenate(head + packed, axis=1), levels
+    return [scales[:, :4] | high_s >> 4 << 6, minima[:, :4] | high_m >> 4 << 6, (high_s & 15) | high_m << 4]
 
 
 def _pack_pairs(levels: np.ndarray) -> np.ndarray:
@@ -356,8 +360,12 @@ def _to_q4_k(blocks: np.ndarray) -> np.ndarray:
 
 def _to_q5_k(blocks: np.ndarray) -> np.ndarray:
     head, levels = _to_scaled(blocks, 31)
-    high = np.bitwise_or.reduce(levels >> 4 << np.arange(8, dtype=np.uint8)[:, None], axis=1)
-    return np.concatenate([head, high, _pack_pairs(levels)], axis=1)
+    return np.concatenate([head, _high_bits(levels), _pack_pairs(levels)], axis=1)
+
+
+def _high_bits(levels: np.ndarray) -> np.ndarray:
+    """Return bit 4 of the levels of Q5_K, uint8 [B, 8, 32], a bit for each group in [B, 32]."""
+    return np.bitwise_or.reduce(levels >> 4 << np.arange(8, dtype=np.uint8)[:, None], axis=1)
 
 
 def _to_q6_k(blocks: np.ndarray) -> np.ndarray:
@@ -368,11 +376,16 @@ def _to_q6_k(blocks: np.ndarray) -> np.ndarray:
     scales = np.rint(scale * _inverse(d)).clip(-127, 127).astype(np.int8)
     tail = _bytes(d)
     step = (tail.view("<f2").astype(np.float32) * scales)[:, :, None]
-    levels = (np.rint(groups * _inverse(step)).clip(-32, 31) + 32).astype(np.uint8).reshape(count, 2, 4, 32)
-    low = (levels[:, :, :2] & 15) | levels[:, :, 2:] << 4
-    high = np.bitwise_or.reduce(levels >> 4 << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=2)
-    parts = [low.reshape(count, 128), high.reshape(count, 64), scales.view(np.uint8), tail]
-    return np.concatenate(parts, axis=1)
+    levels = np.rint(groups * _inverse(step)).clip(-32, 31).reshape(count, 256)
+    return np.concatenate([*_pack_q6(levels), scales.view(np.uint8), tail], axis=1)
+
+
+def _pack_q6(levels: np.ndarray) -> list[np.ndarray]:
+    """Pack levels from -32 to 31 [B, 256] into their four lower bits, uint8 [B, 128], and two upper ones, [B, 64]."""
+    packed = (levels + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
+    low = (packed[:, :, :2] & 15) | packed[:, :, 2:] << 4
+    high = np.bitwise_or.reduce(packed >> 4 << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=2)
+    return [low.reshape(-1, 128), high.reshape(-1, 64)]
 
 
 _QUANTISE: dict[GGMLType, Callable[[np.ndarray], np.ndarray]] = {

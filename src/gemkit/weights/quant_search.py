@@ -147,11 +147,8 @@ def _q6_k(blocks: np.ndarray) -> np.ndarray:
         d = _stored((scales * product).sum(1, keepdims=True) / (scales * scales * square).sum(1, keepdims=True))
     scales = _round(wanted / d, -128, 127)
     levels = _round(x / (d * scales).reshape(-1), -32, 31)
-    packed = (levels + 32).astype(np.uint8).T.reshape(count, 2, 4, 32)
-    low = (packed[:, :, :2] & 15) | packed[:, :, 2:] << 4
-    high = np.bitwise_or.reduce(packed >> 4 << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=2)
-    parts = [low.reshape(count, 128), high.reshape(count, 64), scales.astype(np.int8).view(np.uint8), _column(d[:, 0])]
-    return np.concatenate(parts, axis=1)
+    packed = quant._pack_q6(np.ascontiguousarray(levels.T))
+    return np.concatenate([*packed, scales.astype(np.int8).view(np.uint8), _column(d[:, 0])], axis=1)
 
 
 # --- x = scale · level + low ---------------------------------------------------------------------------------------
@@ -233,10 +230,8 @@ def _scaled(type: GGMLType, blocks: np.ndarray) -> np.ndarray:
         d, dmin = _units(scales, minima, sums)
     d, dmin = best[:2]
     scales, minima, packed = (part.astype(np.uint8) for part in best[2:])
-    head = [_column(d), _column(dmin), *_pack_scales(scales, minima)]
-    high = []
-    if type == GGMLType.Q5_K:
-        high = [np.bitwise_or.reduce(packed >> 4 << np.arange(8, dtype=np.uint8)[:, None], axis=1)]
+    head = [_column(d), _column(dmin), *quant._pack_scales(scales, minima)]
+    high = [quant._high_bits(packed)] if type == GGMLType.Q5_K else []
     return np.concatenate([*head, *high, quant._pack_pairs(packed)], axis=1)
 
 
@@ -249,9 +244,3 @@ def _units(scales: np.ndarray, minima: np.ndarray, sums: _Sums) -> tuple[np.ndar
     d, dmin = (bb * ax - ab * bx) / determinant, (ab * ax - aa * bx) / determinant
     alone = ~(dmin > 0) | ~np.isfinite(d)
     return np.where(alone, ax / aa, d), np.where(alone, np.float32(0), dmin)
-
-
-def _pack_scales(scales: np.ndarray, minima: np.ndarray) -> list[np.ndarray]:
-    """Pack 8 scales and 8 minima of 6 bits each, uint8 [B, 8], into three of [B, 4]: the last four lend bits."""
-    high_s, high_m = scales[:, 4:], minima[:, 4:]
-    return [scales[:, :4] | high_s >> 4 << 6, minima[:, :4] | high_m >> 4 << 6, (high_s & 15) | high_m << 4]

@@ -7,13 +7,13 @@ with these sizes. The tokenizer is ``tokenizer.model`` in the folder, or in the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.presets import PRESETS
 from gemkit.errors import GemkitError
-from gemkit.weights import tuned
 from gemkit.weights.checkpoint import Checkpoint, Tensor
 from gemkit.weights.hf import read as hf
 from gemkit.weights.hf.tokenizer import TokenizerFiles
@@ -77,32 +77,16 @@ def make_checkpoint(
     folder: Path,
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
-    *,
-    source: Path | None,
-    metadata: Mapping[str, object],
-    close: Callable[[], None],
+    **more: Any,
 ) -> Checkpoint:
     """Return the checkpoint at `path` with the tokenizer of its folder.
 
-    source: a file that is another one whenever the weights are others, None if there is none: by it copies of them are
-    found again.
+    more: further arguments of `Checkpoint`; source: a file that is another one whenever the weights are others, None if
+    there is none: by it copies of them are found again.
     """
-    tokenizer = _tokenizer(folder)
     name = path.stem if path.is_file() else hf._name(path)
-    template = hf.read_chat_template(folder)
     raw = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    return Checkpoint(
-        config,
-        tensors,
-        vocabulary=tokenizer and (lambda: tokenizer.vocabulary(config.vocab_size)),
-        vocabulary_key=tokenizer and (lambda: tokenizer.key(config.vocab_size)),
-        chat_template=template,
-        name=name,
-        instruction_tuned=tuned.instruction_tuned(tuned.mark(raw, tuned.CONFIG_KEY, template), template, name),
-        source=source,
-        metadata=metadata,
-        close=close,
-    )
+    return hf.folder_checkpoint(folder, config, tensors, name, _tokenizer(folder), raw, **more)
 
 
 def _tokenizer(folder: Path) -> TokenizerFiles | None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from gemkit.arch.config import ModelConfig
 from gemkit.errors import GemkitError, listed
-from gemkit.weights.checkpoint import Checkpoint, Tensor
+from gemkit.weights.checkpoint import Checkpoint, Tensor, mismatches
 from gemkit.weights.google import flax_names
 from gemkit.weights.google.flax_names import Row
 from gemkit.weights.google.official import Sizes, find_config, make_checkpoint
@@ -274,17 +274,7 @@ def _check(
     """Raise GemkitError that names the first arrays that are missing, too many, misshapen or of another type."""
     sizes = flax_names.sizes(config) | {"V": rows}
     wanted = {name: row.shape(sizes) for name, row in table.items()}
-    faults = []
-    if missing := [name for name in wanted if name not in shapes]:
-        faults.append(f"missing {listed(missing)}")
-    if extra := [shown(name) for name in shapes if name not in wanted]:
-        faults.append(f"unknown {listed(extra)}")
-    if wrong := [
-        f"{name} is {list(shapes[name])} but must be {list(shape)}"
-        for name, shape in wanted.items()
-        if shapes.get(name, shape) != shape
-    ]:
-        faults.append(listed(wrong))
+    faults = mismatches(wanted, shapes, lambda name: name if name in wanted else shown(name))
     types = {name: store.types[name] for name in wanted if name in shapes}
     if other := [f"{name} is {shown(kind)}" for name, kind in types.items() if kind not in TYPES]:
         faults.append(f"{listed(other)}; gemkit reads {', '.join(TYPES)}")

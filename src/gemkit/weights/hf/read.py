@@ -10,19 +10,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.hf_config import from_hf
 from gemkit.errors import GemkitError, GemkitWarning, listed
 from gemkit.text.encoding import decode
 from gemkit.weights import tuned
-from gemkit.weights.checkpoint import Checkpoint
+from gemkit.weights.checkpoint import Checkpoint, Tensor
 from gemkit.weights.folder import top_level
 from gemkit.weights.hf.safetensors import open_weights, shown
 from gemkit.weights.hf.stop import special_tokens, stop_ids
 from gemkit.weights.hf.tensors import read_tensors, refuse_quantised
-from gemkit.weights.hf.tokenizer import find_tokenizer
+from gemkit.weights.hf.tokenizer import TokenizerFiles, find_tokenizer
 from gemkit.weights.json_file import read_file, read_object
 
 
@@ -36,7 +38,6 @@ def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
     raw = read_object(folder / "config.json")
     config = _config(folder, raw)
     tokenizer = find_tokenizer(folder, _names(folder))
-    template = read_chat_template(folder)
     named = raw.get("transformers_weights")
     files = open_weights(folder, named if isinstance(named, str) else None)
     try:
@@ -46,23 +47,37 @@ def read_hf(path: str | os.PathLike[str]) -> Checkpoint:
             metadata["dtype"] = dtype
         if ignored:
             metadata["ignored"] = ignored
-        name = _name(folder)
-        return Checkpoint(
-            config,
-            tensors,
-            vocabulary=tokenizer and (lambda: tokenizer.vocabulary(config.vocab_size)),
-            vocabulary_key=tokenizer and (lambda: tokenizer.key(config.vocab_size)),
-            chat_template=template,
-            special_tokens=special_tokens(folder),
-            name=name,
-            instruction_tuned=tuned.instruction_tuned(tuned.mark(raw, tuned.CONFIG_KEY, template), template, name),
-            source=folder,
-            metadata=metadata,
-            close=files.close,
-        )
+        more = {"special_tokens": special_tokens(folder), "source": folder, "metadata": metadata, "close": files.close}
+        return folder_checkpoint(folder, config, tensors, _name(folder), tokenizer, raw, **more)
     except BaseException:
         files.close()
         raise
+
+
+def folder_checkpoint(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    tokenizer: TokenizerFiles | None,
+    raw: Mapping[str, object],
+    **more: Any,
+) -> Checkpoint:
+    """Return a checkpoint with a folder's chat template, and with its tokenizer, which is read later.
+
+    raw: ``config.json``, empty without one. more: further arguments of `Checkpoint`.
+    """
+    template = read_chat_template(folder)
+    return Checkpoint(
+        config,
+        tensors,
+        vocabulary=tokenizer and (lambda: tokenizer.vocabulary(config.vocab_size)),
+        vocabulary_key=tokenizer and (lambda: tokenizer.key(config.vocab_size)),
+        chat_template=template,
+        name=name,
+        instruction_tuned=tuned.instruction_tuned(tuned.mark(raw, tuned.CONFIG_KEY, template), template, name),
+        **more,
+    )
 
 
 def _names(folder: Path) -> list[str]:
@@ -112,7 +127,7 @@ def read_chat_template(folder: Path) -> str | None:
                     f"{path}: it has the chat templates {listed(map(shown, named))} and none is the default: "
                     f"{shown(first)} is used",
                     GemkitWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 template = named[first]
             else:
