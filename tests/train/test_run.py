@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from train.toy import ToyBatch, ToyBatches, ToyLoop, batch, rows, train
+from train.toy import ToyLoop, batches, rows, train, validation
 
+from gemkit.data.batch import Batches
 from gemkit.errors import GemkitError
 from gemkit.train.checkpoint import Checkpoints
 from gemkit.train.log import RunLog
@@ -71,12 +72,11 @@ def test_the_curves_fall_and_each_step_has_its_row(tmp_path):
 
 
 def test_the_validation_loss_is_the_mean_over_tokens(tmp_path):
-    data = [batch(rows(3, seed=3)), batch(rows(1, seed=4))]
+    data = [*batches(rows(3, seed=3), 3).once(), *batches(rows(1, seed=4), 1).once()]
     loop = ToyLoop()
     loop.w = np.random.default_rng(0).normal(size=(12, 12)).astype(np.float32)
-    result = run(
-        loop, ToyBatches(rows(8), 2), data, replace(OPTIONS, steps=1), tmp_path, log=RunLog(tmp_path, quiet=True)
-    )
+    log = RunLog(tmp_path, quiet=True)
+    result = run(loop, batches(rows(8), 2), data, replace(OPTIONS, steps=1), tmp_path, log=log)
     parts = [ToyLoop.evaluate(loop, one) for one in data]
     assert result.validation_loss == sum(loss for loss, _ in parts) / sum(count for _, count in parts)
 
@@ -86,8 +86,8 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
     for size, accumulate in ((8, 1), (4, 2), (2, 4)):
         options = replace(OPTIONS, steps=5, batch_size=size, grad_accum=accumulate)
         folder = tmp_path / str(size)
-        train(folder, options, log=RunLog(folder, quiet=True))
-        losses.append([row.loss for row in read_metrics(folder / "metrics.csv")[1:]])
+        run(ToyLoop(), batches(rows(40), size, shuffle=False), None, options, folder, log=RunLog(folder, quiet=True))
+        losses.append([row.loss for row in read_metrics(folder / "metrics.csv")])
     np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-5)
 
 
@@ -188,7 +188,7 @@ def test_resume_with_other_options_or_other_data_is_refused_and_loses_nothing(tm
     with pytest.raises(SystemExit):
         train(tmp_path, OPTIONS, loop=StopAt(17, signal.SIGINT), log=RunLog(tmp_path, quiet=True))
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    data = ToyBatches(rows(40), 4), [batch(rows(8, seed=1))]
+    data = batches(rows(40), 4), validation()
     for options, identity, message in [
         (replace(OPTIONS, batch_size=2), {"data set": "toy"}, "batch_size was 4 and is 2: give the same options"),
         (replace(OPTIONS, lr=0.2), {"data set": "toy"}, "lr was 0.1 and is 0.2, which changes the learning rate"),
@@ -239,17 +239,16 @@ def test_a_value_that_is_not_finite_stops_the_run_and_is_named(tmp_path, fields:
 
 
 def test_batches_without_a_loss_token_are_refused(tmp_path):
-    class Empty(ToyBatches):
+    class Empty(Batches):
         def __next__(self):
             found = super().__next__()
-            return ToyBatch(found.tokens, np.full_like(found.targets, -1)) if self.index > 4 else found
+            return replace(found, targets=np.full_like(found.targets, -1)) if self.state()["batch"] > 4 else found
 
     with pytest.raises(GemkitError, match="step 3: its batches have no token with loss"):
-        run(ToyLoop(), Empty(rows(40), 4), None, OPTIONS, tmp_path, log=RunLog(tmp_path, quiet=True))
+        run(ToyLoop(), Empty(rows(40), 4, 32, packing=False), None, OPTIONS, tmp_path, log=RunLog(tmp_path, quiet=True))
     with pytest.raises(GemkitError, match="the validation set has no token with loss"):
-        train_on = ToyBatches(rows(40), 4)
-        empty = [ToyBatch(np.zeros((1, 4), np.int32), np.full((1, 4), -1))]
-        run(ToyLoop(), train_on, empty, OPTIONS, tmp_path, log=RunLog(tmp_path, quiet=True))
+        empty = [replace(batch, targets=np.full_like(batch.targets, -1)) for batch in validation()]
+        run(ToyLoop(), batches(rows(40), 4), empty, OPTIONS, tmp_path, log=RunLog(tmp_path, quiet=True))
 
 
 def test_a_checkpoint_that_a_full_disk_refuses_does_not_end_the_run_until_the_last(tmp_path, monkeypatch):
@@ -277,7 +276,7 @@ def test_memory_and_rate_are_those_that_the_loop_gives(tmp_path):
         def step(self, batches, lr):
             return StepMetrics(1.0, 640, 10, 1.0, memory=12_345)
 
-    run(Device(), ToyBatches(rows(9), 2), None, replace(OPTIONS, steps=3), tmp_path, log=RunLog(tmp_path, quiet=True))
+    run(Device(), batches(rows(9), 2), None, replace(OPTIONS, steps=3), tmp_path, log=RunLog(tmp_path, quiet=True))
     assert {(row.memory_bytes, row.tokens, row.loss_tokens) for row in read_metrics(tmp_path / "metrics.csv")} == {
         (12_345, 640, 10)
     }

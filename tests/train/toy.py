@@ -8,28 +8,21 @@ import json
 import os
 import signal
 import sys
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
+from gemkit.data.batch import Batches, TokenBatch
+from gemkit.data.sample import Sample
 from gemkit.train.loop import StepMetrics
 from gemkit.train.objectives.sft import mean_nll, sum_nll
 
 V = 12
 
 
-@dataclass(frozen=True)
-class ToyBatch:
-    """Fields of a token batch that the toy reads: tokens and targets, int32 [B, T]."""
-
-    tokens: np.ndarray
-    targets: np.ndarray
-
-
-def rows(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Token sequences of a Markov chain, of several lengths."""
+def rows(count: int, seed: int = 0) -> list[Sample]:
+    """Sequences of a Markov chain, of several lengths; the first two tokens are a prompt."""
     rng = np.random.default_rng(seed)
     chain = np.random.default_rng(99).dirichlet(np.full(V, 0.2), V)
     found = []
@@ -37,43 +30,16 @@ def rows(count: int, seed: int = 0) -> list[np.ndarray]:
         row = [int(rng.integers(V))]
         for _ in range(int(rng.integers(3, 20))):
             row.append(int(rng.choice(V, p=chain[row[-1]])))
-        found.append(np.array(row, np.int32))
+        found.append(Sample(np.array(row, np.int32), np.arange(len(row)) >= 2))
     return found
 
 
-def batch(samples: list[np.ndarray]) -> ToyBatch:
-    longest = max(map(len, samples))
-    tokens, targets = np.zeros((len(samples), longest), np.int32), np.full((len(samples), longest), -1, np.int32)
-    for index, sample in enumerate(samples):
-        tokens[index, : len(sample)] = sample
-        targets[index, 1 : len(sample) - 1] = sample[2:]  # the first token is a prompt
-    return ToyBatch(tokens, targets)
+def batches(samples: list[Sample], size: int, seed: int = 0, shuffle: bool = True) -> Batches:
+    return Batches(samples, size, 32, packing=False, seed=seed, shuffle=shuffle)
 
 
-class ToyBatches:
-    """Endless batches, shuffled by seed and epoch."""
-
-    def __init__(self, samples: list[np.ndarray], size: int, seed: int = 0) -> None:
-        self.samples, self.size, self.seed = samples, size, seed
-        self.epoch, self.index = 0, 0
-
-    @property
-    def per_epoch(self) -> int:
-        return len(self.samples) // self.size
-
-    def state(self) -> dict:
-        return {"epoch": self.epoch, "index": self.index}
-
-    def restore(self, state) -> None:
-        self.epoch, self.index = state["epoch"], state["index"]
-
-    def __next__(self) -> ToyBatch:
-        if self.index == self.per_epoch:
-            self.epoch, self.index = self.epoch + 1, 0
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.samples))
-        chosen = order[self.index * self.size : (self.index + 1) * self.size]
-        self.index += 1
-        return batch([self.samples[i] for i in chosen])
+def validation() -> list[TokenBatch]:
+    return [*batches(rows(8, seed=1), 8).once(), *batches(rows(5, seed=2), 5).once()]
 
 
 class ToyLoop:
@@ -119,7 +85,7 @@ class ToyLoop:
         self.ballast += np.float32(1)
         return StepMetrics(loss, sum(b.tokens.size for b in batches), count, norm)
 
-    def evaluate(self, one: ToyBatch) -> tuple[float, int]:
+    def evaluate(self, one: TokenBatch) -> tuple[float, int]:
         tokens, targets = one.tokens.ravel(), one.targets.ravel()
         logprobs = self.logprobs(tokens, self.w)[np.arange(len(targets)), targets]
         return float(sum_nll(logprobs, targets, np)), int((targets >= 0).sum())
@@ -143,9 +109,8 @@ def train(folder: Path, options, *, ballast: int = 0, loop=None, **keywords):
     from gemkit.train.run import run
 
     loop = ToyLoop(options.seed, ballast=ballast) if loop is None else loop
-    data = ToyBatches(rows(40), options.batch_size, options.seed)
-    validation = [batch(rows(8, seed=1)), batch(rows(5, seed=2))]
-    return loop, run(loop, data, validation, options, folder, identity={"data set": "toy"}, **keywords)
+    data = batches(rows(40), options.batch_size, options.seed)
+    return loop, run(loop, data, validation(), options, folder, identity={"data set": "toy"}, **keywords)
 
 
 def kill_before(number: int, folder: str) -> None:
