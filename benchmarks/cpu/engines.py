@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from works import GREEDY, SAMPLED, Session, Task
@@ -84,64 +84,52 @@ class Engine:
 OURS = Engine("gemkit", HERE / "ours.py", {"gemkit generate": gemkit_first})
 
 
-def llamacpp(python: str) -> Engine:
+def _llamacpp_flags() -> dict[str, tuple[dict, ...]]:
     flags = [{"ubatch": u, "flash": f} for u, f in itertools.product((128, 256, 512), (False, True))]
     few = ({"ubatch": 512, "flash": False}, {"ubatch": 512, "flash": True})
     # Weights in the file's own layout, once: repacking them helps on most machines
     plain = {"ubatch": 512, "flash": True, "repack": False}
     unified = [{**each, "unified": both} for each, both in itertools.product(few, (False, True))]
-    return Engine(
-        "llama.cpp",
-        HERE.parent / "peers" / "llamacpp.py",
-        {way: llamacpp_first(way) for way in ("minimal", "mapped", "class")},
-        {"demo": (*flags, plain), "Q8_0": (*few, plain), "2B": few, "batch": tuple(unified)},
-        python,
-        note="The same files.",
-    )
+    return {"demo": (*flags, plain), "Q8_0": (*few, plain), "2B": few, "batch": tuple(unified)}
 
 
-def ctranslate2(python: str) -> Engine:
-    return Engine(
-        "CTranslate2",
-        HERE.parent / "peers" / "ctranslate2_int8.py",
-        python=python,
-        convert="ctranslate2",
-        deepest=2048,
-        note="Its int8 weights, a scale a row, made of the same model.",
-    )
-
-
-def transformers(python: str) -> Engine:
-    return Engine(
-        "transformers",
-        HERE.parent / "peers" / "hf.py",
-        python=python,
-        convert="hf",
-        deepest=512,
-        ways=(GREEDY,),
-        batches=False,
-        note="float32, the weights of the same model.",
-    )
-
-
-def openvino(python: str) -> Engine:
-    return Engine(
-        "OpenVINO GenAI",
-        HERE.parent / "peers" / "openvino_genai_int8.py",
-        python=python,
-        convert="openvino",
-        deepest=2048,
-        batches=False,
-        note="Its 8-bit weights, a scale a row, made of the same model; its cache is of 8 bits by default.",
-    )
-
-
-# Who is looked for: its name, the module that must be there, the folder of .venv-bench that its environment is in.
+LLAMACPP = Engine(
+    "llama.cpp",
+    HERE.parent / "peers" / "llamacpp.py",
+    {way: llamacpp_first(way) for way in ("minimal", "mapped", "class")},
+    _llamacpp_flags(),
+    note="The same files.",
+)
+CTRANSLATE2 = Engine(
+    "CTranslate2",
+    HERE.parent / "peers" / "ctranslate2_int8.py",
+    convert="ctranslate2",
+    deepest=2048,
+    note="Its int8 weights, a scale a row, made of the same model.",
+)
+TRANSFORMERS = Engine(
+    "transformers",
+    HERE.parent / "peers" / "hf.py",
+    convert="hf",
+    deepest=512,
+    ways=(GREEDY,),
+    batches=False,
+    note="float32, the weights of the same model.",
+)
+OPENVINO = Engine(
+    "OpenVINO GenAI",
+    HERE.parent / "peers" / "openvino_genai_int8.py",
+    convert="openvino",
+    deepest=2048,
+    batches=False,
+    note="Its 8-bit weights, a scale a row, made of the same model; its cache is of 8 bits by default.",
+)
+# By name: the peer, the module that must be installed, the folder of .venv-bench with its environment.
 PEERS = {
-    "llama.cpp": (llamacpp, "llama_cpp", ""),
-    "CTranslate2": (ctranslate2, "ctranslate2", ""),
-    "transformers": (transformers, "transformers", ""),
-    "OpenVINO GenAI": (openvino, "openvino_genai", "openvino"),
+    "llama.cpp": (LLAMACPP, "llama_cpp", ""),
+    "CTranslate2": (CTRANSLATE2, "ctranslate2", ""),
+    "transformers": (TRANSFORMERS, "transformers", ""),
+    "OpenVINO GenAI": (OPENVINO, "openvino_genai", "openvino"),
 }
 # Peers that cannot run here, and why.
 ABSENT = {
@@ -153,7 +141,7 @@ ABSENT = {
 def installed(names: list[str] | None = None) -> tuple[list[Engine], dict[str, str]]:
     """Return the installed peers, and the reasons for the others. Raises SystemExit if none is."""
     found, missing = [], {}
-    for name, (make, module, folder) in PEERS.items():
+    for name, (peer, module, folder) in PEERS.items():
         if names and name not in names:
             continue
         python = os.environ.get("GEMKIT_PEER_PYTHON" + (f"_{folder.upper()}" if folder else ""))
@@ -164,7 +152,7 @@ def installed(names: list[str] | None = None) -> tuple[list[Engine], dict[str, s
         elif subprocess.run([python, "-c", look]).returncode:
             missing[name] = f"{python} has no {module}"
         else:
-            found.append(make(python))
+            found.append(replace(peer, python=python))
     if not found:
         reason = "; ".join(dict.fromkeys(missing.values()))
         raise SystemExit(f"bench: {reason}: run `make bench`, or set GEMKIT_PEER_PYTHON")

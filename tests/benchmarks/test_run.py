@@ -209,7 +209,7 @@ def test_missing_peers_are_said_in_one_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"no-such-python.*: run `make bench`"):
         run.main(["--model", "m.gguf"])
     # One that is there is enough; the others are named
-    monkeypatch.setitem(engines.PEERS, "transformers", (engines.transformers, "json", ""))
+    monkeypatch.setitem(engines.PEERS, "transformers", (engines.TRANSFORMERS, "json", ""))
     monkeypatch.setenv("GEMKIT_PEER_PYTHON", sys.executable)
     found, missing = engines.installed(["transformers", "OpenVINO GenAI"])
     assert [peer.name for peer in found] == ["transformers"] and list(missing) == ["OpenVINO GenAI"]
