@@ -16,7 +16,7 @@ ORDER = "errors host cache forks extras arch text weights hub engine models api 
 # Where a framework may be imported: in the folder of its name below models/, and never on the laptop path.
 FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "keras", "tensorflow", "transformers", "orbax"}
 LAPTOP = {"click", "httpx2", "huggingface_hub", "jinja2", "numpy", "prompt_toolkit", "sentencepiece"}
-OWN = {"torch": {"torch"}, "jax": {"jax", "ml_dtypes"}, "keras": {"keras", "jax", "torch", "tensorflow"}}
+OWN = {"torch": {"torch"}, "jax": {"jax", "ml_dtypes", "optax"}, "keras": {"keras", "jax", "torch", "tensorflow"}}
 MAX_LINES = 800
 SKIPPED_FOLDERS = {".git", "build", "dist", "__pycache__", ".hypothesis", ".pytest_cache", ".ruff_cache"}
 
@@ -54,8 +54,11 @@ def package_of(path: Path) -> str:
 
 
 def framework_of(path: Path) -> str | None:
+    """The framework that a file is for: that of its folder in models/, or of a training loop."""
     parts = path.relative_to(SOURCE).parts
-    return parts[1] if parts[0] == "models" and len(parts) > 2 and parts[1] in OWN else None
+    if parts[0] == "train" and path.stem.startswith("loop_"):
+        return path.stem.removeprefix("loop_")
+    return parts[1] if parts[0] == "models" and parts[1] in OWN else None
 
 
 def test_a_package_imports_only_packages_above_it():

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from gemkit.arch.config import LayerSpec, ModelConfig
 from gemkit.models.frameworks.layers import call
 from gemkit.models.torch.attention import LayerCache, Where, attend, visible
-from gemkit.models.torch.linear import Embedding, Linear, linear
+from gemkit.models.torch.linear import Embedding, Linear, Quantised, linear
+from gemkit.models.torch.logprobs import logprobs
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [B, T, 1, H/2]
 
@@ -208,10 +209,18 @@ class Decoder(nn.Module):
             where = Where(torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT))
         return self.model(self.embed(tokens_BT) if inputs is None else inputs, where, caches, run)
 
+    @property
+    def head(self) -> Tensor | Quantised:
+        """The output matrix [V, D]."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Return logits float32 [..., V] of hidden states."""
-        head_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return softcap(widen(linear(x_BTD, head_VD)), self.config.final_logit_softcapping)
+        return softcap(widen(linear(x_BTD, self.head)), self.config.final_logit_softcapping)
+
+    def logprobs(self, x_RD: Tensor, targets_R: Tensor) -> Tensor:
+        """Return log-probabilities float32 [R] of the next tokens, by chunks of rows; differentiable."""
+        return logprobs(x_RD, self.head, targets_R, self.config.final_logit_softcapping)
 
     def forward(self, tokens_BT: Tensor, where: Where | None = None) -> Tensor:
         """Return logits float32 [B, T, V]; position t scores the token after ``tokens[:, t]``."""
