@@ -236,7 +236,7 @@ def _parquet(path: Path) -> Iterator[Record]:
         with arrow.parquet.ParquetFile(path) as file:
             columns = [name for name in COLUMNS if name in file.schema_arrow.names]
             yield from _numbered(path, 0, file.iter_batches(1024, columns=columns or None))
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _broken(path, error) from None
 
 
@@ -252,23 +252,33 @@ def _saved(folder: Path) -> Iterator[Record]:
     for name in names:
         path = folder / Path(str(name)).name
         try:
-            with arrow.memory_map(str(path)) as file, arrow.ipc.open_stream(file) as batches:
+            with arrow.OSFile(str(path)) as file, arrow.ipc.open_stream(file) as batches:
                 for where, fields in _numbered(folder, done, batches):
                     done += 1
                     yield where, fields
-        except (arrow.ArrowException, OSError) as error:
+        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _broken(path, error) from None
 
 
 def _numbered(path: Path, done: int, batches: Iterable[Any]) -> Iterator[Record]:
+    """Yield the rows of record batches. Raises ArrowException for one that is damaged: reading it could crash."""
     for batch in batches:
+        try:
+            batch.validate(full=True)
+            rows = iter(batch.to_pylist())
+        except ValueError:  # damaged, or text that is not UTF-8, which concerns single rows
+            rows = None
         for at in range(batch.num_rows):
             done += 1
             where = f"{path}, row {done}"
             try:
-                yield where, {name: column[at].as_py() for name, column in zip(batch.schema.names, batch.columns)}
-            except UnicodeDecodeError as error:
-                yield where, RowError(where, "invalid UTF-8", f"byte 0x{error.object[error.start]:02X}")
+                if rows is None:
+                    batch.slice(at, 1).validate(full=True)
+                yield where, next(rows) if rows is not None else batch.slice(at, 1).to_pylist()[0]
+            except ValueError as error:
+                if "UTF8" not in str(error):
+                    raise
+                yield where, RowError(where, "invalid UTF-8")
 
 
 def _broken(path: Path, error: Exception) -> GemkitError:
