@@ -54,6 +54,9 @@ MEAN_KL_INT4 = 0.3
 # The same compared in bfloat16.
 BFLOAT16_PRODUCT = 2e-2
 
+# Losses of training steps, in nats, of any two implementations from the same start on the same batches.
+LOSS_CURVE = 1e-3
+
 # Squared error of searched scales against ggml's own on the same rows, and the perplexity of the files made with them.
 SEARCHED_ERROR_RATIO_TO_GGML = 1.002
 SEARCHED_PERPLEXITY_RATIO_TO_GGML = 1.005
