@@ -1,8 +1,7 @@
 """Tensor names: the ones in a GGUF file and the canonical ones (Hugging Face), one row for each kind.
 
 GGUF stores a norm as the multiplier 1 + w; the canonical parameter is w (`add_one`).
-Hugging Face's multimodal Gemma 3 has the canonical names inside another model, under two prefixes.
-Source: ``gguf-py/gguf/tensor_mapping.py`` of llama.cpp and the state dictionaries of transformers.
+Source: ``gguf-py/gguf/tensor_mapping.py`` of llama.cpp.
 """
 
 from __future__ import annotations
@@ -13,16 +12,8 @@ from typing import NamedTuple
 # Some conversions add the rotary frequencies as a tensor; they follow from the metadata.
 IGNORED = frozenset({"rope_freqs.weight"})
 
-# The text model's prefix in a multimodal file of transformers 4 and 5, and its canonical form; longest first.
-_MULTIMODAL = (
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "model."),
-    ("model.lm_head.", "lm_head."),
-)
 # Ollama keeps the image tower and the projector in the file of the language model, under llama.cpp's mmproj names.
 _GGUF_IMAGE = ("v.", "mm.")
-_IMAGE = re.compile(r"(?:model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 class Name(NamedTuple):
@@ -92,20 +83,3 @@ def _find(name: str, table: dict[str, Name]) -> Name | None:
         return table.get(name) if "{" not in name else None
     row = table.get(name[: number.start()] + "{}" + name[number.end() :])
     return row and Name(row.gguf.format(number[0]), row.canonical.format(number[0]), row.add_one)
-
-
-def from_multimodal(name: str) -> str:
-    """Return the canonical name of the text model's tensor or module in a Hugging Face file, others unchanged.
-
-    Example: "language_model.model.layers.0.mlp.up_proj.weight" is "model.layers.0.mlp.up_proj.weight".
-    """
-    for prefix, canonical in _MULTIMODAL:
-        if name.startswith(prefix):
-            return canonical + name[len(prefix) :]
-    return name
-
-
-def image_part(name: str) -> str | None:
-    """Return "vision_tower" or "multi_modal_projector" if a tensor or module of a Hugging Face file belongs to it."""
-    found = _IMAGE.match(name)
-    return found and found[1]

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from gemkit.errors import GemkitError, listed
-from gemkit.weights.gguf import names
 from gemkit.weights.hf.safetensors import TYPES, SafetensorsFile, shown
+from gemkit.weights.hf.tensors import canonical, image_part
 from gemkit.weights.json_file import read_object
 from gemkit.weights.lora import LoraAdapter, LoraPart, projection
 from gemkit.weights.peft.config import CONFIG, MAX_MODULE, MERGE, WEIGHTS, Settings
@@ -143,10 +143,10 @@ def _adapter(folder: Path, modules: Mapping[str, Mapping[str, np.ndarray]], sett
             raise GemkitError(
                 f"{path}: {shown(module)} has B {list(b.shape)} and {len(magnitude)} magnitudes: get the adapter again"
             )
-        if names.image_part(module):
+        if image_part(module):
             ignored.append(module)
             continue
-        key = names.from_multimodal(module) + ".weight"
+        key = canonical(f"{module}.weight") or f"{module}.weight"
         if key in parts:
             raise GemkitError(f"{path}: {shown(module)} occurs under two names: get the adapter again")
         parts[key] = LoraPart(a, b, scale, magnitude)
