@@ -1,4 +1,4 @@
-"""A file of weights, memory-mapped and not trusted: the part that the readers of GGUF, safetensors and torch share."""
+"""A file of weights, memory-mapped and not trusted: what the readers of GGUF, safetensors and torch share."""
 
 from __future__ import annotations
 
@@ -69,3 +69,14 @@ class MappedFile(ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def shown(value: object) -> str:
+    """Return a value from a file for a message: quoted, on one line, not long."""
+    text = ascii(value)
+    return text if len(text) <= 120 else f"{text[:100]}..."
+
+
+def plain(name: str) -> str:
+    """Return a tensor's name for a message, quoted only if it needs to be."""
+    return name if name.isascii() and name.isprintable() and len(name) <= 200 else shown(name)

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from gemkit.weights.git_lfs import refuse_pointer
-from gemkit.weights.mapped import MappedFile
+from gemkit.weights.mapped import MappedFile, shown
 from gemkit.weights.quant import BLOCKS, OTHER_TYPES, GGMLType
 
 MAGIC = b"GGUF"
@@ -330,9 +330,3 @@ def _stranger(head: bytes) -> tuple[str, str]:
     if head[8:9] == b"{":
         return "it is a safetensors file, not GGUF", "name it .safetensors and put it next to its config.json"
     return "it is not a GGUF file", "give the path of one, or convert the model to GGUF"
-
-
-def shown(value: object) -> str:
-    """Return a value from the file for a message: quoted, on one line, not long."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:60]}..."

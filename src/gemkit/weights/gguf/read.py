@@ -21,6 +21,7 @@ from gemkit.weights.gguf import names
 from gemkit.weights.gguf.container import GGUFArray, GGUFFile, GGUFTensor, shown
 from gemkit.weights.gguf.parts import GGUFParts, open_parts
 from gemkit.weights.gguf.vocabulary import check_vocabulary, read_vocabulary, vocabulary_key
+from gemkit.weights.mapped import plain
 from gemkit.weights.quant import GGMLType
 
 __all__ = ["ARCHITECTURES", "GGMLType", "GGUFFile", "GGUFTensor", "config_from_metadata", "read_gguf"]
@@ -94,7 +95,7 @@ def _checkpoint(file: GGUFParts) -> Checkpoint:
         row = names.from_canonical(key, config.post_norms)
         return labels.get(key) or (row.gguf if row else key)
 
-    check(config, {key: tensor.shape for key, tensor in tensors.items()}, label=lambda key: _plain(label(key)))
+    check(config, {key: tensor.shape for key, tensor in tensors.items()}, label=lambda key: plain(label(key)))
     tokens = pairs.get("tokenizer.ggml.tokens")
     if tokens is not None:
         check_vocabulary(pairs, config.vocab_size, warn)
@@ -312,7 +313,3 @@ def _get(pairs: Mapping[str, object], key: str, kind: type[T], default: object =
     # Stored as float32, 1e-6 comes back as 9.999999974752427e-07; the shortest decimal is the intended value
     with np.errstate(over="ignore"):
         return float(str(np.float32(value))) if kind is float else value
-
-
-def _plain(name: str) -> str:
-    return name if name.isascii() and name.isprintable() and len(name) <= 200 else shown(name)

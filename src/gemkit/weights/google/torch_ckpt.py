@@ -28,6 +28,7 @@ from gemkit.weights.google.official import Sizes, find_config, make_checkpoint
 from gemkit.weights.google.torch_zip import TorchFile, TorchTensor
 from gemkit.weights.hf.safetensors import TYPES, shown
 from gemkit.weights.json_file import read_object
+from gemkit.weights.mapped import plain
 from gemkit.weights.quant import GGMLType, dequantise
 
 INDEX = "pytorch_model.bin.index.json"
@@ -246,11 +247,7 @@ def _check(
         if name not in known:
             shapes[name] = tensors[name].shape
 
-    def label(key: str) -> str:
-        name = labels.get(key, key)
-        return name if name.isascii() and name.isprintable() and len(name) <= 200 else shown(name)
-
-    check(config, shapes, files.path, label)
+    check(config, shapes, files.path, lambda key: plain(labels.get(key, key)))
     for module in sorted(modules):
         _check_type(files, module, tensors[module + _WEIGHT], tensors.get(module + _SCALER))
 

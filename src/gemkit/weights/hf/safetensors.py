@@ -23,7 +23,7 @@ from gemkit.weights import folder as rules
 from gemkit.weights.folder import INDEX, SINGLE
 from gemkit.weights.git_lfs import HEAD, refuse_pointer
 from gemkit.weights.json_file import parse_object, read_object
-from gemkit.weights.mapped import MappedFile
+from gemkit.weights.mapped import MappedFile, shown
 from gemkit.weights.quant import GGMLType
 
 # Bits of one element
@@ -273,9 +273,3 @@ def _is_inside(name: str) -> bool:
 
 def _counts(value: object) -> bool:
     return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
-
-
-def shown(value: object) -> str:
-    """Return a value from the file for a message: quoted, on one line, not long."""
-    text = ascii(value)
-    return text if len(text) <= 120 else f"{text[:100]}..."

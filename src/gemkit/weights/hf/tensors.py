@@ -22,6 +22,7 @@ from gemkit.arch.tensors import EMBEDDING, HEAD, manifest
 from gemkit.errors import GemkitError, GemkitWarning, listed
 from gemkit.weights.checkpoint import Tensor, check
 from gemkit.weights.hf.safetensors import TYPES, Entry, ShardedFiles, shown
+from gemkit.weights.mapped import plain
 from gemkit.weights.quant import GGMLType, dequantise
 
 # Prefixes of a name when another module holds the model: multimodal models, PEFT, torch.compile, DDP, FSDP
@@ -143,7 +144,7 @@ def read_tensors(
     if others:
         warnings.warn(
             f"{folder}: {len(others)} tensor{'s' * (len(others) > 1)} the model has no use for "
-            f"({listed(map(_plain, others))}), left out",
+            f"({listed(map(plain, others))}), left out",
             GemkitWarning,
             stacklevel=4,
         )
@@ -176,7 +177,7 @@ def refuse_other_models(folder: Path, raw_config: Mapping[str, object], names: I
     heads += [name for name in said if re.search(r"For(Sequence|Token)Classification|RewardModel", name)]
     if heads:
         raise GemkitError(
-            f"{folder}: this is a classifier or reward model ({listed(map(_plain, heads), 1)}), and gemkit runs models "
+            f"{folder}: this is a classifier or reward model ({listed(map(plain, heads), 1)}), and gemkit runs models "
             "that write text: give another"
         )
 
@@ -212,7 +213,7 @@ def _tied(folder: Path, config: ModelConfig, files: ShardedFiles, labels: dict[s
         del labels[HEAD]
     else:
         warnings.warn(
-            f"{folder}: {_plain(labels[HEAD])} differs from {_plain(labels[EMBEDDING])}, to which config.json ties it; "
+            f"{folder}: {plain(labels[HEAD])} differs from {plain(labels[EMBEDDING])}, to which config.json ties it; "
             "it is used as it is, as transformers does",
             GemkitWarning,
             stacklevel=5,
@@ -269,7 +270,7 @@ def _labeller(labels: Mapping[str, str]) -> Callable[[str], str]:
     name = labels.get(known, known)
     rest = known.removeprefix("model.")
     prefix = name[: len(name) - len(rest)] if name.endswith(rest) else "model."
-    return lambda key: _plain(labels.get(key) or (key if key == HEAD else prefix + key.removeprefix("model.")))
+    return lambda key: plain(labels.get(key) or (key if key == HEAD else prefix + key.removeprefix("model.")))
 
 
 def _no_text(images: Mapping[str, int], others: list[str]) -> str:
@@ -277,7 +278,7 @@ def _no_text(images: Mapping[str, int], others: list[str]) -> str:
     if images:
         return f"holds the image part of a model ({', '.join(images)}) and nothing of its text model: get it whole"
     return (
-        f"holds no tensor of a Gemma: it has {listed(map(_plain, others)) or 'none at all'}; "
+        f"holds no tensor of a Gemma: it has {listed(map(plain, others)) or 'none at all'}; "
         "get the model in the layout of Hugging Face"
     )
 
@@ -292,7 +293,3 @@ def _hint(config: ModelConfig, raw_config: Mapping[str, object], shapes: Mapping
     if HEAD not in shapes and not config.tie_word_embeddings:
         return " (config.json sets tie_word_embeddings to false; without a head of its own it should be true)"
     return ""
-
-
-def _plain(name: str) -> str:
-    return name if name.isascii() and name.isprintable() and len(name) <= 200 else shown(name)
