@@ -81,7 +81,7 @@ def file_identity(path: Path) -> list[object]:
 
 
 def touch(record: Path) -> None:
-    """Marks a copy as used now."""
+    """Mark a copy as used now."""
     with contextlib.suppress(OSError):
         os.utime(record)
 

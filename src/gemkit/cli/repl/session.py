@@ -27,7 +27,7 @@ DEFAULTS: dict[str, object] = {name: getattr(GenerateOptions, name) for name in 
 
 
 def check_settings(settings: dict[str, object]) -> dict[str, object]:
-    """Returns settings as `Model.stream` takes them, None left out; raises UsageError for an unknown name or value."""
+    """Return settings as `Model.stream` takes them, None left out; raises UsageError for an unknown name or value."""
     given = {name: value for name, value in settings.items() if value is not None}
     for name in given:
         if name not in DEFAULTS:
@@ -83,7 +83,7 @@ class Answer:
         return next(self._stream)
 
     def close(self) -> Completion:
-        """Cancels the rest; returns what has come."""
+        """Cancel the rest; return what has come."""
         self._stream.close()
         return self._stream.completion
 

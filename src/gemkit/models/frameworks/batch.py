@@ -53,7 +53,7 @@ class PaddedBatch:
 
 
 def unpack(flat: Array, sizes: Sizes) -> tuple[Array, Array, list[tuple[Array, Array, Array]]]:
-    """Returns tokens, positions, and (write, read, read_positions) by page group of a `PaddedBatch.flat`."""
+    """Return tokens, positions, and (write, read, read_positions) by page group of a `PaddedBatch.flat`."""
     B, T, slots = sizes
     shapes = [(B, T), (B, T)]
     for S in slots:
@@ -67,12 +67,12 @@ def unpack(flat: Array, sizes: Sizes) -> tuple[Array, Array, list[tuple[Array, A
 
 
 def bucket(size: int) -> int:
-    """Returns the next power of two."""
+    """Return the next power of two."""
     return 1 << max(0, size - 1).bit_length()
 
 
 def quarter(size: int) -> int:
-    """Returns the next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, …: four to a power of two."""
+    """Return the next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, …: four to a power of two."""
     step = max(1, bucket(size) // 8)
     return -(-size // step) * step
 
@@ -84,7 +84,7 @@ def pad(
     rounded: Callable[[int], int] = bucket,
     minimum: tuple[int, int] = (1, 1),
 ) -> PaddedBatch:
-    """Pads a `Batch`, whose pages 0, 1, … are the cache's pages 1, 2, ….
+    """Pad a `Batch`, whose pages 0, 1, … are the cache's pages 1, 2, ….
 
     windows: of the page groups; a group needs no more pages than its window and the new tokens span. rounded: rounds a
     number of pages up. minimum: of B and T, for shapes that stay.
@@ -116,7 +116,7 @@ def _slots(
     most: int | None,
     rounded: Callable[[int], int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns a page group's slots to write, slots to read, and the positions of these.
+    """Return a page group's slots to write, slots to read, and the positions of these.
 
     new: positions of the new tokens, FAR for padding. ends: the position after each sequence's last. most: an upper
     bound on the pages of a sequence.
@@ -147,7 +147,7 @@ _MAX_PADDING = 128  # tokens of padding that cost as much as another step
 
 
 def split(batch: Batch) -> list[np.ndarray]:
-    """Returns the sequences of each step that a batch is run in: all, or those of one new token apart from the longer.
+    """Return the sequences of each step that a batch is run in: all, or those of one new token apart from the longer.
 
     In a step with a long chunk, every sequence is padded to its length.
     """
@@ -161,7 +161,7 @@ def split(batch: Batch) -> list[np.ndarray]:
 
 
 def part(batch: Batch, sequences: np.ndarray) -> Batch:
-    """Returns a batch of some sequences of a batch, in order."""
+    """Return a batch of some sequences of a batch, in order."""
     drawn = _within(np.cumsum([0, *batch.draws]), sequences)
     return build_batch(
         [batch.tokens[batch.starts[b] : batch.starts[b + 1]] for b in sequences],
@@ -179,12 +179,12 @@ def part(batch: Batch, sequences: np.ndarray) -> Batch:
 
 
 def _within(bounds: np.ndarray, sequences: np.ndarray) -> np.ndarray:
-    """Returns the indices from bounds[b] to bounds[b + 1] of each sequence."""
+    """Return the indices from bounds[b] to bounds[b + 1] of each sequence."""
     return np.concatenate([np.arange(bounds[b], bounds[b + 1]) for b in sequences])
 
 
 def in_parts(step: Callable[[Batch], StepResult], batch: Batch) -> StepResult:
-    """Runs a batch in the steps of `split` and returns their results as one."""
+    """Run a batch in the steps of `split` and return their results as one."""
     parts = split(batch)
     if len(parts) == 1:
         return step(batch)

@@ -34,19 +34,19 @@ class RowLogits:
 
 
 def needs_whole(sampling: Sampling) -> bool:
-    """Returns whether the `TOP` largest logits are too few to choose from."""
+    """Return whether the `TOP` largest logits are too few to choose from."""
     if sampling.has_penalty or sampling.logit_bias:
         return True
     return sampling.temperature > 0 and not 0 < sampling.top_k <= TOP
 
 
 def is_argmax(sampling: Sampling) -> bool:
-    """Returns whether the largest logit suffices."""
+    """Return whether the largest logit suffices."""
     return sampling.temperature == 0 and sampling.logprobs is None and not needs_whole(sampling)
 
 
 def unpack_top(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns ids and logits [R, k] of packed rows, the lower id first among equals, and log Σ exp [R].
+    """Return ids and logits [R, k] of packed rows, the lower id first among equals, and log Σ exp [R].
 
     Raises GemkitError if a row has a logit that is not finite.
     """
@@ -78,21 +78,21 @@ class Draws:
         return cls(batch, sequences, ordinals, batch.starts[sequences + 1] - batch.draws[sequences] + ordinals)
 
     def mask(self, r: int) -> np.ndarray | None:
-        """Returns the mask of a draw, if it has one."""
+        """Return the mask of a draw, if it has one."""
         return self.batch.masks[r] if self.batch.masks else None
 
     def needs_whole(self, r: int) -> bool:
-        """Returns whether a draw needs all logits of its row."""
+        """Return whether a draw needs all logits of its row."""
         return self.mask(r) is not None or needs_whole(self.batch.sampling[self.sequences[r]])
 
     def are_argmax(self) -> bool:
-        """Returns whether the largest logit suffices for every draw."""
+        """Return whether the largest logit suffices for every draw."""
         batch = self.batch
         return all(mask is None for mask in batch.masks) and all(is_argmax(batch.sampling[b]) for b in self.sequences)
 
 
 def choose(rows: Sequence[RowLogits], draws: Draws) -> StepResult:
-    """Draws tokens as `gemkit.engine.sampling.sample` defines it, of those that the masks allow."""
+    """Draw tokens as `gemkit.engine.sampling.sample` defines it, of those that the masks allow."""
     batch = draws.batch
     width = max((batch.sampling[b].logprobs or 0 for b in draws.sequences), default=0)
     result = empty_result(len(rows), width)
@@ -123,7 +123,7 @@ def choose(rows: Sequence[RowLogits], draws: Draws) -> StepResult:
 
 
 def empty_result(size: int, width: int) -> StepResult:
-    """Returns a result of size rows; width: of the top log-probabilities."""
+    """Return a result of size rows; width: of the top log-probabilities."""
     return StepResult(
         np.full(size, -1, np.int32),
         np.zeros(size, np.float32),

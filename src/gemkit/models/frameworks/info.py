@@ -28,7 +28,7 @@ class FrameworkInfo:
         )
 
     def activation_bytes(self, positions: int) -> None:
-        """Returns None: the framework manages its own memory."""
+        """Return None: the framework manages its own memory."""
 
     def settle(self) -> None:
         """There is no background work."""

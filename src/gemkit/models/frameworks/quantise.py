@@ -25,7 +25,7 @@ SPANS = (1.0, 0.9)
 
 
 def quantise(xp: ModuleType, w_OI: Array, bits: int) -> tuple[Array, Array]:
-    """Returns values and scales of a matrix. Raises ValueError if I is no multiple of 32."""
+    """Return values and scales of a matrix. Raises ValueError if I is no multiple of 32."""
     if w_OI.shape[1] % GROUP:
         raise ValueError(f"rows of {w_OI.shape[1]} numbers are not whole groups of {GROUP}")
     w_OCJ = cast(w_OI, xp.float32).reshape(w_OI.shape[0], -1, GROUP)
@@ -50,7 +50,7 @@ def quantise(xp: ModuleType, w_OI: Array, bits: int) -> tuple[Array, Array]:
 
 
 def dequantise(xp: ModuleType, values: Array, scales: Array, dtype: Any) -> Array:
-    """Returns the matrix [O, I]."""
+    """Return the matrix [O, I]."""
     wide = xp.promote_types(dtype, xp.float32)
     if values.dtype == xp.int8:
         w_OCJ = cast(values, wide) * cast(scales, wide)
@@ -60,7 +60,7 @@ def dequantise(xp: ModuleType, values: Array, scales: Array, dtype: Any) -> Arra
 
 
 def multiply_row(xp: ModuleType, x: Array, values: Array, scales: Array) -> Array:
-    """Returns one row x [..., I] times the matrix transposed, [O], in float32 at least.
+    """Return one row x [..., I] times the matrix transposed, [O], in float32 at least.
 
     Products and their sum: compiled, one pass over the packed bytes that writes no wider matrix.
     """
@@ -75,12 +75,12 @@ def multiply_row(xp: ModuleType, x: Array, values: Array, scales: Array) -> Arra
 
 
 def matrix_shape(xp: ModuleType, values: Array) -> tuple[int, int]:
-    """Returns [O, I] of a matrix."""
+    """Return [O, I] of a matrix."""
     return values.shape[0], math.prod(values.shape[1:]) * (1 if values.dtype == xp.int8 else 2)
 
 
 def cast(x: Array, dtype: Any) -> Array:
-    """Returns an array of another type."""
+    """Return an array of another type."""
     return x.to(dtype) if hasattr(x, "to") else x.astype(dtype)
 
 
@@ -94,6 +94,6 @@ def _scale_and_minimum(scales: Array, dtype: Any) -> tuple[Array, Array]:
 
 
 def _halves(values: Array, scales: Array, dtype: Any) -> tuple[Array, Array]:
-    """Returns elements 0 to 15 and 16 to 31 of each group, [O, C, 16], of a matrix of 4 bits."""
+    """Return elements 0 to 15 and 16 to 31 of each group, [O, C, 16], of a matrix of 4 bits."""
     scale, minimum = _scale_and_minimum(scales, dtype)
     return cast(values & 15, dtype) * scale + minimum, cast(values >> 4, dtype) * scale + minimum

@@ -60,7 +60,7 @@ class FrameworkRunner(FrameworkInfo, ABC):
         return 2 * self.page_size * row * len(self.groups[group].layers)
 
     def clear(self) -> None:
-        """Frees the cache."""
+        """Free the cache."""
         self.caches: list[tuple[Array, Array]] = [self._call(self._allocate, 1) for _ in self.config.layers]
 
     def reserve(self, pages: Sequence[int]) -> None:
@@ -73,7 +73,7 @@ class FrameworkRunner(FrameworkInfo, ABC):
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, at_least: AtLeast | None = None) -> StepResult:
-        """Runs the new tokens, their draws and targets. at_least: sizes to pad to, so that shapes stay."""
+        """Run the new tokens, their draws and targets. at_least: sizes to pad to, so that shapes stay."""
         return in_parts(self._step, batch) if at_least is None else self._step(batch, at_least)
 
     def _step(self, batch: Batch, at_least: AtLeast | None = None) -> StepResult:
@@ -94,7 +94,7 @@ class FrameworkRunner(FrameworkInfo, ABC):
     def _row_logits(
         self, logits_RV: Array, packed: Array, rows: np.ndarray, draws: Draws, drawn: np.ndarray
     ) -> list[RowLogits]:
-        """Reads some rows of logits, for these draws."""
+        """Read some rows of logits, for these draws."""
         found = []
         for row, r, ids, top, log_sum in zip(rows, drawn, *unpack_top(self._numpy(packed)[rows]), strict=True):
             whole = self._numpy(logits_RV[int(row)]) if draws.needs_whole(r) else None
@@ -131,7 +131,7 @@ class FrameworkRunner(FrameworkInfo, ABC):
     def _parts(
         self, hidden_BTD: Array, rows: np.ndarray, at_least: AtLeast | None = None
     ) -> Iterator[tuple[slice, Array]]:
-        """Yields `head_rows` of the rows at a time: their slice of `rows`, and hidden states [R, D], padded."""
+        """Yield `head_rows` of the rows at a time: their slice of `rows`, and hidden states [R, D], padded."""
         least = min(at_least[0], self.head_rows) if at_least else 1
         for first in range(0, len(rows), self.head_rows):
             part = rows[first : first + self.head_rows]
@@ -149,47 +149,47 @@ class FrameworkRunner(FrameworkInfo, ABC):
 
     @abstractmethod
     def _weight_sizes(self) -> dict[str, int]:
-        """Returns the bytes of each weight by its canonical name."""
+        """Return the bytes of each weight by its canonical name."""
 
     @abstractmethod
     def _allocate(self, pages: int) -> tuple[Array, Array]:
-        """Returns keys and values of an empty cache of a layer."""
+        """Return keys and values of an empty cache of a layer."""
 
     @abstractmethod
     def _grown(self, cache: tuple[Array, Array], pages: int) -> tuple[Array, Array]:
-        """Returns a larger cache of a layer that begins with this one."""
+        """Return a larger cache of a layer that begins with this one."""
 
     @abstractmethod
     def _hidden(self, step: PaddedBatch) -> Array:
-        """Runs the layers and writes the caches; returns hidden states [B, T, D] after the final norm."""
+        """Run the layers and write the caches; return hidden states [B, T, D] after the final norm."""
 
     @abstractmethod
     def _take(self, hidden_BTD: Array, rows: np.ndarray) -> Array:
-        """Returns rows [R, D] of the flat [B * T, D]."""
+        """Return rows [R, D] of the flat [B * T, D]."""
 
     @abstractmethod
     def _top(self, hidden_RD: Array, argmax: bool) -> tuple[Array, Array]:
-        """Returns logits [R, V] and packed rows; see `gemkit.models.frameworks.choice`. argmax: k is 1."""
+        """Return logits [R, V] and packed rows; see `gemkit.models.frameworks.choice`. argmax: k is 1."""
 
     def _decode(self, step: PaddedBatch, argmax: bool) -> tuple[Array, Array]:
-        """Returns `_top` of `_hidden` of a step of one token a sequence."""
+        """Return `_top` of `_hidden` of a step of one token a sequence."""
         return self._top(self._take(self._hidden(step), np.arange(len(step.tokens), dtype=np.int32)), argmax)
 
     @abstractmethod
     def _logprobs(self, hidden_RD: Array, ids_R: np.ndarray) -> np.ndarray:
-        """Returns log-probabilities [R] of ids, NaN where a logit of the row is not finite."""
+        """Return log-probabilities [R] of ids, NaN where a logit of the row is not finite."""
 
     @abstractmethod
     def _numpy(self, array: Array) -> np.ndarray:
-        """Returns an array in float32."""
+        """Return an array in float32."""
 
     def _call(self, function: Callable, *arguments: Any) -> Any:
-        """Calls a function that allocates memory of the device."""
+        """Call a function that allocates memory of the device."""
         return check_memory(function, *arguments)
 
 
 def check_memory(function: Callable, *arguments: Any) -> Any:
-    """Calls a function; raises GemkitError for an out-of-memory error of any framework."""
+    """Call a function; raises GemkitError for an out-of-memory error of any framework."""
     try:
         return function(*arguments)
     except Exception as error:

@@ -46,10 +46,10 @@ class PackedStore(Protocol):
         """Move the mapped image of a model into faster memory."""
 
     def settle(self) -> None:
-        """Waits until this work is done."""
+        """Wait until this work is done."""
 
     def finish(self) -> None:
-        """Waits for the work that later starts need, and leaves out the rest."""
+        """Wait for the work that later starts need, and leave out the rest."""
 
 
 class NativeRunner:
