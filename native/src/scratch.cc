@@ -42,8 +42,8 @@ std::string allocate_scratch(const ModelPlan& p, int64_t T, int threads, Scratch
     widest = std::max(widest, padded(p.tensors[a.a].rows) + padded(p.tensors[a.b].rows));
   s.low_rank.resize(static_cast<size_t>(threads));
   for (Arena& a : s.low_rank)
-    if (widest && !a.allocate(static_cast<size_t>(widest) * sizeof(float)))
-      return out_of_memory("adapters", widest * 4);
+    if (widest && !a.allocate(static_cast<size_t>(kLowRankTokens * widest) * sizeof(float)))
+      return out_of_memory("adapters", kLowRankTokens * widest * 4);
   return {};
 }
 

@@ -9,8 +9,9 @@
 
 namespace gemkit {
 
-constexpr int64_t kHeadRows = 32;      // rows of logits held at a time
-constexpr int64_t kVocabChunk = 8192;  // logits summed as one piece
+constexpr int64_t kHeadRows = 32;       // rows of logits held at a time
+constexpr int64_t kVocabChunk = 8192;   // logits summed as one piece
+constexpr int64_t kLowRankTokens = 32;  // that an adapter's products take at a time
 
 // Rows of `ld` floats, and their int8 form where a quantised product reads them.
 struct Rows {

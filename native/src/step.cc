@@ -89,19 +89,25 @@ void product(const Step& s, int32_t tensor, const Rows& from, const Rows& to, Ra
   s.kernels.matmul({&s.weights.matrix(tensor), &from.int8, from.data, from.ld, to.data, to.ld}, 0, s.input.tokens,
                    panels.begin, panels.end);
   if (!s.input.adapters) return;
-  for (size_t p = 0; p < s.plan.adapters.size(); p++) {
-    const AdapterPart& part = s.plan.adapters[p];
-    if (part.target != tensor) continue;
+  auto adapter = [&](int64_t t) { return s.input.adapters[s.token_sequence[static_cast<size_t>(t)]]; };
+  const int64_t first = panels.begin * kPanelRows, last = panels.end * kPanelRows;
+  for (const size_t i : s.weights.parts[static_cast<size_t>(tensor)]) {
+    const AdapterPart& part = s.plan.adapters[i];
     const Packed &a = s.weights.matrix(part.a), &b = s.weights.matrix(part.b);
-    float *low = s.scratch.low_rank[rank].as<float>(), *high = low + padded(a.rows);
-    for (int64_t t = 0; t < s.input.tokens; t++) {
-      if (s.input.adapters[s.token_sequence[t]] != part.adapter) continue;
-      s.kernels.matmul({&a, nullptr, from.row(t), from.ld, low, padded(a.rows)}, 0, 1, 0, a.panels());
-      s.kernels.matmul({&b, nullptr, low, padded(a.rows), high, padded(b.rows)}, 0, 1, panels.begin, panels.end);
-      const int64_t first = panels.begin * kPanelRows, end = panels.end * kPanelRows;
-      for (int64_t i = first; i < end; i++) to.row(t)[i] += part.scale * high[i];
-      if (const std::vector<float>& gains = s.weights.gains[p]; !gains.empty())
-        for (int64_t i = first; i < end; i++) to.row(t)[i] *= gains[static_cast<size_t>(i)];
+    const std::vector<float>& gains = s.weights.gains[i];
+    const int64_t low_ld = padded(a.rows), high_ld = padded(b.rows);
+    float *low = s.scratch.low_rank[rank].as<float>(), *high = low + kLowRankTokens * low_ld;
+    for (int64_t t = 0, end; t < s.input.tokens; t = end) {
+      end = t + 1;
+      if (adapter(t) != part.adapter) continue;
+      while (end < std::min(s.input.tokens, t + kLowRankTokens) && adapter(end) == part.adapter) end++;
+      s.kernels.matmul({&a, nullptr, from.row(t), from.ld, low, low_ld}, 0, end - t, 0, a.panels());
+      s.kernels.matmul({&b, nullptr, low, low_ld, high, high_ld}, 0, end - t, panels.begin, panels.end);
+      for (int64_t m = t; m < end; m++) {
+        float* y = to.row(m);
+        for (int64_t n = first; n < last; n++) y[n] += part.scale * high[(m - t) * high_ld + n];
+        for (int64_t n = first; n < last && !gains.empty(); n++) y[n] *= gains[static_cast<size_t>(n)];
+      }
     }
   }
 }

@@ -102,6 +102,8 @@ std::string load_weights(const ModelPlan& plan, const Options& options, Team& te
       const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(plan.head_dim);
       w.inverse_frequencies.push_back(static_cast<float>(std::pow(r.base, exponent)) / static_cast<float>(r.factor));
     }
+  w.parts.resize(count);
+  for (size_t i = 0; i < plan.adapters.size(); i++) w.parts[static_cast<size_t>(plan.adapters[i].target)].push_back(i);
   return find_gains(plan, team, w);
 }
 

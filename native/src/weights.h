@@ -16,6 +16,7 @@ struct Weights {
   std::vector<Packed> matrices;             // by tensor of the plan; without a format for a vector
   std::vector<std::vector<float>> vectors;  // by tensor of the plan; empty for a matrix
   std::vector<bool> of_adapter;             // by tensor of the plan
+  std::vector<std::vector<size_t>> parts;   // by tensor of the plan: the parts of its adapters that add to it
   std::vector<std::vector<float>> gains;    // by part of the plan's adapters, [padded rows]; empty without a magnitude
   std::vector<float> inverse_frequencies;   // [ropes][H / 2], of the rotary embeddings
   const uint8_t* image = nullptr;           // all matrices but those of adapters, each on a cache line of its own
