@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine.vocabulary import vocabulary
+from weights.adapters import trained_parts
 from weights.files import tiny_config, tiny_params
 
 from gemkit.cli import main
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.gguf.write import write_gguf
 from gemkit.weights.hf.write import write_hf
-from gemkit.weights.lora import LoraConfig, LoraPart, initial_parts
+from gemkit.weights.lora import LoraConfig
 from gemkit.weights.open import open_checkpoint
 from gemkit.weights.peft.write import write_peft
 from gemkit.weights.quant import GGMLType
@@ -29,9 +30,7 @@ def place(tmp_path) -> Path:
     write_gguf(tmp_path / "q8.gguf", Checkpoint.from_params(config, params, GGMLType.Q8_0, vocabulary(), name="Tiny"))
     for name, shape in (("lora", config), ("foreign", tiny_config("gemma", hidden_size=96, head_dim=32))):
         settings = LoraConfig(2, 4, targets=("q_proj", "up_proj"))
-        parts = initial_parts(settings, shape, 0)
-        parts = {key: LoraPart(part.a, part.b + np.float32(0.2), part.scale) for key, part in parts.items()}
-        write_peft(tmp_path / name, settings, parts)
+        write_peft(tmp_path / name, settings, trained_parts(settings, shape, {}))
     return tmp_path
 
 

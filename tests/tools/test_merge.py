@@ -12,6 +12,7 @@ from engine.vocabulary import vocabulary
 from parity import transformers_models as hf
 from parity.tolerances import NATIVE_FLOAT32, REFERENCE_VS_TRANSFORMERS_F32, TRAIT_MARGIN, relative_error
 from weights import hf_files
+from weights.adapters import trained_parts
 from weights.files import tiny_config, tiny_params
 
 from gemkit.arch import reference
@@ -21,7 +22,7 @@ from gemkit.tools.quantize import measure, quantize
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.gguf.write import write_gguf
 from gemkit.weights.hf.write import write_hf
-from gemkit.weights.lora import LoraAdapter, LoraConfig, LoraPart, initial_parts
+from gemkit.weights.lora import LoraAdapter, LoraConfig, LoraPart
 from gemkit.weights.open import open_checkpoint
 from gemkit.weights.peft.read import read_peft
 from gemkit.weights.peft.write import write_peft
@@ -42,19 +43,6 @@ def checkpoint(kind: GGMLType = GGMLType.F32) -> Checkpoint:
     return Checkpoint.from_params(CONFIG, PARAMS, kind, vocabulary(), name="Tiny", instruction_tuned=True)
 
 
-def parts(config: LoraConfig, seed: int) -> dict[str, LoraPart]:
-    random = np.random.default_rng(seed)
-    return {
-        name: LoraPart(
-            part.a,
-            random.standard_normal(part.b.shape).astype(np.float32) / 4,
-            part.scale,
-            None if part.magnitude is None else part.magnitude * random.uniform(0.6, 1.4, len(part.b)).astype("f4"),
-        )
-        for name, part in initial_parts(config, CONFIG, seed, PARAMS).items()
-    }
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """Folders of a model and of adapters, and the model in bfloat16 and in blocks."""
@@ -63,7 +51,7 @@ def world(tmp_path_factory) -> Path:
     write_hf(root / "half", checkpoint(GGMLType.BF16))
     write_gguf(root / "q8.gguf", checkpoint(GGMLType.Q8_0))
     for seed, (name, config) in enumerate(SETTINGS.items()):
-        write_peft(root / name, config, parts(config, seed))
+        write_peft(root / name, config, trained_parts(config, CONFIG, PARAMS, seed))
     return root
 
 

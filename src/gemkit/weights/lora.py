@@ -125,23 +125,6 @@ def check_fits(adapter: LoraAdapter, config: ModelConfig) -> None:
             )
 
 
-def initial_parts(
-    config: LoraConfig, model: ModelConfig, seed: int, weights: Mapping[str, np.ndarray] | None = None
-) -> dict[str, LoraPart]:
-    """Return the parts that training begins with, by weight name; they change no logits.
-
-    A is uniform in ±1/√in, as in peft; B is zero. The values depend on the seed and the order of the manifest alone.
-    weights: the model's float matrices by name, which DoRA's magnitudes are the row lengths of.
-    """
-    random = np.random.default_rng(seed)
-    parts = {}
-    for name, (rows, columns) in config.weights(model).items():
-        a = random.uniform(-1, 1, (config.rank, columns)).astype(np.float32) / np.float32(math.sqrt(columns))
-        magnitude = row_lengths(weights[name]) if config.dora else None
-        parts[name] = LoraPart(a, np.zeros((rows, config.rank), np.float32), config.scale, magnitude)
-    return parts
-
-
 def row_lengths(matrix: np.ndarray) -> np.ndarray:
     """Return the Euclidean length of each row, float32 [rows], summed in float64."""
     return np.sqrt(np.einsum("ij,ij->i", matrix, matrix, dtype=np.float64)).astype(np.float32)

@@ -8,23 +8,18 @@ import pytest
 from models.native.running import PATHS, WIDE, Pages, make_batch, params_of, weights_of
 from parity.cases import tokens
 from parity.tolerances import NATIVE_FLOAT32, NATIVE_INT8_CACHE, NATIVE_INT8_MATRICES, TRAIT_MARGIN, relative_error
+from weights.adapters import trained_parts
 
 from gemkit.arch import reference
 from gemkit.errors import GemkitError
 from gemkit.models.native import NativeRunner
 from gemkit.weights import lora
-from gemkit.weights.lora import LoraConfig, LoraPart, initial_parts
+from gemkit.weights.lora import LoraConfig
 
 
 class Adapter:
     def __init__(self, config: LoraConfig, params: dict[str, np.ndarray], seed: int):
-        random = np.random.default_rng(seed)
-        self.parts = {}
-        for name, part in initial_parts(config, WIDE, seed, params).items():
-            b = random.standard_normal(part.b.shape).astype(np.float32) / 5
-            m = part.magnitude
-            m = None if m is None else m * random.uniform(0.5, 1.5, len(m)).astype(np.float32)
-            self.parts[name] = LoraPart(part.a, b, part.scale, m)
+        self.parts = trained_parts(config, WIDE, params, seed)
 
     def merged(self, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return params | {name: lora.merge(params[name], [part], slice(None)) for name, part in self.parts.items()}

@@ -1,4 +1,4 @@
-"""Adapters that gemkit writes, loaded by peft and read again; settings and starts of new ones. Budget: 12 s."""
+"""Adapters that gemkit writes, loaded by peft and read again; settings of new ones. Budget: 12 s."""
 
 import dataclasses
 import errno
@@ -14,12 +14,13 @@ from parity import transformers_models as hf
 from parity.cases import CASES
 from parity.tolerances import NATIVE_FLOAT32, REFERENCE_VS_TRANSFORMERS_F32, TRAIT_MARGIN, relative_error
 from weights import hf_files
+from weights.adapters import trained_parts
 
 from gemkit.arch import reference
 from gemkit.errors import GemkitError, UsageError
 from gemkit.weights import lora
 from gemkit.weights.checkpoint import Checkpoint
-from gemkit.weights.lora import LoraAdapter, LoraConfig, LoraPart, initial_parts, row_lengths
+from gemkit.weights.lora import LoraAdapter, LoraConfig, LoraPart
 from gemkit.weights.peft import write
 from gemkit.weights.peft.config import CONFIG, WEIGHTS
 from gemkit.weights.peft.read import read_peft
@@ -39,18 +40,7 @@ SETTINGS = {
 
 
 def trained(config: LoraConfig) -> dict[str, LoraPart]:
-    """Parts of a parity case that change every logit."""
-    random = np.random.default_rng(7)
-    parts = initial_parts(config, CASE.config, 1, CASE.params())
-    return {
-        name: LoraPart(
-            part.a,
-            random.standard_normal(part.b.shape).astype(np.float32) / 4,
-            part.scale,
-            None if part.magnitude is None else part.magnitude * random.uniform(0.6, 1.4, len(part.b)).astype("f4"),
-        )
-        for name, part in parts.items()
-    }
+    return trained_parts(config, CASE.config, CASE.params(), 7)
 
 
 def merged(parts: Mapping[str, LoraPart]) -> dict[str, np.ndarray]:
@@ -171,24 +161,13 @@ def test_settings_are_checked(options, words):
         LoraConfig(**{"rank": 4, "alpha": 8} | options)
 
 
-def test_targets_and_starts():
+def test_targets():
     every = LoraConfig(4, 8).weights(CASE.config)
     assert len(every) == 7 * CASE.config.num_hidden_layers
     some = LoraConfig(4, 8, targets=("o_proj",)).weights(CASE.config)
     assert some == {name: shape for name, shape in every.items() if "o_proj" in name}
     with pytest.raises(UsageError, match="'lm_head' is no projection of a layer: choose from q_proj, k_proj"):
         LoraConfig(4, 8, targets=("q_proj", "lm_head")).weights(CASE.config)
-    one, same, other = (initial_parts(LoraConfig(4, 8), CASE.config, seed) for seed in (3, 3, 4))
-    assert_equal(one, same)
-    for name, part in one.items():
-        assert part.a.dtype == part.b.dtype == np.float32 and part.scale == 2 and part.magnitude is None
-        assert not part.b.any() and not np.array_equal(part.a, other[name].a)
-        bound = 1 / np.sqrt(part.a.shape[1])
-        assert np.abs(part.a).max() <= bound and abs(part.a.std() - bound / np.sqrt(3)) < 0.1 * bound
-    weights = CASE.params()
-    for name, part in initial_parts(LoraConfig(4, 8, dora=True), CASE.config, 3, weights).items():
-        assert np.array_equal(part.a, one[name].a) and np.array_equal(part.magnitude, row_lengths(weights[name]))
-        assert relative_error(lora.merge(weights[name], [part], slice(None)), weights[name]) < 1e-6
 
 
 def test_several_are_merged_in_turn():
