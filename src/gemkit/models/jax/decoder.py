@@ -22,11 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from gemkit.arch.config import LayerSpec, ModelConfig
 from gemkit.models.frameworks.layers import call
 from gemkit.models.jax.attention import LayerCache, Where, attend, visible
-from gemkit.models.jax.linear import LowRank, Quantised, linear, rows
+from gemkit.models.jax.linear import KEPT, LowRank, Quantised, linear, rows
+from gemkit.models.jax.logprobs import logprobs
 
 Params = Mapping[str, Array | Quantised | LowRank]
 Rotation = tuple[Array, Array]  # cosines and sines [B, T, 1, H/2]
@@ -86,6 +88,7 @@ def attention(
         k_BSKH, v_BSKH = cache.read()
     scale, cap = 1 / math.sqrt(c.query_pre_attn_scalar), c.attn_logit_softcapping
     mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=cap)
+    mixed_BTNH = checkpoint_name(mixed_BTNH, KEPT)
     return linear(mixed_BTNH.reshape(B, T, N * H), p["self_attn.o_proj.weight"]), cache
 
 
@@ -164,12 +167,19 @@ class Decoder:
             written.append(cache)
         return norm(x_BTD, params["model.norm.weight"], c.rms_norm_eps), written
 
+    @property
+    def head(self) -> Array | Quantised:
+        """The output matrix [V, D]."""
+        return self.params["model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
+
     def logits(self, x_BTD: Array) -> Array:
         """Return logits float32 [..., V] of hidden states."""
-        c = self.config
-        head_VD = self.params["model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"]
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        return softcap(linear(x_BTD, head_VD, wide), c.final_logit_softcapping)
+        return softcap(linear(x_BTD, self.head, wide), self.config.final_logit_softcapping)
+
+    def logprobs(self, x_RD: Array, targets_R: Array) -> Array:
+        """Return log-probabilities float32 [R] of the next tokens, by chunks of rows; 0 where a target is negative."""
+        return logprobs(x_RD, self.head, targets_R, self.config.final_logit_softcapping)
 
     def __call__(self, tokens_BT: Array, where: Where | None = None) -> Array:
         """Return logits float32 [B, T, V]; position t scores the token after ``tokens[:, t]``."""

@@ -16,8 +16,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from gemkit.models.frameworks import quantise as packed
+
+KEPT = "kept"  # name of results that activation checkpointing keeps, as it does those of matrix products
 
 
 class Quantised(NamedTuple):
@@ -77,7 +80,10 @@ def linear(x: Array, w: Array | Quantised | LowRank, out: jnp.dtype | None = Non
         if w.key is not None and w.dropout > 0:
             kept = jnp.where(jax.random.bernoulli(w.key, 1 - w.dropout, x.shape), x / (1 - w.dropout), 0)
         y = linear(x, w.base, out) + linear(linear(kept, w.a), w.b, out) * w.scale
-        return y if w.magnitude is None else y * (w.magnitude / jax.lax.stop_gradient(w.norms())).astype(y.dtype)
+        if w.magnitude is None:
+            return y
+        norms_O = checkpoint_name(jax.lax.stop_gradient(w.norms()), KEPT)
+        return y * (w.magnitude / norms_O).astype(y.dtype)
     if not isinstance(w, Quantised):
         w = w.astype(x.dtype)
         return x @ w.T if out is None else jnp.matmul(x, w.T, preferred_element_type=out)
