@@ -37,6 +37,8 @@ _KEPT = {
     _ATEN._scaled_dot_product_cudnn_attention.default,
 }
 
+_NARROW = 128  # elements along the summed axis
+
 
 def adapt(decoder: Decoder, parts: Mapping[str, LoraPart], dropout: float = 0.0) -> None:
     """Put an adapter on a decoder's matrices, which are then frozen; its own arrays take gradients."""
@@ -162,4 +164,6 @@ def _recompute_cheap(layer: Callable, *arguments: object) -> object:
 
 
 def _policy(context: object, operation: object, *arguments: object, **options: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    # A product with a narrow matrix, as an adapter's, costs little and has as large a result as another
+    narrow = operation is _ATEN.mm.default and arguments[0].shape[-1] < _NARROW
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT and not narrow else CheckpointPolicy.PREFER_RECOMPUTE
