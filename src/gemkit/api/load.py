@@ -75,6 +75,7 @@ class Loading:
             tokenizer = self._background.submit(lambda: self._early.result() or _tokenizer(stored))
             checkpoint = _converted(stored, options.dtype, self.options.activations)
             _check_adapters(self.adapters, checkpoint.config)
+            _take_turns(checkpoint, self.adapters)
             store = PackedStore.of(stored.source, checkpoint.tensors, self.keep)
             runner = NativeRunner(
                 checkpoint.config,
@@ -199,6 +200,16 @@ def _check_adapters(adapters: Mapping[str, LoraAdapter], config: ModelConfig) ->
 
         for adapter in adapters.values():
             check_fits(adapter, config)
+
+
+def _take_turns(checkpoint: Checkpoint, adapters: Mapping[str, LoraAdapter]) -> None:
+    """Let a pretrained model expect the turns that its only adapter was trained on."""
+    from gemkit.api.model import ONLY
+
+    only = adapters.get(ONLY)
+    if only is not None and only.chat_template and not checkpoint.instruction_tuned:
+        checkpoint.instruction_tuned = True
+        checkpoint.chat_template = checkpoint.chat_template or only.chat_template
 
 
 def load_tokenizer(path_or_name: str | os.PathLike[str], *, offline: bool = False) -> Tokenizer:

@@ -84,6 +84,7 @@ class LoraAdapter:
     config: the settings that it was trained with; some parts may have another rank and scale.
     parts: by canonical weight name ("model.layers.0.self_attn.q_proj.weight").
     ignored: the names of its modules for images, which text never reaches.
+    chat_template: of the turns that it was trained on, None if its folder has none.
     """
 
     name: str
@@ -91,6 +92,7 @@ class LoraAdapter:
     parts: Mapping[str, LoraPart]
     source: Path
     ignored: tuple[str, ...] = ()
+    chat_template: str | None = None
 
     @property
     def rank(self) -> int:

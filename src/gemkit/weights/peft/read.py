@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gemkit.errors import GemkitError, listed
+from gemkit.weights.hf.read import read_chat_template
 from gemkit.weights.hf.safetensors import TYPES, SafetensorsFile, shown
 from gemkit.weights.hf.tensors import canonical, image_part
 from gemkit.weights.json_file import read_object
@@ -153,4 +154,4 @@ def _adapter(folder: Path, modules: Mapping[str, Mapping[str, np.ndarray]], sett
     if not parts:
         raise GemkitError(f"{path} changes no layer of the text model: give another adapter")
     config = settings.lora(tuple(sorted(set(map(projection, parts)))))
-    return LoraAdapter(folder.absolute().name, config, parts, folder, tuple(ignored))
+    return LoraAdapter(folder.absolute().name, config, parts, folder, tuple(ignored), read_chat_template(folder))

@@ -30,11 +30,13 @@ def write_peft(
     *,
     base_model: str = "",
     dtype: GGMLType = GGMLType.F32,
+    chat_template: str | None = None,
 ) -> Path:
     """Write the folder under a temporary name and rename it: there is a whole folder or none.
 
     config: for all parts; those with another rank or scale are written as patterns.
     parts: by canonical weight name. base_model: the name or path that peft loads. dtype: F32, BF16 or F16.
+    chat_template: of an adapter that was trained on turns, which makes a pretrained model expect them.
     Raises GemkitError if the folder exists or cannot be written, or a value is not finite.
     """
     folder = Path(folder)
@@ -61,6 +63,8 @@ def write_peft(
                 file.write(data)
         text = json.dumps(_raw_config(config, parts, base_model), indent=2)
         (temporary / CONFIG).write_text(text + "\n", encoding="utf-8", newline="\n")
+        if chat_template is not None:
+            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8", newline="\n")
         (temporary / "NOTICE").write_text(NOTICE, encoding="utf-8", newline="\n")
     return folder
 
