@@ -20,6 +20,40 @@ LOAD = [
     "--activations",
     "--json",
 ]
+TUNING = [
+    "--data",
+    "--validation",
+    "--template",
+    "--mask-prompt",
+    "--max-seq-len",
+    "--on-long",
+    "--on-bad-row",
+    "--packing",
+    "-o/--output-dir",
+    "--resume",
+    "--dry-run",
+    "--config",
+    "--epochs",
+    "--max-steps",
+    "--lr",
+    "--schedule",
+    "--warmup",
+    "--batch-size",
+    "--grad-accum",
+    "--weight-decay",
+    "--clip",
+    "-s/--seed",
+    "--eval-every",
+    "--save-every",
+    "--sample-prompt",
+    "--sample-every",
+    "--dtype",
+    "--backend",
+    "--device",
+    "--recompute",
+    "--offline",
+    "--json",
+]
 FLAGS = {
     "generate": [
         "[MODEL]",
@@ -84,6 +118,19 @@ FLAGS = {
     "bench": ["[MODEL]", "-p/--prompt-tokens", "-n/--max-tokens", "-r/--reps", *LOAD],
     "check": ["MODEL", "--deep", "--strict", "--json"],
     "doctor": ["[MODEL]", "--measure", "--json"],
+    "sft": ["MODEL", *TUNING],
+    "lora": [
+        "MODEL",
+        "--lora-rank",
+        "--lora-alpha",
+        "--lora-target",
+        "--lora-dropout",
+        "--rslora",
+        "--dora",
+        "--quantize",
+        "--adapter-path",
+        *TUNING,
+    ],
     "convert": ["MODEL", "target", "--to", "--dtype", "--verify", "--text-file", "--offline", "--json"],
     "merge": ["MODEL", "adapters", "target", "--dtype", "--requantize", "--text-file", "--offline", "--json"],
     "quantize": [
@@ -109,7 +156,7 @@ def flags(command: click.Command) -> list[str]:
 
 def test_the_verbs_are_frozen():
     assert list(FLAGS) == list(VERBS)
-    assert ALIASES == {"run": "generate", "fuse": "merge"}
+    assert ALIASES == {"run": "generate", "finetune": "sft", "fuse": "merge"}
     assert flags(cli) == ["--version", "--debug"]
 
 

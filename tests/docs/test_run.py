@@ -43,6 +43,7 @@ FILES = {
     "german.txt": "Es war einmal ein kleines Dorf am Meer. " * 200,
     "some.txt": "Once upon a time. ",
     "other.txt": "The end. ",
+    "run.toml": 'data = "tuning.jsonl"\nmax-steps = 2\nlora-target = ["q_proj", "v_proj"]\n',
     "tuning.jsonl": "".join(
         f'{{"prompt": "{question}", "completion": "{answer}"}}\n'
         for question, answer in [

@@ -12,8 +12,8 @@ from gemkit.cli.command import Verbs
 from gemkit.cli.streams import whole_text
 
 VERBS = ("generate", "replay", "chat", "score", "embed", "tokenize", "show", "bench", "check", "doctor")
-VERBS += ("convert", "merge", "quantize", "download", "ls", "rm", "cache")
-ALIASES = {"run": "generate", "fuse": "merge"}
+VERBS += ("sft", "lora", "convert", "merge", "quantize", "download", "ls", "rm", "cache")
+ALIASES = {"run": "generate", "finetune": "sft", "fuse": "merge"}
 
 
 @click.group(cls=Verbs, verbs=VERBS, aliases=ALIASES, epilog="'gemkit VERB -h' lists a verb's options.")

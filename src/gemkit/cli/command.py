@@ -18,6 +18,13 @@ GROUPS = {
     "Prompt": ("prompt", "files", "system_prompt", "suffix", "raw", "template", "special"),
     "Conversation": ("resume", "context_shift", "no_history"),
     "Sampling": (*sampling.NAMES, "logit_bias", "stop"),
+    "Data": ("data", "validation", "turns", "mask_prompt", "max_seq_len", "on_long", "on_bad_row", "packing"),
+    "Run": ("output_dir", "resume_run", "dry_run", "config"),
+    "Adapter": ("rank", "alpha", "target", "dropout", "rslora", "dora", "quantize"),
+    "Training": (
+        *("epochs", "max_steps", "lr", "schedule", "warmup", "batch_size", "grad_accum", "weight_decay", "clip"),
+        *("train_seed", "eval_every", "save_every", "sample_prompts", "sample_every", "train_dtype", "recompute"),
+    ),
     "Output": ("logprobs", "receipt", "verbose", "plain", "quiet", "as_json"),
     "Model": config.LOAD,
 }

@@ -113,6 +113,29 @@ def defaults(verb: str, params: Sequence[click.Parameter]) -> dict[str, object]:
     return found
 
 
+def flat_file(ctx: click.Context, param: click.Parameter, where: str | None) -> None:
+    """Take a file's values, by the names of the command's options, as the defaults of this call.
+
+    Raises UsageError for a file that is not TOML, an unknown key, and a value of the wrong kind.
+    """
+    if where is None:
+        return
+    options = {
+        name.lstrip("-"): option
+        for option in ctx.command.params
+        if isinstance(option, click.Option) and option is not param
+        for name in option.opts
+        if name.startswith("--")
+    }
+    found: dict[str, object] = {}
+    for key, value in _read(Path(where), "give another file").items():
+        if _plain(key) not in options:
+            raise _unknown(Path(where), "key", key, sorted(options))
+        option = options[_plain(key)]
+        found[option.name] = _value(Path(where), key, option, value)
+    ctx.default_map = {**(ctx.default_map or {}), **found}
+
+
 def default_model(ctx: click.Context) -> str | None:
     """Return the model for a verb that was given none: GEMKIT_MODEL, then the file's; None if there is neither."""
     return os.environ.get("GEMKIT_MODEL") or (ctx.default_map or {}).get(_DEFAULT_MODEL)
@@ -123,7 +146,7 @@ def is_given(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
-def _read(where: Path) -> dict[str, object]:
+def _read(where: Path, remedy: str = "mend it or set GEMKIT_CONFIG") -> dict[str, object]:
     import tomllib
 
     from gemkit.text.encoding import decode
@@ -131,7 +154,7 @@ def _read(where: Path) -> dict[str, object]:
     try:
         return tomllib.loads(decode(where.read_bytes()))
     except OSError as error:
-        raise UsageError(f"{where} cannot be read ({error.strerror or error}): mend it or set GEMKIT_CONFIG") from None
+        raise UsageError(f"{where} cannot be read ({error.strerror or error}): {remedy}") from None
     except ValueError as error:
         raise UsageError(f"{where} is not TOML ({error}): a line is key = value, with texts in quotes") from None
 

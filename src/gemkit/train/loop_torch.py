@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from gemkit.arch.config import ModelConfig
 from gemkit.data.batch import TokenBatch
 from gemkit.models.frameworks.layers import call
 from gemkit.models.torch import Decoder, Where
 from gemkit.models.torch.linear import LowRank
-from gemkit.models.torch.load import put
+from gemkit.models.torch.load import load_decoder, pick_device, pick_dtype, put
+from gemkit.models.torch.runner import TorchRunner
 from gemkit.train.adapter import named
 from gemkit.train.loop import StepMetrics
 from gemkit.train.objectives.sft import loss_tokens, mean_nll, sum_nll
 from gemkit.train.options import TrainOptions
+from gemkit.weights.checkpoint import Tensor as Weight
 from gemkit.weights.lora import LoraPart
 
 _ATEN = torch.ops.aten
@@ -38,6 +41,23 @@ _KEPT = {
 }
 
 _NARROW = 128  # elements along the summed axis
+
+
+def open_decoder(
+    config: ModelConfig, weights: Mapping[str, Weight], options: TrainOptions, device: str | None, bits: int | None
+) -> Decoder:
+    """Load the model of a run: all of it trained, or frozen, with matrices of 8 or 4 bits if `bits` says so.
+
+    device: see `pick_device`. Raises as `load_decoder` and `pick_dtype`.
+    """
+    place = pick_device(device)
+    trainable = (lambda spec: True) if options.method == "full" else None
+    return load_decoder(config, weights, pick_dtype(options.dtype, config, place), place, bits, trainable)
+
+
+def make_runner(decoder: Decoder) -> TorchRunner:
+    """Return a runner of the model in training, for samples; `TorchLoop.step` sets it to training again."""
+    return TorchRunner(decoder.eval(), compile=False)
 
 
 def adapt(decoder: Decoder, parts: Mapping[str, LoraPart], dropout: float = 0.0) -> None:
