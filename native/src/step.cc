@@ -83,12 +83,8 @@ void add_residual(const Step& s, int32_t norm, Range tokens) {
   }
 }
 
-// to[t] = from[t]·w for all tokens and some panels of w, with the adapters of each token's sequence.
-void product(const Step& s, int32_t tensor, const Rows& from, const Rows& to, Range panels, int rank) {
-  if (panels.begin >= panels.end) return;
-  s.kernels.matmul({&s.weights.matrix(tensor), &from.int8, from.data, from.ld, to.data, to.ld}, 0, s.input.tokens,
-                   panels.begin, panels.end);
-  if (!s.input.adapters) return;
+// Adds to[t] += scale · from[t]·a·b of each token's adapter to w's products in some panels; DoRA scales the rows.
+void add_adapters(const Step& s, int32_t tensor, const Rows& from, const Rows& to, Range panels, int rank) {
   auto adapter = [&](int64_t t) { return s.input.adapters[s.token_sequence[static_cast<size_t>(t)]]; };
   const int64_t first = panels.begin * kPanelRows, last = panels.end * kPanelRows;
   for (const size_t i : s.weights.parts[static_cast<size_t>(tensor)]) {
@@ -110,6 +106,14 @@ void product(const Step& s, int32_t tensor, const Rows& from, const Rows& to, Ra
       }
     }
   }
+}
+
+// to[t] = from[t]·w for all tokens and some panels of w, with the adapters of each token's sequence.
+void product(const Step& s, int32_t tensor, const Rows& from, const Rows& to, Range panels, int rank) {
+  if (panels.begin >= panels.end) return;
+  s.kernels.matmul({&s.weights.matrix(tensor), &from.int8, from.data, from.ld, to.data, to.ld}, 0, s.input.tokens,
+                   panels.begin, panels.end);
+  if (s.input.adapters) add_adapters(s, tensor, from, to, panels, rank);
 }
 
 // Runs each(range) over [0, n) on all threads together.

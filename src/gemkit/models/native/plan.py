@@ -51,7 +51,7 @@ class Weight(Protocol):
     def to_float32(self) -> np.ndarray: ...
 
 
-class LowRankPart(Protocol):
+class AdapterPart(Protocol):
     """Part interface of the plan: A [rank, in], B [out, rank], scale and DoRA's magnitude [out] (float32) or None."""
 
     a: np.ndarray
@@ -60,14 +60,14 @@ class LowRankPart(Protocol):
     magnitude: np.ndarray | None
 
 
-class LowRank(Protocol):
+class Adapter(Protocol):
     """Adapter interface of the plan: its parts by weight name."""
 
-    parts: Mapping[str, LowRankPart]
+    parts: Mapping[str, AdapterPart]
 
 
 def build_plan(
-    config: ModelConfig, weights: Mapping[str, Weight], adapters: Sequence[LowRank] = (), packed: bool = False
+    config: ModelConfig, weights: Mapping[str, Weight], adapters: Sequence[Adapter] = (), packed: bool = False
 ) -> dict[str, Any]:
     """Return the dictionary for ``_native.Model.create``. `weights` holds the manifest's tensors by canonical name.
 
@@ -97,7 +97,7 @@ def build_plan(
         tensors.append((GGML_F32, *values.shape, values.reshape(-1).view(np.uint8)))
         return len(tensors) - 1
 
-    def part(number: int, name: str, of: LowRankPart) -> dict[str, Any]:
+    def part(number: int, name: str, of: AdapterPart) -> dict[str, Any]:
         magnitude = -1 if of.magnitude is None else low_rank(of.magnitude[None])
         pair = {"a": low_rank(of.a), "b": low_rank(of.b), "scale": float(of.scale)}
         return {"adapter": number, "target": index[name], "magnitude": magnitude} | pair

@@ -14,7 +14,7 @@ from gemkit.engine.interface import NO_IDS, NOT_NUMBERS, Batch, RunnerInfo, Step
 from gemkit.engine.sampling import SAMPLING, Sampling, sampling_records
 from gemkit.errors import GemkitError, UsageError
 from gemkit.host import check_memory
-from gemkit.models.native.plan import LowRank, Weight, build_plan
+from gemkit.models.native.plan import Adapter, Weight, build_plan
 
 ACTIVATIONS = ("int8", "float32")
 
@@ -73,7 +73,7 @@ class NativeRunner:
         config: ModelConfig,
         weights: Mapping[str, Weight],
         *,
-        adapters: Sequence[LowRank] = (),
+        adapters: Sequence[Adapter] = (),
         store: PackedStore | None = None,
         threads: int | None = None,
         activations: str = "int8",
