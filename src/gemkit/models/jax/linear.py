@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gemkit.models.frameworks import quantise as packed
 
-KEPT = "kept"  # name of results that activation checkpointing keeps, as it does those of matrix products
+KEPT = "kept"  # name of results that activation checkpointing need not compute again
 
 
 class Quantised(NamedTuple):
@@ -75,15 +75,19 @@ class LowRank:
 
 def linear(x: Array, w: Array | Quantised | LowRank, out: jnp.dtype | None = None) -> Array:
     """Return x [..., I] times w [O, I] transposed, by the fastest form that is equal. out: its type, None: x's."""
+    y = checkpoint_name(_product(x, w, out), KEPT)
+    if not isinstance(w, LowRank) or w.magnitude is None:
+        return y
+    norms_O = checkpoint_name(jax.lax.stop_gradient(w.norms()), KEPT)
+    return y * (w.magnitude / norms_O).astype(y.dtype)
+
+
+def _product(x: Array, w: Array | Quantised | LowRank, out: jnp.dtype | None) -> Array:
     if isinstance(w, LowRank):
         kept = x
         if w.key is not None and w.dropout > 0:
             kept = jnp.where(jax.random.bernoulli(w.key, 1 - w.dropout, x.shape), x / (1 - w.dropout), 0)
-        y = linear(x, w.base, out) + linear(linear(kept, w.a), w.b, out) * w.scale
-        if w.magnitude is None:
-            return y
-        norms_O = checkpoint_name(jax.lax.stop_gradient(w.norms()), KEPT)
-        return y * (w.magnitude / norms_O).astype(y.dtype)
+        return _product(x, w.base, out) + _product(_product(kept, w.a, None), w.b, out) * w.scale
     if not isinstance(w, Quantised):
         w = w.astype(x.dtype)
         return x @ w.T if out is None else jnp.matmul(x, w.T, preferred_element_type=out)
