@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,10 @@ class StepMetrics:
 
 
 class Loop(Protocol):
-    """Model, optimiser and random state of a run in one framework."""
+    """Model, optimiser and random state of a run in one framework. decoder: the model as it is now."""
+
+    @property
+    def decoder(self) -> Any: ...
 
     def step(self, batches: Sequence[TokenBatch], lr: float) -> StepMetrics:
         """Take one optimiser step over these batches, which accumulate; at least one token carries loss."""

@@ -17,21 +17,41 @@ import numpy as np
 import optax
 from jax import Array
 
+from gemkit.arch.config import ModelConfig
 from gemkit.data.batch import TokenBatch
 from gemkit.models.frameworks.layers import call
-from gemkit.models.jax import Decoder, Where
+from gemkit.models.jax import Decoder, JaxRunner, Where, load_decoder
 from gemkit.models.jax.decoder import Params
 from gemkit.models.jax.linear import KEPT, LowRank, Quantised
+from gemkit.models.jax.load import pick_device, pick_dtype
 from gemkit.train.adapter import named
 from gemkit.train.loop import StepMetrics
 from gemkit.train.objectives.sft import loss_tokens, mean_nll, sum_nll
 from gemkit.train.options import TrainOptions
+from gemkit.weights.checkpoint import Tensor as Weight
 from gemkit.weights.lora import LoraPart
 
 Arrays = dict[str, Array]
 
 _PARTS = ("a", "b", "magnitude")
 _POLICIES = {"cheap": jax.checkpoint_policies.save_only_these_names(KEPT), "layers": None}
+
+
+def open_decoder(
+    config: ModelConfig, weights: Mapping[str, Weight], options: TrainOptions, device: str | None, bits: int | None
+) -> Decoder:
+    """Load the model of a run: all of it trained, or frozen, with matrices of 8 or 4 bits if `bits` says so.
+
+    device: see `pick_device`. Raises as `load_decoder` and `pick_dtype`.
+    """
+    place = pick_device(device)
+    trainable = (lambda spec: True) if options.method == "full" else None
+    return load_decoder(config, weights, pick_dtype(options.dtype, config, place), place, bits, trainable)
+
+
+def make_runner(decoder: Decoder) -> JaxRunner:
+    """Return a runner of the model in training, for samples, until the next step."""
+    return JaxRunner(decoder)
 
 
 def adapt(decoder: Decoder, parts: Mapping[str, LoraPart], dropout: float = 0.0) -> Decoder:
@@ -70,7 +90,7 @@ class JaxLoop:
                 options.weight_decay, lambda p: {name: value.ndim > 1 for name, value in p.items()}
             ),
         )
-        self._moments = self._optimizer.init(self.trained)
+        self._moments = jax.device_put(self._optimizer.init(self.trained), self.device)
         self._steps = 0
         assert recompute in {*_POLICIES, "none"}
         self._gradient = jax.jit(partial(_gradient, model, recompute, options.seed), donate_argnums=0)
@@ -120,7 +140,7 @@ class JaxLoop:
         )
         self._steps = int(arrays["step"])
         adam = self._moments[0]._replace(count=jnp.asarray(self._steps, jnp.int32), mu=mu, nu=nu)
-        self._moments = (adam, *self._moments[1:])
+        self._moments = jax.device_put((adam, *self._moments[1:]), self.device)
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {name: np.asarray(value) for name, value in self.trained.items()}

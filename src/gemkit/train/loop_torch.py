@@ -60,8 +60,8 @@ def make_runner(decoder: Decoder) -> TorchRunner:
     return TorchRunner(decoder.eval(), compile=False)
 
 
-def adapt(decoder: Decoder, parts: Mapping[str, LoraPart], dropout: float = 0.0) -> None:
-    """Put an adapter on a decoder's matrices, which are then frozen; its own arrays take gradients."""
+def adapt(decoder: Decoder, parts: Mapping[str, LoraPart], dropout: float = 0.0) -> Decoder:
+    """Put an adapter on a decoder's matrices, which are then frozen; its own arrays take gradients. Returns it."""
     for name, part in parts.items():
         module = decoder.get_submodule(name.rpartition(".")[0]).weight
         base = module.detach() if isinstance(module, Tensor) else module
@@ -70,6 +70,7 @@ def adapt(decoder: Decoder, parts: Mapping[str, LoraPart], dropout: float = 0.0)
             key.rpartition(".")[2]: torch.tensor(value, device=device) for key, value in named(name, part).items()
         }
         put(decoder, name, LowRank(base, arrays["a"], arrays["b"], part.scale, arrays.get("magnitude"), dropout))
+    return decoder
 
 
 def row_norms(decoder: Decoder, name: str) -> np.ndarray:

@@ -32,6 +32,7 @@ from gemkit.models.frameworks.runner import check_memory
 from gemkit.text.chat_template import ChatTemplate
 from gemkit.train.adapter import new_parts, trained_parts
 from gemkit.train.log import RunLog
+from gemkit.train.loop import Loop
 from gemkit.train.options import TrainOptions
 from gemkit.train.plan import Plan, measured_rate, plan
 from gemkit.train.run import Result, run
@@ -66,7 +67,7 @@ class Request:
     lora: settings of a new adapter. start: the folder of an adapter to go on from, in their place. Neither is given
     where all weights are trained.
     device: as in `gemkit.load`. quantize: "int8" or "int4" matrices under an adapter.
-    recompute: see `gemkit.train.loop_torch`.
+    recompute: see `TorchLoop` and `JaxLoop`.
     """
 
     model: str
@@ -168,9 +169,9 @@ class Tuning:
         if self.lora is not None:
             norms = partial(backend.row_norms, decoder)
             start = dict(self.start.parts) if self.start else new_parts(self.lora, self.config, options.seed, norms)
-            backend.adapt(decoder, start, self.lora.dropout)
+            decoder = backend.adapt(decoder, start, self.lora.dropout)
         loop = getattr(backend, f"{request.backend.capitalize()}Loop")(decoder, options, request.recompute)
-        samples = partial(self._answers, backend, decoder) if options.sample_prompts else None
+        samples = partial(self._answers, backend, loop) if options.sample_prompts else None
         result = check_memory(
             partial(run, resume=resume, identity=self._identity(), samples=samples, log=log),
             loop,
@@ -194,10 +195,10 @@ class Tuning:
         o = self.request.options
         return Batches(samples, o.batch_size, o.max_length, o.packing, o.seed, shuffle)
 
-    def _answers(self, backend: ModuleType, decoder: object, step: int) -> Iterable[tuple[str, str]]:
+    def _answers(self, backend: ModuleType, loop: Loop, step: int) -> Iterable[tuple[str, str]]:
         """Yield the sample prompts with the answers of the model in training, the most probable tokens."""
         turns = self.teaches_turns
-        with Model(self.checkpoint, backend.make_runner(decoder), self.tokenizer) as model:
+        with Model(self.checkpoint, backend.make_runner(loop.decoder), self.tokenizer) as model:
             for prompt in self.request.options.sample_prompts:
                 asked = [{"role": "user", "content": prompt}] if turns else prompt
                 yield prompt, model.generate(asked, max_tokens=_ANSWER, temperature=0).text
