@@ -6,7 +6,6 @@ import contextlib
 import glob
 import os
 import re
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -49,7 +48,7 @@ def staged(target: Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one whole. An empty folder at `target` is replaced. Raises OSError.
     """
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
     try:
         yield temporary
         if target.is_dir():
