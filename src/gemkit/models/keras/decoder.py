@@ -29,6 +29,7 @@ from gemkit.models.frameworks.layers import call
 from gemkit.models.keras.attention import LayerCache, Where, attend, visible
 from gemkit.models.keras.generate import Generator
 from gemkit.models.keras.linear import LowRank, linear, rows
+from gemkit.models.keras.logprobs import logprobs
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [B, T, 1, H/2]
 
@@ -278,10 +279,18 @@ class Decoder(keras.Model):
             where = Where(ops.arange(ops.shape(tokens_BT)[1], dtype="int32")[None])
         return self.model(self.embed(tokens_BT) if inputs is None else inputs, where, caches, run=run)
 
+    @property
+    def head(self) -> keras.Variable:
+        """The output matrix [V, D]."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Return logits float32 [..., V] of hidden states."""
-        head_VD = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return softcap(ops.cast(linear(x_BTD, head_VD), "float32"), self.config.final_logit_softcapping)
+        return softcap(ops.cast(linear(x_BTD, self.head), "float32"), self.config.final_logit_softcapping)
+
+    def logprobs(self, x_RD: Tensor, targets_R: Tensor, training: bool = True) -> Tensor:
+        """Return log-probabilities float32 [R] of the next tokens, by chunks of rows; see `logprobs`."""
+        return logprobs(x_RD, self.head, targets_R, self.config.final_logit_softcapping, training)
 
     def call(self, tokens_BT: Tensor, where: Where | None = None) -> Tensor:
         """Return logits float32 [B, T, V]; position t scores the token after ``tokens[:, t]``."""
