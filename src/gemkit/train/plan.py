@@ -14,10 +14,10 @@ import numpy as np
 from gemkit.arch.config import ModelConfig
 from gemkit.arch.tensors import manifest
 from gemkit.errors import GemkitError
-from gemkit.weights.lora import LoraConfig, projection
+from gemkit.weights.lora import LoraConfig
 
 _PROGRAM = 350 << 20  # Python with a framework, the vocabulary and the samples
-_CHUNK = 128 << 20  # logits of a chunk of rows, float32
+_CHUNK = 256 << 20  # logits of a chunk of rows, float32
 _STATE = 16  # bytes of a trained parameter: itself, its gradient and two moments, float32
 _BYTES = {"bfloat16": 2.0, "float32": 4.0}
 _PACKED = {8: 1.0625, 4: 0.625}  # bytes an element of a matrix in few bits, scales included
@@ -103,8 +103,9 @@ def plan(
     head = config.vocab_size * config.hidden_size
     tokens = shape[0] * shape[1]
     logits = min(_CHUNK, 4 * config.vocab_size * max(1, round(tokens * loss_share)))
-    # A frozen head of few bits is widened; the gradient of a trained one comes besides the embedding's
-    output = 3 * logits + (8 * head if lora is None else element * head if bits else 0)
+    copies = 2 + (element < 4) + (config.final_logit_softcapping is not None)
+    # A frozen head of few bits is widened, in two steps; the gradient of a trained one comes besides the embedding's
+    output = copies * logits + head * (8 if lora is None else 2 * element if bits else 0)
     memory = {
         "weights": round(weights),
         "trained weights and optimiser": _STATE * trained,
@@ -123,13 +124,12 @@ def _kept(config: ModelConfig, lora: LoraConfig | None, element: float, recomput
     """Return the bytes that a token takes until the backward pass, and in the layer that is computed again there."""
     D, F = config.hidden_size, config.intermediate_size
     NH, KH = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    outputs = {"q_proj": NH, "k_proj": KH, "v_proj": KH, "o_proj": D, "gate_proj": F, "up_proj": F, "down_proj": D}
     added = 0
     if lora is not None:
         layers = len(config.layers)
-        added = sum(lora.rank + outputs[projection(name)] for name in lora.weights(config)) // layers
-    products = sum(outputs.values()) + NH + added
-    everything = 2 * products + 10 * D + 3 * F + 3 * NH
+        added = len(lora.weights(config)) * lora.rank // layers
+    products = 2 * NH + 2 * KH + 2 * D + 2 * F + added  # of q and attention, k and v, o and down, gate and up
+    everything = (2 if lora is None else 3) * products + 10 * D + 3 * F + 3 * NH
     kept = {"none": everything, "cheap": D + products, "layers": D}[recompute]
     return element * (len(config.layers) * kept + (0 if recompute == "none" else 2 * everything))
 

@@ -157,9 +157,11 @@ class Tuning:
         short, and as `gemkit.train.run.run`.
         """
         request, options, folder = self.request, self.request.options, Path(self.request.folder)
+        log = RunLog(folder, every=options.log_every) if log is None else log
         _check_folder(folder, resume)
+        planned = self.plan()
         if request.device in (None, "cpu"):
-            self.plan().check(free_memory())
+            planned.check(free_memory())
         backend = _backend(request.backend)
         with open_checkpoint(self.path) as stored:
             decoder = backend.open_decoder(
@@ -171,6 +173,10 @@ class Tuning:
             start = dict(self.start.parts) if self.start else new_parts(self.lora, self.config, options.seed, norms)
             decoder = backend.adapt(decoder, start, self.lora.dropout)
         loop = getattr(backend, f"{request.backend.capitalize()}Loop")(decoder, options, request.recompute)
+        log.say(
+            f"{len(self.prepared.train):,} rows for training, {len(self.prepared.validation):,} for validation; "
+            f"{planned.trained / 1e6:,.2f} M of {planned.parameters / 1e6:,.1f} M parameters are trained"
+        )
         samples = partial(self._answers, backend, loop) if options.sample_prompts else None
         result = check_memory(
             partial(run, resume=resume, identity=self._identity(), samples=samples, log=log),
