@@ -44,3 +44,8 @@ def curve(loop: Loop, case_name: str, shift: int = 0, accumulate: bool = False) 
     data = batches(CASES[case_name], shift)
     groups = [data] * STEPS if accumulate else [[data[step % 2]] for step in range(STEPS)]
     return np.array([loop.step(group, loop.options.lr).loss for group in groups])
+
+
+def shortened(batch: TokenBatch, length: int) -> TokenBatch:
+    """Return the first tokens of each row."""
+    return TokenBatch(*(array[:, :length] for array in (batch.tokens, batch.targets, batch.positions, batch.segments)))

@@ -14,6 +14,7 @@ G = N/K query heads per key-value head, H head width, V vocabulary. ``q_BTNH`` h
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
@@ -119,7 +120,9 @@ class Linear(Weight):
                 self.add_weight(shape, "zeros", "float32", autocast=False, name=name) for name, shape in shapes.items()
             ]
         a, b, magnitude = (*added, None)[:3]
-        self.dropout = keras.layers.Dropout(dropout) if dropout else None
+        # With a seed (int32) the masks depend on variables alone, on every backend
+        seed = zlib.crc32(self.weight.path.encode()) >> 1
+        self.dropout = keras.layers.Dropout(dropout, seed=seed) if dropout else None
         self.low_rank = LowRank(self.weight, a, b, scale, magnitude, self.dropout)
         return self.low_rank
 
@@ -320,13 +323,17 @@ class Decoder(keras.Model):
 
     def get_config(self) -> dict:
         config = {"config": to_hf(self.config), "initializer_range": self.initializer_range, "adapted": self.adapted}
-        return {**super().get_config(), **config}
+        frozen = [name for name, variable in self.tensors().items() if not variable.trainable]
+        return {**super().get_config(), **config, "frozen": frozen}
 
     @classmethod
     def from_config(cls, config: dict, custom_objects: dict | None = None) -> Decoder:
         options = dict(config)
-        adapted = options.pop("adapted", {})
+        adapted, frozen = options.pop("adapted", {}), options.pop("frozen", ())
         decoder = cls(from_hf(options.pop("config")), **options)
         for name, parts in adapted.items():
             decoder.adapt(name, *parts)
+        tensors = decoder.tensors()
+        for name in frozen:
+            tensors[name].trainable = False
         return decoder
