@@ -17,7 +17,7 @@ import gemkit
 from gemkit.api import load as loading
 from gemkit.cli import main
 from gemkit.engine.sampling import Sampling
-from gemkit.errors import UsageError
+from gemkit.errors import GemkitError, UsageError
 from gemkit.text.spm_proto import write_model
 
 TEXT = "the sea was calm and the boats lay in the harbour"
@@ -80,6 +80,19 @@ def test_scores_equal_theirs(world, adapter):
         assert np.abs(ours.logprobs - theirs(world, ours.ids, adapter)).max() < 2e-4
         base = model.score(TEXT, adapter="base").logprobs
         assert np.array_equal(base, ours.logprobs) == (adapter is None)
+
+
+@pytest.mark.parametrize("adapter", ["first", "second"])
+@pytest.mark.parametrize("backend", ["torch", "jax", "keras"])
+def test_frameworks_run_one_adapter(world, backend, adapter, monkeypatch):
+    """In all requests; the second is DoRA."""
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    with gemkit.load(world / "model", threads=1, backend=backend, adapter=world / adapter) as model:
+        ours = model.score(TEXT)
+        assert np.abs(ours.logprobs - theirs(world, ours.ids, adapter)).max() < 2e-4
+        with pytest.raises(GemkitError, match="runs the adapter in all requests"):
+            model.score(TEXT, adapter="base")
+        assert len(model.generate(TEXT, max_tokens=3, ignore_eos=True).ids) == 3
 
 
 def test_every_request_has_its_adapter(world):
@@ -192,6 +205,7 @@ def test_generation_ends_after_any_stop_id_that_the_files_name(speller, tmp_path
         ({"dtype": "float16"}, "with the backend native choose from auto, bfloat16, float32, int8"),
         ({"device": "cuda"}, "the native backend runs on the CPU: choose backend torch or jax"),
         ({"backend": "torch", "activations": "float32"}, "are for the native backend"),
+        ({"backend": "torch", "adapter": {"a": "x"}}, "adapters by name are for the native backend: give one adapter"),
     ],
 )
 def test_what_a_backend_cannot_do_is_refused(world, options, words):

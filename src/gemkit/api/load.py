@@ -101,11 +101,18 @@ class Loading:
 
             raise GemkitError(f"the backend {backend} needs {error.name}: {install(backend)}") from None
         with self._background, open_checkpoint(self.path) as checkpoint:
+            _check_adapters(self.adapters, checkpoint.config)
+            _take_turns(checkpoint, self.adapters)
             runner = module.load_runner(
-                checkpoint.config, checkpoint.tensors, threads=self.threads, device=options.device, dtype=options.dtype
+                checkpoint.config,
+                checkpoint.tensors,
+                threads=self.threads,
+                device=options.device,
+                dtype=options.dtype,
+                adapter=next(iter(self.adapters.values()), None),
             )
             tokenizer = self._early.result() or _tokenizer(checkpoint)
-            return Model(checkpoint, runner, tokenizer, self.threads, options.ctx_size)
+            return Model(checkpoint, runner, tokenizer, self.threads, options.ctx_size, self.adapters)
 
 
 def _choose_keras_backend() -> None:

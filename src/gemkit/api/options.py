@@ -142,10 +142,10 @@ class LoadOptions:
             raise UsageError(
                 f"device is {brief(self.device)}; the native backend runs on the CPU: choose backend torch or jax"
             )
-        if self.backend != "native" and (self.adapter is not None or self.activations != "int8"):
-            raise UsageError(
-                "adapters and float32 activations are for the native backend: leave them or the backend out"
-            )
+        if self.backend != "native" and self.activations != "int8":
+            raise UsageError("float32 activations are for the native backend: leave them or the backend out")
+        if self.backend != "native" and isinstance(self.adapter, Mapping):
+            raise UsageError("adapters by name are for the native backend: give one adapter's folder, or no backend")
 
 
 class GenerateKeywords(TypedDict, total=False):

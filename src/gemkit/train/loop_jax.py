@@ -23,13 +23,12 @@ from gemkit.models.frameworks.layers import call
 from gemkit.models.jax import Decoder, JaxRunner, Where, load_decoder
 from gemkit.models.jax.decoder import Params
 from gemkit.models.jax.linear import KEPT, LowRank, Quantised
+from gemkit.models.jax.load import adapt as adapt
 from gemkit.models.jax.load import pick_device, pick_dtype
-from gemkit.train.adapter import named
 from gemkit.train.loop import StepMetrics
 from gemkit.train.objectives.sft import loss_tokens, mean_nll, sum_nll
 from gemkit.train.options import TrainOptions
 from gemkit.weights.checkpoint import Tensor as Weight
-from gemkit.weights.lora import LoraPart
 
 Arrays = dict[str, Array]
 
@@ -52,15 +51,6 @@ def open_decoder(
 def make_runner(decoder: Decoder) -> JaxRunner:
     """Return a runner of the model in training, for samples, until the next step."""
     return JaxRunner(decoder)
-
-
-def adapt(decoder: Decoder, parts: Mapping[str, LoraPart], dropout: float = 0.0) -> Decoder:
-    """Return a decoder with an adapter on its matrices; a `JaxLoop` then trains the adapter alone."""
-    adapted = {}
-    for name, part in parts.items():
-        arrays = {key.rpartition(".")[2]: _put(decoder, value) for key, value in named(name, part).items()}
-        adapted[name] = LowRank(decoder.params[name], scale=part.scale, dropout=dropout, **arrays)
-    return replace(decoder, params={**decoder.params, **adapted})
 
 
 def row_norms(decoder: Decoder, name: str) -> np.ndarray:

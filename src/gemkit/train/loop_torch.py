@@ -19,14 +19,13 @@ from gemkit.data.batch import TokenBatch
 from gemkit.models.frameworks.layers import call
 from gemkit.models.torch import Decoder, Where
 from gemkit.models.torch.linear import LowRank
-from gemkit.models.torch.load import load_decoder, pick_device, pick_dtype, put
+from gemkit.models.torch.load import adapt as adapt
+from gemkit.models.torch.load import load_decoder, pick_device, pick_dtype
 from gemkit.models.torch.runner import TorchRunner
-from gemkit.train.adapter import named
 from gemkit.train.loop import StepMetrics
 from gemkit.train.objectives.sft import loss_tokens, mean_nll, sum_nll
 from gemkit.train.options import TrainOptions
 from gemkit.weights.checkpoint import Tensor as Weight
-from gemkit.weights.lora import LoraPart
 
 _ATEN = torch.ops.aten
 # Results that are kept for the backward pass; everything else of a layer is computed again
@@ -58,19 +57,6 @@ def open_decoder(
 def make_runner(decoder: Decoder) -> TorchRunner:
     """Return a runner of the model in training, for samples; `TorchLoop.step` sets it to training again."""
     return TorchRunner(decoder.eval(), compile=False)
-
-
-def adapt(decoder: Decoder, parts: Mapping[str, LoraPart], dropout: float = 0.0) -> Decoder:
-    """Put an adapter on a decoder's matrices, which are then frozen; its own arrays take gradients. Returns it."""
-    for name, part in parts.items():
-        module = decoder.get_submodule(name.rpartition(".")[0]).weight
-        base = module.detach() if isinstance(module, Tensor) else module
-        device = decoder.model.norm.weight.device
-        arrays = {
-            key.rpartition(".")[2]: torch.tensor(value, device=device) for key, value in named(name, part).items()
-        }
-        put(decoder, name, LowRank(base, arrays["a"], arrays["b"], part.scale, arrays.get("magnitude"), dropout))
-    return decoder
 
 
 def row_norms(decoder: Decoder, name: str) -> np.ndarray:

@@ -33,7 +33,7 @@ class FrameworkRunner(FrameworkInfo, ABC):
     head_rows = 32  # rows of logits at a time
     first_pages = 32  # a cache that grows is another shape: start with 2,000 tokens
     rounded: Callable[[int], int] = staticmethod(bucket)  # numbers of pages
-    adapter_count = 0
+    adapter_count = 0  # 1: the decoder has an adapter, for all requests
 
     def __init__(
         self, decoder: Any, activations: str, element_size: int, path: str, threads: int, max_tokens_per_step: int
@@ -140,6 +140,10 @@ class FrameworkRunner(FrameworkInfo, ABC):
             yield slice(first, first + len(part)), self._call(self._take, hidden_BTD, padded)
 
     def _padded(self, batch: Batch, at_least: AtLeast | None = None) -> PaddedBatch:
+        if self.adapter_count and (batch.adapters is None or (batch.adapters < 0).any()):
+            raise GemkitError(
+                f"{self.path} runs the adapter in all requests: load the model without it for its own answers"
+            )
         if at_least is None:
             return pad(batch, self.page_size, [group.window for group in self.groups], self.rounded)
         sequences, tokens, pages = at_least

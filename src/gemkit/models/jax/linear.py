@@ -40,7 +40,7 @@ class Quantised(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["base", "a", "b", "magnitude", "key"],
+    data_fields=["base", "a", "b", "magnitude", "key", "fixed_gain"],
     meta_fields=["scale", "dropout"],
 )
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class LowRank:
     magnitude: Array | None = None
     dropout: float = 0.0
     key: Array | None = None
+    fixed_gain: Array | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,14 +73,18 @@ class LowRank:
         base = dequantise(self.base, jnp.float32) if isinstance(self.base, Quantised) else self.base
         return jnp.linalg.norm(base.astype(jnp.float32) + self.scale * (self.b @ self.a).astype(jnp.float32), axis=1)
 
+    def gain(self) -> Array:
+        """Return the factor of each row that gives it its magnitude, float32 [O]."""
+        return self.magnitude / checkpoint_name(jax.lax.stop_gradient(self.norms()), KEPT)
+
 
 def linear(x: Array, w: Array | Quantised | LowRank, out: jnp.dtype | None = None) -> Array:
     """Return x [..., I] times w [O, I] transposed, by the fastest form that is equal. out: its type, None: x's."""
     y = checkpoint_name(_product(x, w, out), KEPT)
-    if not isinstance(w, LowRank) or w.magnitude is None:
+    if not isinstance(w, LowRank) or (w.magnitude is None and w.fixed_gain is None):
         return y
-    norms_O = checkpoint_name(jax.lax.stop_gradient(w.norms()), KEPT)
-    return y * (w.magnitude / norms_O).astype(y.dtype)
+    gain_O = w.gain() if w.fixed_gain is None else w.fixed_gain
+    return y * gain_O.astype(y.dtype)
 
 
 def _product(x: Array, w: Array | Quantised | LowRank, out: jnp.dtype | None) -> Array:

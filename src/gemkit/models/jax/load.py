@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -16,9 +17,10 @@ from gemkit.errors import GemkitError, UsageError
 from gemkit.models.frameworks.quantise import PIECE
 from gemkit.models.frameworks.runner import check_memory
 from gemkit.models.jax.decoder import Decoder
-from gemkit.models.jax.linear import Quantised, quantise
+from gemkit.models.jax.linear import LowRank, Quantised, quantise
 from gemkit.models.jax.runner import JaxRunner
 from gemkit.weights.checkpoint import Tensor
+from gemkit.weights.lora import LoraAdapter, LoraPart
 from gemkit.weights.quant import GGMLType
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -58,19 +60,23 @@ def load_runner(
     dtype: str = "auto",
     threads: int | None = None,
     max_tokens_per_step: int = 512,
+    adapter: LoraAdapter | None = None,
 ) -> JaxRunner:
     """Load a runner on the CPU, a GPU or a TPU.
 
     weights: as in a `Checkpoint`. device: "cpu", "cuda", "tpu", "cuda:1", …; None takes JAX's first. dtype: see
     `pick_dtype`; "int8" and "int4" are of the matrices alone. threads: ignored, JAX takes every core.
+    adapter: for all requests, unmerged.
     Raises UsageError for a device or type that cannot be had, GemkitError if memory is short.
     """
     place = pick_device(device)
     activations = pick_dtype(dtype, config, place)
-    return JaxRunner(
-        check_memory(load_decoder, config, weights, activations, place, BITS.get(dtype)),
-        max_tokens_per_step=max_tokens_per_step,
-    )
+    decoder = check_memory(load_decoder, config, weights, activations, place, BITS.get(dtype))
+    if adapter is not None:
+        decoder = check_memory(lambda: _frozen(adapt(decoder, adapter.parts)))
+    runner = JaxRunner(decoder, max_tokens_per_step=max_tokens_per_step)
+    runner.adapter_count = int(adapter is not None)
+    return runner
 
 
 def pick_device(name: str | None) -> jax.Device:
@@ -116,6 +122,26 @@ def load_decoder(
             value = jax.device_put(to_numpy(tensor).astype(kind, copy=False), device)
         params[name] = jax.block_until_ready(value)
     return Decoder(config, params, np.dtype(dtype))
+
+
+def adapt(decoder: Decoder, parts: Mapping[str, LoraPart], dropout: float = 0.0) -> Decoder:
+    """Return a decoder with an adapter on its matrices."""
+    place, adapted = decoder.params["model.norm.weight"].sharding, {}
+    for name, part in parts.items():
+        arrays = [None if x is None else jax.device_put(x, place) for x in (part.a, part.b, part.magnitude)]
+        adapted[name] = LowRank(decoder.params[name], *arrays[:2], part.scale, arrays[2], dropout)
+    return replace(decoder, params={**decoder.params, **adapted})
+
+
+def _frozen(decoder: Decoder) -> Decoder:
+    """Return a decoder whose adapter's gains are computed once."""
+    gains = jax.jit(LowRank.gain)
+    adapted = {
+        name: replace(value, magnitude=None, fixed_gain=gains(value))
+        for name, value in decoder.params.items()
+        if isinstance(value, LowRank) and value.magnitude is not None
+    }
+    return replace(decoder, params={**decoder.params, **adapted})
 
 
 def bits_of(spec: TensorSpec, bits: int) -> int:

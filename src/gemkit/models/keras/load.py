@@ -13,6 +13,7 @@ from gemkit.models.frameworks.runner import check_memory
 from gemkit.models.keras.decoder import Decoder
 from gemkit.models.keras.runner import KerasRunner, default_device
 from gemkit.weights.checkpoint import Tensor
+from gemkit.weights.lora import LoraAdapter, LoraPart
 
 POLICIES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 
@@ -37,11 +38,13 @@ def load_runner(
     dtype: str = "auto",
     threads: int | None = None,
     max_tokens_per_step: int = 512,
+    adapter: LoraAdapter | None = None,
 ) -> KerasRunner:
     """Load a runner on the backend that ``KERAS_BACKEND`` names.
 
     weights: as in a `Checkpoint`. dtype: a dtype policy of Keras, "auto" for the one that it is set to. device: Keras
     cannot choose; None or the place where the backend puts arrays anyway. threads: ignored, the backend chooses.
+    adapter: for all requests, unmerged.
     Raises UsageError for a device or dtype that cannot be had, GemkitError if memory is short.
     """
     place = default_device()
@@ -51,7 +54,23 @@ def load_runner(
         )
     policy = keras.config.dtype_policy().name if dtype == "auto" else dtype
     decoder = check_memory(load_decoder, config, weights, policy)
-    return KerasRunner(decoder, max_tokens_per_step=max_tokens_per_step)
+    if adapter is not None:
+        check_memory(adapt, decoder, adapter.parts)
+    runner = KerasRunner(decoder, max_tokens_per_step=max_tokens_per_step)
+    runner.adapter_count = int(adapter is not None)
+    return runner
+
+
+def adapt(decoder: Decoder, parts: Mapping[str, LoraPart], dropout: float = 0.0) -> Decoder:
+    """Put an adapter on a decoder; its own parameters are frozen, the adapter's take gradients."""
+    for variable in decoder.tensors().values():
+        variable.trainable = False
+    for name, part in parts.items():
+        weight = decoder.adapt(name, part.rank, part.scale, part.magnitude is not None, dropout)
+        for variable, value in ((weight.a, part.a), (weight.b, part.b), (weight.magnitude, part.magnitude)):
+            if variable is not None:
+                variable.assign(value)
+    return decoder
 
 
 def load_decoder(

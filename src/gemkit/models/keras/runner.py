@@ -32,6 +32,7 @@ class Cached(Protocol):
     config: ModelConfig
     compute_dtype: str
     dtype_policy: keras.DTypePolicy
+    weights: list[keras.Variable]
 
     def hidden(self, tokens_BT: Tensor, where: Where, caches: Sequence[LayerCache]) -> tuple[Tensor, list]: ...
 
@@ -136,7 +137,7 @@ class KerasRunner(FrameworkRunner):
             case "jax":
                 import jax
 
-                variables = list(self.decoder.tensors().values())
+                variables = list(self.decoder.weights)
 
                 def pure(values, first, *rest):
                     with keras.StatelessScope(state_mapping=zip(variables, values)):

@@ -54,6 +54,7 @@ class LowRank(nn.Module):
         self.a, self.b = nn.Parameter(a_RI), nn.Parameter(b_OR)
         self.magnitude = None if magnitude_O is None else nn.Parameter(magnitude_O)
         self.scale, self.dropout = scale, dropout
+        self.register_buffer("fixed_gain", None)
 
     @property
     def shape(self) -> torch.Size:
@@ -68,6 +69,18 @@ class LowRank(nn.Module):
         """Return the norm of each row of base + scale · B·A, float32 [O]."""
         base = self.base if isinstance(self.base, Tensor) else dequantise(self.base, torch.float32)
         return torch.linalg.vector_norm(base.float() + self.scale * (self.b @ self.a).float(), dim=1)
+
+    def gain(self) -> Tensor | None:
+        """Return the factor of each row that gives it its magnitude, float32 [O]; None without magnitudes."""
+        if self.magnitude is None or self.fixed_gain is not None:
+            return self.fixed_gain
+        return self.magnitude / self.norms()
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Compute the gain once, and take no more gradients."""
+        self.fixed_gain = self.gain()
+        self.requires_grad_(False)
 
 
 class Linear(nn.Linear):
@@ -97,7 +110,8 @@ def linear(x: Tensor, w: Tensor | Quantised | LowRank) -> Tensor:
     if isinstance(w, LowRank):
         added = linear(linear(F.dropout(x, w.dropout, w.training), w.a), w.b) * w.scale
         y = linear(x, w.base) + added
-        return y if w.magnitude is None else y * (w.magnitude / w.norms()).to(y.dtype)
+        gain = w.gain()
+        return y if gain is None else y * gain.to(y.dtype)
     if torch.compiler.is_compiling() and x.shape[:-1].numel() == 1:
         return linear_one(x, w)
     return linear_plain(x, w)

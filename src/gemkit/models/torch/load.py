@@ -12,9 +12,10 @@ from gemkit.arch.tensors import TensorSpec, manifest
 from gemkit.errors import GemkitError, UsageError
 from gemkit.models.frameworks.runner import check_memory
 from gemkit.models.torch.decoder import Decoder
-from gemkit.models.torch.linear import Quantised, quantise
+from gemkit.models.torch.linear import LowRank, Quantised, quantise
 from gemkit.models.torch.runner import TorchRunner
 from gemkit.weights.checkpoint import Tensor
+from gemkit.weights.lora import LoraAdapter, LoraPart
 from gemkit.weights.quant import GGMLType
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,17 +52,25 @@ def load_runner(
     compile: bool | None = None,
     threads: int | None = None,
     max_tokens_per_step: int = 512,
+    adapter: LoraAdapter | None = None,
 ) -> TorchRunner:
     """Load a runner on the CPU or an accelerator.
 
     weights: as in a `Checkpoint`. device: "cpu", "cuda", "cuda:1", …; None takes CUDA where there is one. dtype: see
     `pick_dtype`; "int8" and "int4" are of the matrices alone. compile, threads: as in `TorchRunner`.
+    adapter: for all requests, unmerged.
     Raises UsageError for a device or type that cannot be had, GemkitError if memory is short.
     """
     place = pick_device(device)
     activations = pick_dtype(dtype, config, place)
     decoder = check_memory(load_decoder, config, weights, activations, place, BITS.get(dtype))
-    return TorchRunner(decoder, compile=compile, threads=threads, max_tokens_per_step=max_tokens_per_step)
+    if adapter is not None:
+        for module in check_memory(adapt, decoder, adapter.parts).modules():
+            if isinstance(module, LowRank):
+                module.freeze()
+    runner = TorchRunner(decoder, compile=compile, threads=threads, max_tokens_per_step=max_tokens_per_step)
+    runner.adapter_count = int(adapter is not None)
+    return runner
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -123,12 +132,23 @@ def empty_decoder(config: ModelConfig) -> Decoder:
     return decoder
 
 
-def put(decoder: Decoder, name: str, value: torch.Tensor | Quantised) -> None:
+def put(decoder: Decoder, name: str, value: torch.Tensor | Quantised | LowRank) -> None:
     """Set a parameter."""
     place, _, leaf = name.rpartition(".")
     module = decoder.get_submodule(place)
     delattr(module, leaf)  # a parameter cannot become a module
     setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False) if isinstance(value, torch.Tensor) else value)
+
+
+def adapt(decoder: Decoder, parts: Mapping[str, LoraPart], dropout: float = 0.0) -> Decoder:
+    """Put an adapter on a decoder's matrices, which are then frozen; its own arrays take gradients."""
+    device = decoder.model.norm.weight.device
+    for name, part in parts.items():
+        weight = decoder.get_submodule(name.rpartition(".")[0]).weight
+        base = weight.detach() if isinstance(weight, torch.Tensor) else weight
+        arrays = [None if x is None else torch.tensor(x, device=device) for x in (part.a, part.b, part.magnitude)]
+        put(decoder, name, LowRank(base, *arrays[:2], part.scale, arrays[2], dropout))
+    return decoder
 
 
 def bits_of(spec: TensorSpec, bits: int) -> int:
