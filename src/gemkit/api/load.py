@@ -93,7 +93,7 @@ class Loading:
 
         options, backend = self.options, self.options.backend
         if backend == "keras":
-            _choose_keras_backend()
+            choose_keras_backend()
         try:
             module = importlib.import_module(f"gemkit.models.{backend}")
         except ModuleNotFoundError as error:
@@ -115,7 +115,7 @@ class Loading:
             return Model(checkpoint, runner, tokenizer, self.threads, options.ctx_size, self.adapters)
 
 
-def _choose_keras_backend() -> None:
+def choose_keras_backend() -> None:
     """Set KERAS_BACKEND unless it is set: Keras would take TensorFlow, installed or not."""
     if "KERAS_BACKEND" in os.environ or "keras" in sys.modules or Path.home().joinpath(".keras/keras.json").exists():
         return

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gemkit.train.run import Result
     from gemkit.train.tune import Tuning
 
-BACKENDS = ("torch", "jax")
+BACKENDS = ("torch", "jax", "keras")
 
 # Parameters by the fields of the options that they set
 TRAIN = {

@@ -14,27 +14,40 @@ import numpy as np
 from keras import KerasTensor as Tensor
 from keras import ops
 
+from gemkit.arch.config import ModelConfig
 from gemkit.data.batch import TokenBatch
+from gemkit.errors import UsageError
 from gemkit.models.frameworks.layers import call
-from gemkit.models.keras import Decoder, Where
-from gemkit.train.adapter import named
+from gemkit.models.keras import Decoder, KerasRunner, Where, load_decoder
+from gemkit.models.keras.load import adapt as adapt
+from gemkit.models.keras.load import check_device
 from gemkit.train.loop import StepMetrics
 from gemkit.train.objectives.sft import loss_tokens, mean_nll, sum_nll
 from gemkit.train.options import TrainOptions
-from gemkit.weights.lora import LoraPart
+from gemkit.weights.checkpoint import Tensor as Weight
 
 Inputs = dict[str, Tensor]
 _ROWS = 8  # steps in which the number of rows with loss may grow: each is compiled once on JAX
 
 
-def adapt(decoder: Decoder, parts: Mapping[str, LoraPart], dropout: float = 0.0) -> None:
-    """Put an adapter on a decoder; its matrices and all else are frozen, the adapter's own arrays take gradients."""
-    for variable in decoder.tensors().values():
-        variable.trainable = False
-    for name, part in parts.items():
-        weight = decoder.adapt(name, len(part.a), part.scale, part.magnitude is not None, dropout)
-        for variable, value in zip((weight.a, weight.b, weight.magnitude), named(name, part).values(), strict=False):
-            variable.assign(value)
+def open_decoder(
+    config: ModelConfig, weights: Mapping[str, Weight], options: TrainOptions, device: str | None, bits: int | None
+) -> Decoder:
+    """Load the model of a run; trained weights are float32. "auto" is the dtype that Keras is set to.
+
+    Raises UsageError for bits and for a device that Keras does not use here, and as `load_decoder`.
+    """
+    if bits is not None:
+        raise UsageError("weights of 8 and 4 bits are for the backends torch and jax: choose one of them")
+    check_device(device)
+    mixed = "mixed_" if options.method == "full" and options.dtype == "bfloat16" else ""
+    policy = keras.config.dtype_policy().name if options.dtype == "auto" else f"{mixed}{options.dtype}"
+    return load_decoder(config, weights, policy)
+
+
+def make_runner(decoder: Decoder) -> KerasRunner:
+    """Return a runner of the model in training, for samples."""
+    return KerasRunner(decoder)
 
 
 def row_norms(decoder: Decoder, name: str) -> np.ndarray:
@@ -122,11 +135,14 @@ class AdamW(keras.optimizers.AdamW):
 
 
 class KerasLoop:
-    """Steps of AdamW on a decoder's trainable variables: jitted on JAX, graphs on TensorFlow, eager on PyTorch."""
+    """Steps of AdamW on a decoder's trainable variables: jitted on JAX, graphs on TensorFlow, eager on PyTorch.
 
-    def __init__(self, decoder: Decoder, options: TrainOptions, recompute: bool = True) -> None:
+    recompute: "none", or in Keras everything but the inputs of the layers.
+    """
+
+    def __init__(self, decoder: Decoder, options: TrainOptions, recompute: str = "cheap") -> None:
         self.decoder, self.options = decoder, options
-        self.tuner = Tuner(decoder, recompute)
+        self.tuner = Tuner(decoder, recompute != "none")
         self.trained = {_name(variable): variable for variable in decoder.trainable_variables}
         variables = list(self.trained.values())
         beta_1, beta_2 = options.betas

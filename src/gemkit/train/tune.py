@@ -251,6 +251,10 @@ class Tuning:
 
 def _backend(name: str) -> ModuleType:
     """Return the training loop of a framework."""
+    if name == "keras":
+        from gemkit.api.load import choose_keras_backend
+
+        choose_keras_backend()
     try:
         return import_module(f"gemkit.train.loop_{name}")
     except ModuleNotFoundError as error:

@@ -30,6 +30,14 @@ def check_dtype(name: str, config: ModelConfig) -> str:
     return name
 
 
+def check_device(device: str | None) -> None:
+    """Raise UsageError for another device than the one where the backend allocates arrays."""
+    if device not in (None, place := default_device()):
+        raise UsageError(
+            f"device is {device!r}; Keras runs on {place} here: set CUDA_VISIBLE_DEVICES or JAX_PLATFORMS instead"
+        )
+
+
 def load_runner(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
@@ -47,11 +55,7 @@ def load_runner(
     adapter: for all requests, unmerged.
     Raises UsageError for a device or dtype that cannot be had, GemkitError if memory is short.
     """
-    place = default_device()
-    if device not in (None, place):
-        raise UsageError(
-            f"device is {device!r}; Keras runs on {place} here: set CUDA_VISIBLE_DEVICES or JAX_PLATFORMS instead"
-        )
+    check_device(device)
     policy = keras.config.dtype_policy().name if dtype == "auto" else dtype
     decoder = check_memory(load_decoder, config, weights, policy)
     if adapter is not None:
