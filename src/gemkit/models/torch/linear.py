@@ -91,13 +91,13 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding`` whose weight may be `Quantised`. dtype: of its output, None for that of the weight."""
+    """``nn.Embedding`` whose weight may be `Quantised`. dtype: of its output; None for a plain weight's, or float32."""
 
     dtype: torch.dtype | None = None
 
     @property
     def output_dtype(self) -> torch.dtype:
-        return self.dtype or self.weight.dtype
+        return self.dtype or (self.weight.dtype if isinstance(self.weight, Tensor) else torch.float32)
 
     def forward(self, ids: Tensor) -> Tensor:
         return rows(self.weight, ids, self.output_dtype)
