@@ -1,4 +1,4 @@
-"""A folder as Hugging Face and peft write it, from load to text, compared with their own results. Budget: 30 s."""
+"""A folder as Hugging Face and peft write it, from load to text, compared with their own results. Budget: 60 s."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Every command and program of README.md and docs/ runs, and prints what the page shows. Budget: 100 s.
+"""Every command and program of README.md and docs/ runs, and prints what the page shows. Budget: 200 s.
 
 Where a page shows output, it is that of the demo model. Commands without output run on stand-ins of the same shape, and
 published models come from a hub on this machine. What cannot run here is in `NOT_RUN`, with the reason.

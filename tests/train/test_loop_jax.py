@@ -1,4 +1,4 @@
-"""The training loop in JAX against the one in PyTorch, and what a run relies on. Budget: 150 s."""
+"""The training loop in JAX against the one in PyTorch, and what a run relies on. Budget: 210 s."""
 
 import dataclasses
 
