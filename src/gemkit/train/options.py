@@ -122,7 +122,7 @@ class TrainOptions:
         return max(1, math.ceil(self.epochs * batches_per_epoch / self.grad_accum))
 
     def make_schedule(self, steps: int) -> Schedule:
-        """Return the schedule of a run of so many steps."""
+        """Return the schedule of a run of `steps` steps."""
         warmup, floor = _steps(self.warmup, steps), self.lr * self.floor
         if self.schedule == "constant":
             return Constant(self.lr, warmup)

@@ -23,7 +23,7 @@ class Progress:
         self._tokens, self._width, self._first = 0, 0, True
 
     def start(self, step: int) -> None:
-        """Begin to measure time, after so many steps of the run."""
+        """Begin to measure time after the steps that are done."""
         self._recent.append((time.monotonic(), step, 0))
 
     def show(self, row: Row) -> None:
